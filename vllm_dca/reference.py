@@ -1,56 +1,65 @@
 """What DCA is: the specification that every fast path is tested against.
 
 Straight from the table in An et al. 2024 (clamped at c, as the authors' code does; the
-paper's text clamps at c - 1), one position at a time, in fp64, on dense tensors. It shares
-no code with the fast paths, and they none with it.
+paper's text clamps at c - 1), in fp64, on dense unrotated tensors, with a full score matrix.
+It shares no code with the fast paths, and they none with it.
 """
-
-import math
 
 import torch
 
 
-def query_position(i: int, j: int, chunk_size: int, local_size: int) -> int:
-    """Rotary position of the query at absolute position i towards the key at j <= i."""
+def query_positions(
+    i: torch.Tensor, j: torch.Tensor, chunk_size: int, local_size: int
+) -> torch.Tensor:
+    """Rotary position of the queries at absolute positions i towards the keys at j <= i.
+
+    Args:
+        i: integer positions of queries; broadcasts with j.
+        j: integer positions of keys.
+        chunk_size: c.
+        local_size: w.
+    """
     chunk_len = chunk_size - local_size
-    own, other = i // chunk_len, j // chunk_len
-    offset = i % chunk_len
-    if other == own:
-        return offset
-    if other == own - 1:
-        return min(offset + chunk_len, chunk_size)
-    return min(2 * chunk_len - 1, chunk_size)
+    chunks_back = i // chunk_len - j // chunk_len
+    intra = i % chunk_len
+    succ = (intra + chunk_len).clamp(max=chunk_size)
+    inter = min(2 * chunk_len - 1, chunk_size)
+    return torch.where(chunks_back == 0, intra, torch.where(chunks_back == 1, succ, inter))
 
 
-def key_position(j: int, chunk_size: int, local_size: int) -> int:
-    """Rotary position of the key at absolute position j."""
+def key_positions(j: torch.Tensor, chunk_size: int, local_size: int) -> torch.Tensor:
+    """Rotary position of the keys at absolute positions j."""
     return j % (chunk_size - local_size)
 
 
-def temperature(i: int, original_max_position_embeddings: int | None) -> float:
-    """Factor on the scores of the query at absolute position i (Qwen-1M checkpoints)."""
+def temperature(i: torch.Tensor, original_max_position_embeddings: int | None) -> torch.Tensor:
+    """Factor on the scores of the queries at absolute positions i (Qwen-1M checkpoints)."""
     if original_max_position_embeddings is None:
-        return 1.0
-    return max(1.0, 0.1 * math.log((i + 1) / original_max_position_embeddings) + 1.0) ** 2
+        return torch.ones(i.shape, dtype=torch.float64)
+    growth = torch.log((i.double() + 1) / original_max_position_embeddings)
+    return (0.1 * growth + 1).clamp(min=1) ** 2
 
 
-def rotate(x: torch.Tensor, position: int, inv_freq: torch.Tensor, is_neox: bool) -> torch.Tensor:
-    """Rotate the leading 2 * len(inv_freq) entries of the last axis by a position.
+def rotate(
+    x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, is_neox: bool = True
+) -> torch.Tensor:
+    """Rotary embedding of the leading 2 * len(inv_freq) entries of the last axis.
 
     Args:
-        x: [..., head_size], fp64.
-        position: rotary position.
-        inv_freq: [rotary_dim / 2], radians a position, fp64.
+        x: [num_tokens, num_heads, head_size].
+        positions: [num_tokens], integer.
+        inv_freq: [rotary_dim / 2], radians a position.
         is_neox: pairs are (k, k + rotary_dim / 2) if true, else (2k, 2k + 1).
     """
     half = len(inv_freq)
-    cos, sin = torch.cos(position * inv_freq), torch.sin(position * inv_freq)
-    rotated = x.clone()
+    angle = (positions[:, None] * inv_freq)[:, None, :]
+    cos, sin = angle.cos(), angle.sin()
     first, second = (
         (slice(0, half), slice(half, 2 * half))
         if is_neox
         else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
     )
+    rotated = x.clone()
     rotated[..., first] = x[..., first] * cos - x[..., second] * sin
     rotated[..., second] = x[..., second] * cos + x[..., first] * sin
     return rotated
@@ -67,8 +76,9 @@ def dual_chunk_attention(
     is_neox: bool = True,
     scale: float,
     original_max_position_embeddings: int | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Causal dual chunk attention of one sequence, in fp64.
+    """Causal dual chunk attention of one sequence.
 
     Args:
         query: [num_queries, num_heads, head_size], the sequence's last positions, unrotated.
@@ -78,28 +88,38 @@ def dual_chunk_attention(
         local_size: w.
         inv_freq: [rotary_dim / 2], radians a position.
         is_neox: which entries make a rotary pair, see `rotate`.
-        scale: factor on the dot products.
+        scale: factor on the dot products, any mscale of the rotary table included.
         original_max_position_embeddings: switches the temperature on, see `temperature`.
+        dtype: of the arithmetic; whole models may have to settle for fp32.
 
     Returns:
-        [num_queries, num_heads, head_size], fp64.
+        [num_queries, num_heads, head_size] in `dtype`.
     """
-    query, key, value, inv_freq = (t.double() for t in (query, key, value, inv_freq))
-    num_queries, seq_len = len(query), len(key)
-    group = query.shape[1] // key.shape[1]
-    value = value.repeat_interleave(group, dim=1)
-    rotated_key = torch.stack(
-        [rotate(key[j], key_position(j, chunk_size, local_size), inv_freq, is_neox) for j in range(seq_len)]
-    ).repeat_interleave(group, dim=1)
+    seq_len, num_kv_heads, _ = key.shape
+    num_queries, num_heads, _ = query.shape
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    inv_freq = inv_freq.double()
 
-    output = torch.empty_like(query)
-    for row in range(num_queries):
-        i = seq_len - num_queries + row
-        positions = [query_position(i, j, chunk_size, local_size) for j in range(i + 1)]
-        # Few positions differ: rotate the query once for each.
-        turned = {p: rotate(query[row], p, inv_freq, is_neox) for p in set(positions)}
-        per_key = torch.stack([turned[p] for p in positions])
-        scores = scale * (per_key * rotated_key[: i + 1]).sum(-1)
-        scores = scores * temperature(i, original_max_position_embeddings)
-        output[row] = torch.einsum("jh,jhd->hd", scores.softmax(0), value[: i + 1])
+    i = torch.arange(seq_len - num_queries, seq_len)
+    j = torch.arange(seq_len)
+    future = j > i[:, None]
+    wanted = query_positions(i[:, None], j, chunk_size, local_size).masked_fill(future, -1)
+    key = rotate(key, key_positions(j, chunk_size, local_size), inv_freq, is_neox).to(dtype)
+
+    # A query stands at its intra, its succ or its inter position, whatever the key.
+    chunk_len = chunk_size - local_size
+    standing = [
+        query_positions(i, i - i % chunk_len - back * chunk_len, chunk_size, local_size)
+        for back in (0, 1, 2)
+    ]
+    turned = [rotate(query, p, inv_freq, is_neox).to(dtype) for p in standing]
+    output = torch.empty(num_queries, num_heads, value.shape[-1], dtype=dtype)
+    for head in range(num_heads):
+        kv_head = head * num_kv_heads // num_heads
+        scores = torch.full((num_queries, seq_len), -torch.inf, dtype=dtype)
+        for p, q in zip(standing, turned, strict=True):
+            dots = scale * q[:, head] @ key[:, kv_head].T
+            scores = torch.where(wanted == p[:, None], dots, scores)
+        scores *= temperature(i, original_max_position_embeddings)[:, None].to(dtype)
+        output[:, head] = scores.softmax(-1) @ value[:, kv_head]
     return output

@@ -1,0 +1,1 @@
+"""Dual Chunk Attention for vLLM: `vllm serve MODEL --attention-backend dca`."""

@@ -1,0 +1,35 @@
+"""Keys and values in vLLM's paged cache, K and V side by side in the last axis."""
+
+import torch
+
+
+def split_kv(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the keys and the values, in flash-attention's order of axes.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any physical order.
+
+    Returns:
+        Two views, [num_blocks, block_size, num_kv_heads, head_size].
+    """
+    key_cache, value_cache = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    return key_cache, value_cache
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Store new tokens in their slots.
+
+    Args:
+        key: [num_tokens, num_kv_heads, head_size], rotated.
+        value: like key.
+        kv_cache: see `split_kv`.
+        slot_mapping: [>= num_tokens or fewer] int64, block * block_size + offset of each
+            token; -1 for padding, which is not stored. Tokens past its end are padding too.
+    """
+    block_size = kv_cache.shape[2]
+    real = (slot_mapping >= 0).nonzero().squeeze(-1)
+    slots = slot_mapping[real]
+    for cache, new in zip(split_kv(kv_cache), (key, value), strict=True):
+        cache[slots // block_size, slots % block_size] = new[real]
