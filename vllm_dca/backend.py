@@ -206,7 +206,10 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             "a logit soft cap": bool(logits_soft_cap),
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            **{f"the attention argument {name!r}": value is not None for name, value in extra.items()},
+            **{
+                f"the attention argument {name!r}": value is not None
+                for name, value in extra.items()
+            },
         }
         if any(refused.values()):
             raise NotImplementedError(
@@ -262,7 +265,10 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         assert self.rotation is not None
         assert output_scale is None
         assert output_block_scale is None
-        decode_tokens, all_tokens = attn_metadata.num_decode_tokens, attn_metadata.num_actual_tokens
+        decode_tokens, all_tokens = (
+            attn_metadata.num_decode_tokens,
+            attn_metadata.num_actual_tokens,
+        )
         if attn_metadata.decode is not None:
             decode_attention(
                 query[:decode_tokens],

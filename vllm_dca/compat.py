@@ -91,7 +91,10 @@ def select_on_cpu() -> None:
 
     @functools.wraps(original)
     def get_attn_backend_cls(
-        cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+        cls: type,
+        selected_backend: Any,
+        attn_selector_config: Any,
+        num_heads: int | None = None,
     ) -> str:
         if selected_backend is None or selected_backend.name != NAME:
             return original(cls, selected_backend, attn_selector_config, num_heads)

@@ -55,7 +55,9 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         parent = model.get_submodule(name.rpartition(".")[0])
         rotary_name, rotary = _find_rotary(name, parent)
         if id(rotary) not in copies:
-            copies[id(rotary)] = _remap(rotary, settings, vllm_config.model_config.max_model_len)
+            copies[id(rotary)] = _remap(
+                rotary, settings, vllm_config.model_config.max_model_len
+            )
         periodic, layer.impl.rotation = copies[id(rotary)]
         setattr(parent, rotary_name, periodic)
         installed.append(name)

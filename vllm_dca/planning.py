@@ -97,7 +97,10 @@ def plan_prefill(
 
     chunk_len = geometry.chunk_len
     segments = split_at_chunk_borders(query_start_loc, seq_lens, chunk_len)
-    with_succ, with_inter = segments.take(segments.chunk >= 1), segments.take(segments.chunk >= 2)
+    with_succ, with_inter = (
+        segments.take(segments.chunk >= 1),
+        segments.take(segments.chunk >= 2),
+    )
 
     def attention_pass(
         part: Segments, first_key: IntArray, num_keys: IntArray, whole: bool
@@ -118,7 +121,9 @@ def plan_prefill(
         )
 
     own_chunk = segments.chunk * chunk_len
-    passes = [attention_pass(segments, own_chunk, segments.offset + segments.length, whole=True)]
+    passes = [
+        attention_pass(segments, own_chunk, segments.offset + segments.length, whole=True)
+    ]
     if len(with_succ.request):
         start = (with_succ.chunk - 1) * chunk_len
         passes.append(

@@ -41,7 +41,11 @@ def attention(
 
 
 def _full(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool = False
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(0, 1)[None], key, value, 0.0, causal, scale=scale

@@ -1,0 +1,207 @@
+"""Random batches in a paged cache, with what the reference says of them."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_dca.decode_cpu import DecodePlan, decode_attention
+from vllm_dca.geometry import ChunkGeometry
+from vllm_dca.kv_cache import split_kv, write_kv
+from vllm_dca.planning import plan_prefill
+from vllm_dca.prefill import prefill_attention
+from vllm_dca.providers import torch_cpu
+from vllm_dca.reference import dual_chunk_attention, key_positions, rotate
+from vllm_dca.rotary import QueryRotation, unit_table
+
+SCALE = 0.3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything about a batch but its numbers. Lengths are (tokens, of these cached)."""
+
+    lengths: list[tuple[int, int]]
+    chunk_len: int = 16
+    local_size: int = 8
+    block_size: int = 4
+    num_kv_heads: int = 2
+    group: int = 3
+    head_size: int = 16
+    rotary_dim: int = 16
+    is_neox: bool = True
+    original_max_position_embeddings: int | None = None
+    dtype: torch.dtype = torch.float32
+    mscale: float = 1.0
+    seed: int = 0
+
+    @property
+    def geometry(self) -> ChunkGeometry:
+        return ChunkGeometry(self.chunk_len + self.local_size, self.local_size)
+
+
+@dataclass
+class Batch:
+    """Unrotated queries, keys and values of each request, and the paged cache that holds them.
+
+    Pages that no request uses, and the slots past each request's end, hold NaN.
+    """
+
+    shape: Shape
+    queries: list[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    inv_freq: torch.Tensor
+    kv_cache: torch.Tensor = field(init=False)
+    block_table: torch.Tensor = field(init=False)
+
+    @classmethod
+    def random(cls, shape: Shape) -> "Batch":
+        torch.manual_seed(shape.seed)
+
+        def tokens(count: int, heads: int) -> torch.Tensor:
+            return torch.randn(count, heads, shape.head_size, dtype=shape.dtype)
+
+        kv_heads, heads = shape.num_kv_heads, shape.num_kv_heads * shape.group
+        exponent = torch.arange(0, shape.rotary_dim, 2).double() / shape.rotary_dim
+        return cls(
+            shape,
+            [tokens(total - cached, heads) for total, cached in shape.lengths],
+            [tokens(total, kv_heads) for total, _ in shape.lengths],
+            [tokens(total, kv_heads) for total, _ in shape.lengths],
+            inv_freq=100.0**-exponent,
+        )
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        blocks = [-(-total // shape.block_size) for total, _ in shape.lengths]
+        spare = 3
+        pages = torch.randperm(sum(blocks) + spare)
+        unused, pages = int(pages[0]), pages[spare:]
+        self.kv_cache = torch.full(
+            (len(pages) + spare, shape.num_kv_heads, shape.block_size, 2 * shape.head_size),
+            torch.nan,
+            dtype=shape.dtype,
+        )
+        self.block_table = torch.full((len(blocks), max(blocks)), unused, dtype=torch.int32)
+        for row, own in enumerate(pages.split(blocks)):
+            self.block_table[row, : len(own)] = own
+            slots = (own[:, None] * shape.block_size + torch.arange(shape.block_size)).flatten()
+            key, value = self.keys[row], self.values[row]
+            positions = key_positions(
+                torch.arange(len(key)), shape.geometry.chunk_size, shape.local_size
+            )
+            write_kv(self._rotated(key, positions), value, self.kv_cache, slots[: len(key)])
+
+    def _rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        shape = self.shape
+        rotated = rotate(x.double(), positions, self.inv_freq, shape.is_neox)
+        # A YaRN table lengthens what it rotates.
+        rotated[..., : shape.rotary_dim] *= shape.mscale
+        return rotated.to(shape.dtype)
+
+    def rotated_query(self) -> torch.Tensor:
+        """What the model hands to the attention layer."""
+        return torch.cat(
+            [
+                self._rotated(query, torch.arange(cached, total) % self.shape.chunk_len)
+                for query, (total, cached) in zip(self.queries, self.shape.lengths, strict=True)
+            ]
+        )
+
+    def rotation(self) -> QueryRotation:
+        size = self.shape.geometry.chunk_size
+        angle = torch.arange(size)[:, None] * self.inv_freq
+        table = self.shape.mscale * torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return QueryRotation(unit_table(table.float(), size), self.shape.is_neox)
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The specification's answer, computed in `dtype`."""
+        shape = self.shape
+        lengthen = torch.ones(shape.head_size)
+        lengthen[: shape.rotary_dim] = shape.mscale
+        return torch.cat(
+            [
+                dual_chunk_attention(
+                    query.to(dtype) * lengthen.to(dtype),
+                    key.to(dtype) * lengthen.to(dtype),
+                    value,
+                    chunk_size=shape.geometry.chunk_size,
+                    local_size=shape.local_size,
+                    inv_freq=self.inv_freq,
+                    is_neox=shape.is_neox,
+                    scale=SCALE,
+                    original_max_position_embeddings=shape.original_max_position_embeddings,
+                    dtype=dtype,
+                )
+                for query, key, value in zip(self.queries, self.keys, self.values, strict=True)
+            ]
+        )
+
+    def prefill(
+        self, query: torch.Tensor | None = None, rows: slice = slice(None)
+    ) -> torch.Tensor:
+        """Three passes and a merge."""
+        shape = self.shape
+        query = self.rotated_query() if query is None else query
+        key_cache, value_cache = split_kv(self.kv_cache)
+        lengths = torch.tensor(shape.lengths)[rows]
+        starts = torch.cat(
+            [torch.zeros(1, dtype=torch.int64), (lengths[:, 0] - lengths[:, 1]).cumsum(0)]
+        )
+        output = torch.full_like(query, torch.nan)
+        prefill_attention(
+            query,
+            key_cache,
+            value_cache,
+            output,
+            plan=plan_prefill(
+                starts.numpy(),
+                lengths[:, 0].numpy(),
+                self.block_table[rows],
+                shape.block_size,
+                shape.geometry,
+                shape.original_max_position_embeddings,
+            ),
+            rotation=self.rotation(),
+            softmax_scale=SCALE,
+            provider=torch_cpu.attention,
+        )
+        return output
+
+    def decode(self) -> torch.Tensor:
+        """The paged decode, for batches with one new token a request."""
+        shape = self.shape
+        query = self.rotated_query()
+        output = torch.full_like(query, torch.nan)
+        decode_attention(
+            query,
+            self.kv_cache,
+            output,
+            plan=DecodePlan(
+                torch.tensor([total for total, _ in shape.lengths]),
+                self.block_table,
+                shape.block_size,
+                shape.geometry,
+                shape.original_max_position_embeddings,
+            ),
+            rotation=self.rotation(),
+            softmax_scale=SCALE,
+        )
+        return output
+
+    def tolerance(self) -> float:
+        """How far from fp64 an ordinary computation in the batch's dtype ends up.
+
+        The reference itself, run in that dtype, rounds queries, keys, scores, weights and
+        output once each. The fast path rounds a turned query and a partial output once more,
+        hence twice its error; eps times the largest value is there for the batches where the
+        ordinary one happens to be exact (a single key).
+        """
+        exact = self.reference()
+        ordinary = (self.reference(self.shape.dtype).double() - exact).abs().max().item()
+        largest = max(value.abs().max().item() for value in self.values)
+        return 2 * ordinary + 2 * torch.finfo(self.shape.dtype).eps * largest
+
+    def assert_close(self, output: torch.Tensor) -> None:
+        error = (output.double() - self.reference()).abs().max().item()
+        assert error <= self.tolerance(), f"{error} > {self.tolerance()} for {self.shape}"

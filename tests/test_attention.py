@@ -1,0 +1,132 @@
+"""The attention function against the reference, over batches of every shape."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.paged import Batch, Shape
+from vllm_dca import decode_cpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def shapes(draw: st.DrawFn, decode: bool = False) -> Shape:
+    block_size = draw(st.sampled_from([1, 2, 4, 8, 16]))
+    chunk_len = block_size * draw(st.integers(1, 4))
+    longest = min(5 * chunk_len, 150)
+    # Chunk and block borders, and one to either side, more often than chance has it.
+    border = st.integers(0, longest // block_size).map(lambda n: n * block_size)
+    near = st.tuples(border, st.integers(-1, 1)).map(lambda pair: max(1, sum(pair)))
+    total = st.one_of(near, st.integers(1, longest))
+
+    def lengths() -> tuple[int, int]:
+        tokens = draw(total)
+        return tokens, tokens - 1 if decode else min(
+            draw(st.one_of(st.just(0), total)), tokens - 1
+        )
+
+    head_size = draw(st.sampled_from([8, 16, 40]))
+    return Shape(
+        lengths=[lengths() for _ in range(draw(st.integers(1, 4)))],
+        chunk_len=chunk_len,
+        local_size=draw(st.integers(1, 2 * chunk_len)),  # s < w too
+        block_size=block_size,
+        num_kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 4)),
+        head_size=head_size,
+        rotary_dim=draw(st.sampled_from([head_size, head_size // 2])),
+        is_neox=draw(st.booleans()),
+        original_max_position_embeddings=draw(st.sampled_from([None, 1, 20])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        mscale=draw(st.sampled_from([1.0, 1.2])),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(shapes())
+def test_prefill_agrees_with_reference(shape: Shape) -> None:
+    batch = Batch.random(shape)
+    batch.assert_close(batch.prefill())
+
+
+@settings(max_examples=150, deadline=None)
+@given(shapes(decode=True), st.sampled_from([1 << 22, 100]))
+def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
+    batch = Batch.random(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_cpu, "WORKSPACE_ELEMENTS", workspace)
+        batch.assert_close(batch.decode())
+
+
+LENGTHS = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [None, 20])
+def test_every_split_of_a_prefill_equals_the_whole(
+    dtype: torch.dtype, temperature: int | None
+) -> None:
+    shape = Shape([(100, 0)], dtype=dtype, original_max_position_embeddings=temperature)
+    batch = Batch.random(shape)
+    whole = batch.prefill()
+    for cut in range(1, 100):
+        tail = dataclasses.replace(
+            batch, shape=dataclasses.replace(shape, lengths=[(100, cut)])
+        )
+        tail.queries = [batch.queries[0][cut:]]
+        head = dataclasses.replace(batch, shape=dataclasses.replace(shape, lengths=[(cut, 0)]))
+        head.queries, head.keys, head.values = (
+            [t[0][:cut]] for t in (batch.queries, batch.keys, batch.values)
+        )
+        split = torch.cat([head.prefill(), tail.prefill()])
+        assert (split - whole).abs().max() <= batch.tolerance(), cut
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batched_equals_single(dtype: torch.dtype) -> None:
+    batch = Batch.random(Shape(LENGTHS, dtype=dtype))
+    query = batch.rotated_query()
+    together, start = batch.prefill(), 0
+    for row, (total, _) in enumerate(LENGTHS):
+        rows = slice(start, start + total)
+        alone = batch.prefill(query[rows], rows=slice(row, row + 1))
+        # Segments are computed one by one, so not a bit may differ.
+        torch.testing.assert_close(together[rows], alone, rtol=0, atol=0)
+        start += total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [None, 20])
+def test_decode_row_equals_prefill_row(dtype: torch.dtype, temperature: int | None) -> None:
+    lengths = [(total, total - 1) for total in range(1, 101)]
+    shape = Shape(lengths, dtype=dtype, original_max_position_embeddings=temperature)
+    batch = Batch.random(shape)
+    assert (batch.decode() - batch.prefill()).abs().max() <= batch.tolerance()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_below_one_chunk_dca_is_ordinary_attention(dtype: torch.dtype) -> None:
+    shape = Shape([(16, 0)], dtype=dtype)
+    batch = Batch.random(shape)
+    query = batch.rotated_query().transpose(0, 1)
+    key, value = (
+        batch.kv_cache[batch.block_table[0].long()].transpose(0, 1).flatten(1, 2).chunk(2, -1)
+    )
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    ordinary, _ = op(query[None], key[None], value[None], 0.0, True, scale=0.3)
+    torch.testing.assert_close(batch.prefill(), ordinary[0].transpose(0, 1), rtol=0, atol=0)
+
+
+def test_tolerance_would_catch_a_wrong_region() -> None:
+    """The check can fail: one position too few towards the previous chunk is seen."""
+    batch = Batch.random(Shape([(100, 0)]))
+    wrong = dataclasses.replace(
+        batch, shape=dataclasses.replace(batch.shape, local_size=batch.shape.local_size - 1)
+    )
+    error = (wrong.prefill().double() - batch.reference()).abs().max()
+    assert error > 100 * batch.tolerance()
