@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_dca.decode_cpu import DecodePlan, decode_attention
 from vllm_dca.kv_cache import split_kv, write_kv
@@ -74,6 +74,14 @@ class DcaBackend(AttentionBackend):
         if _TORCH_DTYPES.get(kv_cache_dtype or "auto", dtype) != dtype:
             return f"--kv-cache-dtype {kv_cache_dtype} with a {dtype} model; use auto"
         return None
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Any, read through strides; the first keeps a page's heads apart, as products need."""
+        return (
+            KVCacheLayout.LBHNC,
+            *(layout for layout in KVCacheLayout if layout != KVCacheLayout.LBHNC),
+        )
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -4,24 +4,30 @@ The chunk length is a multiple of the page size, so a page lies in one region, a
 pages, whosever they are, go through one matrix product with the query of their region.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from vllm_dca.geometry import ChunkGeometry
 from vllm_dca.rotary import QueryRotation
 
-# Keys and values gathered at a time, in elements: bounds the memory that a step takes,
-# however long the contexts.
+# Keys and values gathered at a time, in elements: bounds the memory that a step takes, however
+# long the contexts.
 WORKSPACE_ELEMENTS = 1 << 22
 
 
 class DecodePlan:
-    """What all layers share: the pages of the batch, one after the other, and their queries.
+    """What all layers share: the pages of the batch, and which query reads them.
+
+    Pages are listed request after request, but for each request's last page, which come
+    together at the end, one a request: only there may slots be unwritten.
 
     Attributes:
-        pages: [num_pages] page numbers, request after request.
+        num_requests: rows of the batch.
+        pages: [num_pages] page numbers.
         rows: [num_pages] whose they are.
         copies: [num_pages] which of the 3 * num_requests turned queries reads them.
-        unused: [num_pages] slots at a page's end that hold nothing yet.
+        unwritten: [num_requests, block_size] true where the last page holds nothing yet.
         tokens, turn, temperature: the turned queries, see `QueryRotation.turn`.
     """
 
@@ -43,20 +49,23 @@ class DecodePlan:
             original_max_position_embeddings: switches the temperature on.
         """
         seq_lens = seq_lens.long()
-        num_requests = len(seq_lens)
-        chunk = (seq_lens - 1) // geometry.chunk_len
-        offset = (seq_lens - 1) % geometry.chunk_len
+        self.num_requests = len(seq_lens)
+        position = seq_lens - 1
+        chunk, offset = position // geometry.chunk_len, position % geometry.chunk_len
 
-        used = -(-seq_lens // block_size)
-        self.rows = torch.arange(num_requests).repeat_interleave(used)
-        index = torch.arange(len(self.rows)) - (used.cumsum(0) - used)[self.rows]
+        requests = torch.arange(self.num_requests)
+        last = position // block_size
+        full_rows = requests.repeat_interleave(last)
+        full = torch.arange(len(full_rows)) - (last.cumsum(0) - last)[full_rows]
+        index = torch.cat([full, last])
+        self.rows = torch.cat([full_rows, requests])
         self.pages = block_table[self.rows, index].long()
-        self.unused = ((index + 1) * block_size - seq_lens[self.rows]).clamp(min=0)
-        page_chunk = index * block_size // geometry.chunk_len
-        region = (chunk[self.rows] - page_chunk).clamp(max=2)
-        self.copies = region * num_requests + self.rows
+        self.unwritten = torch.arange(block_size) > (position % block_size)[:, None]
+        # 0, 1, 2: intra, succ, inter.
+        region = (chunk[self.rows] - index * block_size // geometry.chunk_len).clamp(max=2)
+        self.copies = region * self.num_requests + self.rows
 
-        self.tokens = torch.arange(num_requests).repeat(3)
+        self.tokens = requests.repeat(3)
         succ = (offset + geometry.chunk_len).clamp(max=geometry.chunk_size) - offset
         self.turn = torch.cat(
             [torch.zeros_like(offset), succ, geometry.inter_position - offset]
@@ -65,6 +74,14 @@ class DecodePlan:
         if original_max_position_embeddings is not None:
             growth = (seq_lens / original_max_position_embeddings).log()
             self.temperature = ((0.1 * growth + 1).clamp(min=1) ** 2).repeat(3).float()
+
+    def parts(self, elements_per_page: int) -> Iterator[tuple[slice, torch.Tensor | None]]:
+        """Pages that fit the workspace, and what is unwritten of them if anything may be."""
+        num_full = len(self.pages) - self.num_requests
+        step = max(1, WORKSPACE_ELEMENTS // elements_per_page)
+        for start in range(0, num_full, step):
+            yield slice(start, min(start + step, num_full)), None
+        yield slice(num_full, len(self.pages)), self.unwritten
 
 
 def decode_attention(
@@ -76,47 +93,43 @@ def decode_attention(
     rotation: QueryRotation,
     softmax_scale: float,
 ) -> None:
-    """Attend from each request's last token to all of its tokens.
+    """Attend from each request's last token to all of its tokens, in fp32.
+
+    Every page gives a partial result of its own; these are merged at the end.
 
     Args:
         query: [num_requests, num_heads, head_size], rotated to their offsets.
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any physical order.
         output: [num_requests, num_heads, head_size], written.
         plan: made once for all layers from the batch's lengths.
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
     """
-    num_requests, num_heads, head_size = query.shape
-    _, num_kv_heads, block_size, _ = kv_cache.shape
-    heads = (num_kv_heads, num_heads // num_kv_heads)
+    _, num_kv_heads, block_size, width = kv_cache.shape
+    heads = (num_kv_heads, query.shape[1] // num_kv_heads)
     turned = rotation.turn(query.float(), plan.tokens, plan.turn, plan.temperature)
     turned = (turned * softmax_scale).unflatten(1, heads)  # [3 * requests, kv, group, size]
 
-    # Online softmax over workspaces of pages, in fp32.
-    best = torch.full((num_requests, *heads), -torch.inf)
-    total = torch.zeros(num_requests, *heads)
-    acc = torch.zeros(num_requests, *heads, head_size)
-    slot = torch.arange(block_size)
-    step = max(1, WORKSPACE_ELEMENTS // (num_kv_heads * block_size * 2 * head_size))
-    for start in range(0, len(plan.pages), step):
-        part = slice(start, start + step)
-        rows, unused = plan.rows[part], plan.unused[part]
-        # [pages, kv, block, size]
-        key, value = kv_cache[plan.pages[part]].float().chunk(2, dim=-1)
+    partials = []
+    for part, unwritten in plan.parts(num_kv_heads * block_size * width):
+        pages = kv_cache.index_select(0, plan.pages[part]).float()
+        key, value = pages.chunk(2, dim=-1)  # [pages, kv, block, size]
         scores = turned[plan.copies[part]] @ key.transpose(-1, -2)
-        partly = unused.nonzero().squeeze(-1)
-        empty = slot >= block_size - unused[partly, None]  # [partly, block]
-        # Unwritten slots may hold anything, NaN included, which 0 * NaN would spread.
-        scores[partly] = scores[partly].masked_fill(empty[:, None, None], -torch.inf)
-        value[partly] = value[partly].masked_fill(empty[:, None, :, None], 0.0)
+        if unwritten is not None:
+            scores = scores.masked_fill(unwritten[:, None, None], -torch.inf)
+            # Those slots may hold anything, NaN included, which 0 * NaN would spread.
+            value.masked_fill_(unwritten[:, None, :, None], 0.0)
+        best = scores.amax(-1, keepdim=True)
+        weights = (scores - best).exp_()
+        partials.append((best, weights.sum(-1, keepdim=True), weights @ value))
 
-        before = best
-        page_best = scores.amax(-1)
-        best = before.scatter_reduce(
-            0, rows[:, None, None].expand_as(page_best), page_best, "amax"
-        )
-        weights = (scores - best[rows][..., None]).exp_()
-        fade = (before - best).nan_to_num(nan=0.0).exp()  # -inf - -inf: nothing seen yet
-        total = (total * fade).index_add_(0, rows, weights.sum(-1))
-        acc = (acc * fade[..., None]).index_add_(0, rows, weights @ value)
-    output.copy_((acc / total[..., None]).flatten(1, 2))
+    # [pages, kv, group, 1 or size]
+    best, total, acc = (torch.cat(column) for column in zip(*partials, strict=True))
+    index = plan.rows[:, None, None, None].expand_as(best)
+    row_best = torch.full((plan.num_requests, *best.shape[1:]), -torch.inf)
+    row_best.scatter_reduce_(0, index, best, "amax")
+    weight = (best - row_best[plan.rows]).exp_()
+    row_total = torch.zeros_like(row_best).index_add_(0, plan.rows, total * weight)
+    row_acc = acc.new_zeros(plan.num_requests, *acc.shape[1:])
+    row_acc.index_add_(0, plan.rows, acc * weight)
+    output.copy_((row_acc / row_total).flatten(1, 2))

@@ -32,7 +32,7 @@ def attention(
         pages = block_table[segment, : -(-num_keys // block_size)]
         # [1, num_kv_heads, num_keys, head_size]
         key, value = (
-            cache[pages].flatten(0, 1)[:num_keys].transpose(0, 1)[None]
+            cache.index_select(0, pages).flatten(0, 1)[:num_keys].transpose(0, 1)[None]
             for cache in (key_cache, value_cache)
         )
         attend = _causal if causal else _full
