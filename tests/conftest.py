@@ -1,0 +1,46 @@
+"""Engines and text that test modules share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# vLLM's own knobs for the CPU, read when an engine starts: every core that we may use, and a
+# cache that is small but holds the longest test prompt.
+os.environ.setdefault(
+    "VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0))))
+)
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+
+DEMO_MODEL = Path(
+    os.environ.get("DCA_DEMO_MODEL", Path(__file__).parents[1] / ".cache" / "demo-model")
+)
+# Small chunks put many borders into short texts.
+DEMO_SIZES = {"chunk_size": 1024, "local_size": 256}
+
+
+@pytest.fixture(scope="session")
+def prose() -> list[int]:
+    """The demo text in the demo model's tokens."""
+    from transformers import AutoTokenizer
+
+    from scripts.corpus import load
+
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)(load())["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def demo_llm() -> Iterator["LLM"]:  # noqa: F821
+    """The demo model in fp32 as a user starts it: own process, torch.compile, prefix caching."""
+    from vllm import LLM
+
+    yield LLM(
+        str(DEMO_MODEL),
+        dtype="float32",
+        attention_backend="dca",
+        additional_config={"dca": DEMO_SIZES},
+        max_model_len=32768,
+        max_num_batched_tokens=1000,  # prefills are cut at odd places
+        max_num_seqs=16,
+    )
