@@ -1,8 +1,8 @@
 """Engines and text that test modules share."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,11 +31,11 @@ def prose() -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def demo_llm() -> Iterator["LLM"]:  # noqa: F821
-    """The demo model in fp32 as a user starts it: own process, torch.compile, prefix caching."""
+def demo_llm() -> Any:
+    """The demo model in fp32, with vLLM's defaults: torch.compile, prefix caching."""
     from vllm import LLM
 
-    yield LLM(
+    return LLM(
         str(DEMO_MODEL),
         dtype="float32",
         attention_backend="dca",

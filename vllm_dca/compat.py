@@ -29,6 +29,7 @@ class IncompatibleVllmError(RuntimeError):
     """This vLLM is not one that the shims were written for."""
 
 
+@functools.cache
 def apply() -> list[str]:
     """Register the backend and apply every shim that this vLLM still needs; once a process.
 
@@ -45,10 +46,11 @@ def apply() -> list[str]:
     needed = [shim for shim, is_needed in SHIMS.items() if is_needed()]
     for shim in needed:
         _check_target(shim)
+    # With patches/0001, vLLM registers it when it unpickles a config, before the plugin loads.
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, CLASS_PATH)
-        for shim in needed:
-            shim()
+    for shim in needed:
+        shim()
     return [shim.__name__ for shim in needed]
 
 
@@ -66,7 +68,7 @@ def pickle_by_name() -> None:
     before plugins are loaded there: "is not a valid AttentionBackendEnum".
     Until: patches/0001.
     """
-    copyreg.pickle(AttentionBackendEnum, _reduce)  # type: ignore[arg-type]
+    copyreg.pickle(AttentionBackendEnum, _reduce)
 
 
 def _reduce(member: AttentionBackendEnum) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -124,7 +126,7 @@ def extend_context() -> None:
         asked = self.max_model_len
         if not selects_dca(self) or asked is None or asked <= 0:
             return original(self)
-        self.max_model_len = None  # type: ignore[assignment]
+        self.max_model_len = None
         try:
             model_config = original(self)
         finally:
@@ -169,7 +171,7 @@ def prepare_model() -> None:
         layers = vllm_config.compilation_config.static_forward_context.values()
         backends = {getattr(layer, "attn_backend", None) for layer in layers}
         for backend in backends:
-            if hasattr(backend, "prepare_model"):
+            if backend is not None and hasattr(backend, "prepare_model"):
                 backend.prepare_model(model, vllm_config)
         return model
 

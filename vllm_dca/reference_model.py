@@ -68,7 +68,7 @@ def prompt_logprobs(
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=dtype, attn_implementation="dca_reference"
     ).eval()
-    modeling = importlib.import_module(type(model).__module__)
+    modeling: Any = importlib.import_module(type(model).__module__)
     rotate_there = modeling.apply_rotary_pos_emb
     modeling.apply_rotary_pos_emb = lambda query, key, *args, **kwargs: (query, key)
     try:

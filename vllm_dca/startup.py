@@ -1,5 +1,7 @@
 """What is checked and settled once, in the process that the user started."""
 
+from typing import Any
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -108,7 +110,7 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         )
 
 
-def _take_checkpoint_config(vllm_config: VllmConfig) -> dict | None:
+def _take_checkpoint_config(vllm_config: VllmConfig) -> dict[str, Any] | None:
     """Remove and return the checkpoint's config; null would not do, vLLM tests hasattr."""
     model_config = vllm_config.model_config
     checkpoint = None
