@@ -1,7 +1,7 @@
 """A long real English text: Jane Austen, Pride and Prejudice (public domain, 120,000 words).
 
-It comes with the package guidellm 0.3.1, a load generator for LLM servers. Run as a script, this
-prints it.
+It comes with the package guidellm 0.3.1, a load generator for LLM servers. Run as a script,
+this prints it.
 """
 
 import gzip

@@ -1,8 +1,9 @@
 """Ask a small model about a text longer than its window, with and without DCA.
 
 A code word is hidden near the start of a real text, far beyond the 8,192 tokens that the model
-was trained on. Each server, the one with Dual Chunk Attention and one with vLLM's own attention,
-is asked for it, and scores the text: its perplexity just inside the window and at the end.
+was trained on. Each server, the one with Dual Chunk Attention and one with vLLM's own
+attention, is asked for it, and scores the text: its perplexity just inside the window and at
+the end.
 
 Run it with scripts/demo. It uses the server at --url if one runs there, else starts one. Exits
 with 1 unless DCA's perplexity at the end of the text is at most a tenth of plain attention's.
@@ -58,7 +59,11 @@ class Measured:
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Progress]:
     """Show a spinner with the time so far, left standing with the final time."""
-    columns = SpinnerColumn(finished_text="✓"), TimeElapsedColumn(), TextColumn("{task.description}")
+    columns = (
+        SpinnerColumn(finished_text="✓"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=1)
         yield progress
@@ -130,7 +135,9 @@ def measure(url: str, tokens: list[int], prompt: str) -> Measured:
         )
     # One entry a token, keyed by the token's id; the first token has none.
     entries = scored.choices[0].model_extra["prompt_logprobs"][1:]
-    logprobs = [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], entries)]
+    logprobs = [
+        entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], entries, strict=True)
+    ]
     return Measured(
         prompt_tokens=prompt_tokens,
         first_token_s=first_token_s,
@@ -157,8 +164,8 @@ def main() -> None:
     prompt = f"{text[:early]}\n\n{FACT}{text[early:]}\n\n{QUESTION}"
 
     console.print(
-        f"The first {options.tokens:,} tokens of Pride and Prejudice, for a model with a window of "
-        f"{WINDOW:,}; hidden in them: “{FACT}”"
+        f"The first {options.tokens:,} tokens of Pride and Prejudice, for a model with a "
+        f"window of {WINDOW:,}; hidden in them: “{FACT}”"
     )
     console.rule("Dual Chunk Attention")
     with server(options.url):
@@ -180,7 +187,9 @@ def main() -> None:
     console.print(table)
 
     ratio = plain.beyond / dca.beyond
-    console.print(f"At the end of the text, plain attention's perplexity is {ratio:.1f} times DCA's.")
+    console.print(
+        f"At the end of the text, plain attention's perplexity is {ratio:.1f} times DCA's."
+    )
     if ratio < 10:
         sys.exit("Expected at least 10 times: see the table for what was measured.")
 

@@ -125,7 +125,8 @@ def main() -> None:
 
     dca, plain, reference = (results[name] for name in runs)
     if args.output:
-        cpu = [line for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
+        cpus = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = [line for line in cpus if line.startswith("model name")]
         commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
         record = {
             "command": f"scripts/twice_the_window.py --tokens {args.tokens}",

@@ -113,13 +113,14 @@ def dual_chunk_attention(
         for back in (0, 1, 2)
     ]
     turned = [rotate(query, p, inv_freq, is_neox).to(dtype) for p in standing]
+    applies = [wanted == p[:, None] for p in standing]
+    factor = temperature(i, original_max_position_embeddings)[:, None].to(dtype)
     output = torch.empty(num_queries, num_heads, value.shape[-1], dtype=dtype)
     for head in range(num_heads):
         kv_head = head * num_kv_heads // num_heads
         scores = torch.full((num_queries, seq_len), -torch.inf, dtype=dtype)
-        for p, q in zip(standing, turned, strict=True):
-            dots = scale * q[:, head] @ key[:, kv_head].T
-            scores = torch.where(wanted == p[:, None], dots, scores)
-        scores *= temperature(i, original_max_position_embeddings)[:, None].to(dtype)
+        for mask, q in zip(applies, turned, strict=True):
+            dots = (factor * scale * q[:, head]) @ key[:, kv_head].T
+            scores = torch.where(mask, dots, scores)
         output[:, head] = scores.softmax(-1) @ value[:, kv_head]
     return output
