@@ -1,12 +1,12 @@
-"""Ask a small model about a text longer than its window, with and without DCA.
+"""Give a small model a text twice as long as its window, with and without DCA.
 
-A code word is hidden near the start of a real text, far beyond the 8,192 tokens that the model
-was trained on. Each server, the one with Dual Chunk Attention and one with vLLM's own
-attention, is asked for it, and scores the text: its perplexity just inside the window and at
-the end.
+A code word is hidden near the start of a real text, far out of reach of the 8,192 tokens that
+the model was trained on. Two servers, one with Dual Chunk Attention and one with vLLM's own
+attention and plain RoPE, are asked for it, and score the text: perplexity at the end of the
+window and at the end of the text. Lower is better.
 
-Run it with scripts/demo. It uses the server at --url if one runs there, else starts one. Exits
-with 1 unless DCA's perplexity at the end of the text is at most a tenth of plain attention's.
+Run it with scripts/demo. The exit code is 1 unless plain RoPE's perplexity at the end of the
+text is at least ten times DCA's.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / ".cache" / "demo-model"
+CACHE = ROOT / ".cache"
 WINDOW = 8192
 TAIL = 1024
 CODE = "48213"
-FACT = f"The code word for the vault is {CODE}. Remember it."
-QUESTION = "What is the code word for the vault?"
-PLAIN_URL = "http://localhost:8001"
-# Without a rotary table as long as the text, plain attention would read past the table's end.
-PLAIN_ARGUMENTS = (
-    *("--port", "8001", "--attention-backend", "cpu_attn"),
+# A model this small completes a sentence it has read more surely than it answers a question.
+QUESTION = "The code word for the vault is"
+FACT = f"{QUESTION} {CODE}. Remember it."
+PLAIN = (
+    *("--attention-backend", "cpu_attn"),
+    # The rotary table must be as long as the text: vLLM would read past its end.
     *("--hf-overrides", '{"max_position_embeddings": 32768}'),
 )
 
@@ -47,24 +47,19 @@ console = Console()
 
 @dataclass(frozen=True)
 class Measured:
-    prompt_tokens: int
-    first_token_s: float
-    answer: str
     inside: float
-    """Perplexity over the last TAIL tokens of the window."""
+    """Perplexity of the last TAIL tokens of the window."""
     beyond: float
-    """Perplexity over the last TAIL tokens of the text."""
+    """Perplexity of the last TAIL tokens of the text."""
+    answer: str
+    first_token_s: float
 
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Progress]:
-    """Show a spinner with the time so far, left standing with the final time."""
-    columns = (
-        SpinnerColumn(finished_text="✓"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as progress:
+    """Show a spinner and the time so far; at the end the line stays."""
+    columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description}")
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(what, total=1)
         yield progress
         progress.update(task, completed=1)
@@ -79,119 +74,119 @@ def is_up(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def server(url: str, *arguments: str) -> Iterator[None]:
-    """Start `scripts/serve` and stop it at the end; leave a server that already runs alone."""
+def server(port: int, *arguments: str) -> Iterator[str]:
+    """Start a server, give its URL, and stop it at the end."""
+    url = f"http://localhost:{port}"
     if is_up(url):
-        yield
-        return
-    log = ROOT / ".cache" / f"server-{url.rpartition(':')[2]}.log"
+        sys.exit(f"Another server runs at {url}: stop it, or choose another --port.")
+    CACHE.mkdir(exist_ok=True)
+    log = CACHE / f"server-{port}.log"
+    # Compiling would take longer than the two requests that this server gets.
+    command = [ROOT / "scripts" / "serve", "--port", str(port), "--enforce-eager", *arguments]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [ROOT / "scripts" / "serve", *arguments], stdout=output, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        with working(f"starting a server at {url} (log: {log.relative_to(ROOT)})"):
+        with working(f"starting a server (log: {log.relative_to(ROOT)})"):
             while not is_up(url):
                 if process.poll() is not None:
-                    sys.exit(f"the server did not start; its log is {log}")
+                    sys.exit(f"The server did not start: see {log}")
                 time.sleep(1)
-        yield
+        yield url
     finally:
         process.terminate()
         process.wait()
 
 
-def perplexity(logprobs: list[float]) -> float:
-    return math.exp(-sum(logprobs) / len(logprobs))
-
-
-def measure(url: str, tokens: list[int], prompt: str) -> Measured:
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=None, max_retries=0)
-
-    with working("asking: it reads the text and the question") as progress:
+def ask(client: OpenAI, prompt: list[int]) -> tuple[str, float]:
+    """The completion of `prompt`, and the seconds until its first token."""
+    with working(f"reading {len(prompt):,} tokens") as progress:
         start = time.monotonic()
-        first_token_s, answer, prompt_tokens = math.nan, "", 0
-        for event in client.chat.completions.create(
-            model="smollm2",
-            messages=[{"role": "user", "content": prompt}],
-            max_tokens=24,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
+        answer, first_token_s = "", math.nan
+        for event in client.completions.create(
+            model="smollm2", prompt=prompt, max_tokens=12, temperature=0, stream=True
         ):
-            if event.usage:
-                prompt_tokens = event.usage.prompt_tokens
-            for choice in event.choices:
-                if choice.delta.content:
-                    if not answer:
-                        first_token_s = time.monotonic() - start
-                    answer += choice.delta.content
-                    shown = f"first token after {first_token_s:.1f} s: {answer!r}"
-                    progress.update(progress.task_ids[0], description=shown)
+            if not answer:
+                first_token_s = time.monotonic() - start
+            answer += event.choices[0].text
+            shown = f"first token after {first_token_s:.1f} s; {QUESTION}{answer!r}"
+            progress.update(progress.task_ids[0], description=shown)
+    return " ".join(answer.split()), first_token_s
 
-    with working(f"scoring the {len(tokens):,} tokens of the text"):
+
+def perplexities(client: OpenAI, tokens: list[int]) -> tuple[float, float]:
+    """Perplexity of the last TAIL tokens of the window, and of the text."""
+    with working(f"scoring {len(tokens):,} tokens"):
         scored = client.completions.create(
             model="smollm2", prompt=tokens, max_tokens=1, extra_body={"prompt_logprobs": 0}
         )
-    # One entry a token, keyed by the token's id; the first token has none.
-    entries = scored.choices[0].model_extra["prompt_logprobs"][1:]
+    # One entry for each token, by its id; nothing comes before the first, so it has none.
+    entries = scored.choices[0].model_extra["prompt_logprobs"]
     logprobs = [
-        entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], entries, strict=True)
+        entry[str(token)]["logprob"]
+        for token, entry in zip(tokens[1:], entries[1:], strict=True)
     ]
-    return Measured(
-        prompt_tokens=prompt_tokens,
-        first_token_s=first_token_s,
-        answer=answer.strip(),
-        inside=perplexity(logprobs[WINDOW - TAIL : WINDOW]),
-        beyond=perplexity(logprobs[-TAIL:]),
-    )
+    inside, beyond = logprobs[WINDOW - TAIL : WINDOW], logprobs[-TAIL:]
+    return math.exp(-sum(inside) / TAIL), math.exp(-sum(beyond) / TAIL)
+
+
+def measure(url: str, tokens: list[int], prompt: list[int]) -> Measured:
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=None, max_retries=0)
+    answer, first_token_s = ask(client, prompt)
+    inside, beyond = perplexities(client, tokens)
+    return Measured(inside, beyond, answer, first_token_s)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", default="http://localhost:8000", help="the server with DCA")
-    parser.add_argument("--tokens", type=int, default=12_000, help="length of the text")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        help="where a server with DCA runs, else is started; plain RoPE gets the next port",
+    )
+    parser.add_argument("--tokens", type=int, default=2 * WINDOW, help="length of the text")
     options = parser.parse_args()
 
-    if not MODEL.exists():
-        demo_model.convert(MODEL)
-    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    model = CACHE / "demo-model"
+    if not model.exists():
+        with working("unpacking the model"):
+            demo_model.convert(model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokens = tokenizer.encode(corpus.load()).ids[: options.tokens]
     text = tokenizer.decode(tokens)
     early = text.index("\n\n", len(text) // 10)
-    prompt = f"{text[:early]}\n\n{FACT}{text[early:]}\n\n{QUESTION}"
+    prompt = tokenizer.encode(f"{text[:early]}\n\n{FACT}{text[early:]}\n\n{QUESTION}").ids
 
     console.print(
-        f"The first {options.tokens:,} tokens of Pride and Prejudice, for a model with a "
-        f"window of {WINDOW:,}; hidden in them: “{FACT}”"
+        f"SmolLM2-135M, trained on {WINDOW:,} tokens, reads the first {len(tokens):,} "
+        f"of Pride and Prejudice. Near the start is hidden: “{FACT}”"
     )
     console.rule("Dual Chunk Attention")
-    with server(options.url):
-        dca = measure(options.url, tokens, prompt)
-    console.rule("Plain attention")
-    with server(PLAIN_URL, *PLAIN_ARGUMENTS):
-        plain = measure(PLAIN_URL, tokens, prompt)
+    running = f"http://localhost:{options.port}"
+    with contextlib.nullcontext(running) if is_up(running) else server(options.port) as url:
+        dca = measure(url, tokens, prompt)
+    console.rule("Plain RoPE")
+    with server(options.port + 1, *PLAIN) as url:
+        plain = measure(url, tokens, prompt)
 
-    table = Table("", "plain attention", "Dual Chunk Attention")
-    for label, row in (
-        (f"perplexity, tokens {WINDOW - TAIL:,} to {WINDOW:,}", lambda m: f"{m.inside:.1f}"),
-        (f"perplexity, the last {TAIL:,} tokens", lambda m: f"{m.beyond:.1f}"),
-        (QUESTION, lambda m: m.answer),
-        ("right?", lambda m: "yes" if CODE in m.answer else "no"),
-        ("tokens in the question's prompt", lambda m: f"{m.prompt_tokens:,}"),
-        ("time to the first token", lambda m: f"{m.first_token_s:.1f} s"),
+    table = Table("", "plain RoPE", "DCA")
+    for label, cell in (
+        (f"perplexity, end of the window ({TAIL:,} tokens)", lambda m: f"{m.inside:.1f}"),
+        (f"perplexity, end of the text ({TAIL:,} tokens)", lambda m: f"{m.beyond:.1f}"),
+        (f"{QUESTION} ...", lambda m: m.answer),
+        ("right", lambda m: "yes" if CODE in m.answer else "no"),
+        ("time to first token", lambda m: f"{m.first_token_s:.1f} s"),
     ):
-        table.add_row(label, row(plain), row(dca))
+        table.add_row(label, cell(plain), cell(dca))
     console.print(table)
 
     ratio = plain.beyond / dca.beyond
-    console.print(
-        f"At the end of the text, plain attention's perplexity is {ratio:.1f} times DCA's."
-    )
+    verdict = f"At the end of the text plain RoPE's perplexity is {ratio:.1f} times DCA's"
     if ratio < 10:
-        sys.exit("Expected at least 10 times: see the table for what was measured.")
+        sys.exit(f"{verdict}; at least 10 times was expected.")
+    console.print(f"{verdict}.")
 
 
 if __name__ == "__main__":

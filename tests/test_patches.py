@@ -139,7 +139,7 @@ def test_patches_apply_to_the_installed_vllm(
             compile(patched, path, "exec")
 
 
-# What runs in the other processes. Names of vLLM can only be imported in there.
+# What runs in the other processes. Only there is vLLM imported.
 
 
 def _use_vllm(overlay: Path | None, *paths: Path, plugins: str = "") -> None:
@@ -187,8 +187,6 @@ def _engine_config(model: Path, max_model_len: int | None, **args: Any) -> Any:
 
 
 def _create_model(vllm_config: Any) -> Any:
-    import tempfile
-
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         init_distributed_environment,
@@ -199,8 +197,8 @@ def _create_model(vllm_config: Any) -> Any:
 
     with set_current_vllm_config(vllm_config):
         if not model_parallel_is_initialized():
-            rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
-            init_distributed_environment(1, 0, rendezvous, 0, "gloo")
+            rendezvous = f"{vllm_config.model_config.model}/rendezvous-{os.getpid()}"
+            init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
             initialize_model_parallel()
         loader = get_model_loader(vllm_config.load_config)
         return loader.create_model(
@@ -364,11 +362,16 @@ def _observe_other(overlay: Path, model: Path, other: Path) -> dict[str, Any]:
     register_backend("OTHER")(OtherBackend)
     vllm_config = _engine_config(model, 4 * WINDOW, attention_backend="other")
     _create_model(vllm_config)
+    register_backend("PLAIN", CPU_PATH)  # one without any of the hooks
+    plain = _engine_config(model, WINDOW, attention_backend="plain")
     return {
         "pickle": pickle.dumps(AttentionConfig(backend="other")),
         "selected": _select(AttentionBackendEnum["OTHER"]),
         "settled": _settled(vllm_config),
         "prepared": OtherBackend.prepared,
+        "plain": _settled(plain),
+        "plain model": type(_create_model(plain)).__name__,
+        "plain, too long": _error(_engine_config, model, 4 * WINDOW, attention_backend="plain"),
     }
 
 
@@ -452,7 +455,7 @@ def _observe_gates() -> dict[str, dict[str, Any]]:
             attempts[shim] = attempt()
     assert [vars(owner)[name] for owner, name in targets.values()] == originals
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm, "__version__", "0.32.9+cpu")
+        patch.setattr(vllm, "__version__", "0.32.9.post1+cpu")
         attempts["none"] = attempt()
     return attempts
 
@@ -610,6 +613,9 @@ def test_patches_serve_any_backend(observed: Observed, received: Callable[[str],
         "additional_config": {"other": 4 * WINDOW},
     }
     assert found["prepared"] == ["LlamaForCausalLM"]
+    assert found["plain"]["additional_config"] == {}
+    assert found["plain model"] == "LlamaForCausalLM"
+    assert TOO_LONG in found["plain, too long"]
     assert received("other") == [True] * 4
 
 

@@ -39,7 +39,7 @@ def apply() -> list[str]:
     Raises:
         IncompatibleVllmError: untested minor, or a target has changed. Nothing is applied.
     """
-    if vllm.__version__.split("+")[0].rsplit(".", 1)[0] not in TESTED_VLLM:
+    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED_VLLM:
         raise IncompatibleVllmError(
             f"vLLM {vllm.__version__} is installed, and tested are {', '.join(TESTED_VLLM)}"
         )

@@ -66,7 +66,10 @@ def prompt_logprobs(
 
     AttentionInterface.register("dca_reference", attention)
     model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=dtype, attn_implementation="dca_reference"
+        model_dir,
+        dtype=dtype,
+        attn_implementation="dca_reference",
+        experts_implementation="eager",  # the default has no fp64
     ).eval()
     modeling: Any = importlib.import_module(type(model).__module__)
     rotate_there = modeling.apply_rotary_pos_emb

@@ -1,0 +1,52 @@
+"""Tiny random checkpoints, written from their real Hugging Face configs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WINDOW = 128
+VOCAB = 256
+
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": WINDOW,
+    "tie_word_embeddings": False,
+    # Wide enough that attention is far from uniform: positions must matter to the answers.
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
+
+
+def write(directory: Path, config_class: str, seed: int = 0, **changes: Any) -> Path:
+    """A checkpoint of a config class of transformers, SHAPE and MOE changed as given."""
+    import transformers
+
+    base = {**SHAPE, **MOE} if "Moe" in config_class else SHAPE
+    config = getattr(transformers, config_class)(**{**base, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    return directory
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    """Random tokens that are none of the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
