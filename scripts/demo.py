@@ -108,7 +108,7 @@ def ask(client: OpenAI, prompt: list[int]) -> tuple[str, float]:
             if not answer:
                 first_token_s = time.monotonic() - start
             answer += event.choices[0].text
-            shown = f"first token after {first_token_s:.1f} s; {QUESTION}{answer!r}"
+            shown = f"first token after {first_token_s:.1f} s: {answer!r}"
             progress.update(progress.task_ids[0], description=shown)
     return " ".join(answer.split()), first_token_s
 

@@ -28,21 +28,36 @@ MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
 
 
-def write(directory: Path, config_class: str, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint of a config class of transformers, SHAPE and MOE changed as given."""
+def config(config_class: str, **changes: Any) -> Any:
+    """A config of a class of transformers, SHAPE (and MOE) changed as given."""
     import transformers
 
     base = {**SHAPE, **MOE} if "Moe" in config_class else SHAPE
-    config = getattr(transformers, config_class)(**{**base, **changes})
+    if config_class == "Qwen2MoeConfig":
+        base = {**base, "shared_expert_intermediate_size": 32}
+    return getattr(transformers, config_class)(**{**base, **changes})
+
+
+def write(directory: Path, config_class: str, seed: int = 0, **changes: Any) -> Path:
+    """A whole checkpoint, weights and all."""
+    import transformers
+
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config(config_class, **changes), dtype=torch.float32
+    )
     model.save_pretrained(directory)
+    return directory
+
+
+def write_config(directory: Path, config_class: str, architecture: str, **changes: Any) -> Path:
+    """A checkpoint's config alone, enough for what is refused before weights are read."""
+    config(config_class, architectures=[architecture], **changes).save_pretrained(directory)
     return directory
 
 

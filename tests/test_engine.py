@@ -6,46 +6,14 @@ other batch shapes alone move it by some 1e-5.
 
 import pytest
 import torch
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import LLM
 
+from tests.answers import assert_same_answer, generate, of_answer, of_prompt
 from tests.conftest import DEMO_MODEL, DEMO_SIZES
 from vllm_dca.reference_model import prompt_logprobs
 
 ATOL = 1e-3
 CHUNK_LEN = DEMO_SIZES["chunk_size"] - DEMO_SIZES["local_size"]
-
-
-def generate(
-    llm: LLM, prompts: list[list[int]], max_tokens: int = 1, **params: int
-) -> list[RequestOutput]:
-    return llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, **params
-        ),
-        use_tqdm=False,
-    )
-
-
-def of_prompt(output: RequestOutput) -> torch.Tensor:
-    """Log-probability of every prompt token but the first."""
-    tokens = output.prompt_token_ids[1:]
-    return torch.tensor(
-        [at[t].logprob for at, t in zip(output.prompt_logprobs[1:], tokens, strict=True)]
-    )
-
-
-def of_answer(output: RequestOutput) -> tuple[list[int], torch.Tensor]:
-    answer = output.outputs[0]
-    return list(answer.token_ids), torch.tensor(
-        [at[t].logprob for at, t in zip(answer.logprobs, answer.token_ids, strict=True)]
-    )
-
-
-def assert_same_answer(one: RequestOutput, other: RequestOutput) -> None:
-    (tokens, logprobs), (other_tokens, other_logprobs) = of_answer(one), of_answer(other)
-    assert tokens == other_tokens
-    torch.testing.assert_close(logprobs, other_logprobs, rtol=0, atol=ATOL)
 
 
 def test_prompt_logprobs_agree_with_the_reference(demo_llm: LLM, prose: list[int]) -> None:
@@ -74,7 +42,7 @@ def test_batched_equals_single(demo_llm: LLM, prose: list[int]) -> None:
     demo_llm.reset_prefix_cache()
     for prompt, expected in zip(prompts, together, strict=True):
         [alone] = generate(demo_llm, [prompt], max_tokens=8)
-        assert_same_answer(alone, expected)
+        assert_same_answer(alone, expected, ATOL)
 
 
 @pytest.mark.parametrize("shared", [CHUNK_LEN - 10, 2 * CHUNK_LEN, 2000])
@@ -90,7 +58,7 @@ def test_a_cached_prefix_equals_a_fresh_one(
     generate(demo_llm, [prose[:shared] + prose[9000:10500]])
     [cached] = generate(demo_llm, [prompt], max_tokens=8)
     assert cached.num_cached_tokens == shared // 128 * 128
-    assert_same_answer(cached, fresh)
+    assert_same_answer(cached, fresh, ATOL)
 
 
 def test_decode_rows_equal_prefill_rows(demo_llm: LLM, prose: list[int]) -> None:

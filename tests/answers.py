@@ -1,0 +1,48 @@
+"""Greedy generation, and the log-probabilities that come with it."""
+
+from typing import Any
+
+import torch
+
+
+def generate(
+    llm: Any, prompts: list[list[int]], max_tokens: int = 1, **params: Any
+) -> list[Any]:
+    """Greedy answers of a fixed length to token prompts."""
+    from vllm import SamplingParams
+
+    return llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+            **params,
+        ),
+        use_tqdm=False,
+    )
+
+
+def of_prompt(output: Any) -> torch.Tensor:
+    """Log-probability of every prompt token but the first."""
+    tokens = output.prompt_token_ids[1:]
+    return torch.tensor(
+        [at[t].logprob for at, t in zip(output.prompt_logprobs[1:], tokens, strict=True)]
+    )
+
+
+def of_answer(output: Any) -> tuple[list[int], torch.Tensor]:
+    """Tokens of the answer and their log-probabilities."""
+    answer = output.outputs[0]
+    return list(answer.token_ids), torch.tensor(
+        [at[t].logprob for at, t in zip(answer.logprobs, answer.token_ids, strict=True)]
+    )
+
+
+def assert_same_answer(one: Any, other: Any, atol: float) -> None:
+    """The same tokens, with the same log-probabilities."""
+    (tokens, logprobs), (other_tokens, other_logprobs) = of_answer(one), of_answer(other)
+    assert tokens == other_tokens
+    torch.testing.assert_close(logprobs, other_logprobs, rtol=0, atol=atol)

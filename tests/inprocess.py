@@ -1,0 +1,35 @@
+"""Engines of tiny checkpoints inside the test's own process: they start in seconds."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@contextlib.contextmanager
+def engine(model: Path, **options: Any) -> Iterator[Any]:
+    """An LLM with DCA, gone at the end; prefills are cut at odd places."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {
+        "attention_backend": "dca",
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+        "block_size": 16,
+        "max_num_batched_tokens": 100,
+        "num_gpu_blocks_override": 200,
+        "disable_log_stats": False,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            llm = LLM(str(model), **{**defaults, **options})
+            yield llm
+            del llm
+        finally:
+            cleanup_dist_env_and_memory()

@@ -1,0 +1,157 @@
+"""Tiny checkpoints through the engine, far past their window, against the reference."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import checkpoints
+from tests.answers import assert_same_answer, generate, of_prompt
+from tests.inprocess import engine
+from vllm_dca.reference_model import prompt_logprobs
+
+# What the project promises for fp32.
+ATOL = 1e-3
+SIZES = {"chunk_size": 96, "local_size": 32}
+TEMPERED = {**SIZES, "original_max_position_embeddings": 64}
+# As Qwen-1M checkpoints have them.
+SPARSE = {
+    "sparse_attention_enabled": True,
+    "sparse_attention_threshold": 32768,
+    "sparse_attention_last_q": 64,
+}
+LENGTH = 300
+
+
+def assert_agrees(
+    llm: Any, model: Path, settings: dict[str, int], length: int = LENGTH
+) -> None:
+    prompt = checkpoints.tokens(length)
+    [output] = generate(llm, [prompt], prompt_logprobs=0)
+    expected = prompt_logprobs(model, prompt, **settings)
+    torch.testing.assert_close(of_prompt(output).double(), expected, rtol=0, atol=ATOL)
+    # The check can fail: ordinary attention is far away.
+    assert (prompt_logprobs(model, prompt) - expected).abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    "family", ["Qwen2Config", "Qwen2MoeConfig", "Qwen3Config", "Qwen3MoeConfig"]
+)
+def test_qwen_1m_checkpoints_start_unmodified(
+    family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoints.write(
+        tmp_path, family, dual_chunk_attention_config={**TEMPERED, **SPARSE}
+    )
+    (tmp_path / "sparse_attention_config.json").write_text(
+        json.dumps({"0": {"0": ["vertical_and_slash", 1000, 6096, 1]}})
+    )
+    with engine(model) as llm:
+        assert_agrees(llm, model, TEMPERED)
+    log = "".join(capfd.readouterr())
+    assert log.count("the checkpoint asks for sparse prefill") == 1
+
+
+def test_sparse_config_file_alone_asks_for_sparse(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoints.write(tmp_path, "Qwen2Config", dual_chunk_attention_config=SIZES)
+    for expected, content in ((0, None), (1, {"0": {"0": ["vertical_and_slash", 1, 1, 1]}})):
+        if content:
+            (tmp_path / "sparse_attention_config.json").write_text(json.dumps(content))
+        with engine(model):
+            log = "".join(capfd.readouterr())
+            assert log.count("the checkpoint asks for sparse prefill") == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ],
+    ids=["MQA", "MHA", "linear", "yarn", "llama3"],
+)
+def test_llama(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = checkpoints.write(tmp_path, "LlamaConfig", **changes)
+    with engine(model, additional_config={"dca": SIZES}) as llm:
+        assert_agrees(llm, model, SIZES)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 32, 64])
+def test_any_block_size_that_divides_the_chunk_length(block_size: int, llama: Path) -> None:
+    blocks = 3200 // block_size
+    with engine(
+        llama,
+        additional_config={"dca": SIZES},
+        block_size=block_size,
+        num_gpu_blocks_override=blocks,
+    ) as llm:
+        assert_agrees(llm, llama, SIZES)
+
+
+def test_derived_sizes_are_the_documented_ones(llama: Path) -> None:
+    # Three quarters of the window; five sixths of that are a chunk, in whole blocks.
+    derived = {"chunk_size": 96, "local_size": 16}
+    with engine(llama) as llm:
+        assert_agrees(llm, llama, derived)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, llama: Path) -> None:
+    """No further from fp64, on average, than the reference itself in that dtype, twice.
+
+    Twice because the engine rounds a turned query and a partial output once more.
+    """
+    prompt = checkpoints.tokens(LENGTH)
+    exact = prompt_logprobs(llama, prompt, **SIZES)
+    ordinary = (prompt_logprobs(llama, prompt, **SIZES, dtype=dtype).double() - exact).abs()
+    name = str(dtype).removeprefix("torch.")
+    with engine(llama, additional_config={"dca": SIZES}, dtype=name) as llm:
+        [output] = generate(llm, [prompt], prompt_logprobs=0)
+    error = (of_prompt(output).double() - exact).abs()
+    assert error.mean() <= 2 * ordinary.mean()
+
+
+def test_preempted_requests_answer_as_if_alone(llama: Path) -> None:
+    """Three requests of up to 300 tokens in a cache of 448: some must be recomputed."""
+    prompts = [checkpoints.tokens(100 + seed, seed) for seed in range(3)]
+    options = {"additional_config": {"dca": SIZES}, "max_model_len": 320}
+    with engine(llama, num_gpu_blocks_override=28, **options) as llm:
+        crowded = generate(llm, prompts, max_tokens=180)
+        preemptions = sum(
+            metric.value
+            for metric in llm.get_metrics()
+            if metric.name == "vllm:num_preemptions"
+        )
+        assert preemptions > 0
+        for prompt, expected in zip(prompts, crowded, strict=True):
+            llm.reset_prefix_cache()
+            [alone] = generate(llm, [prompt], max_tokens=180)
+            assert_same_answer(alone, expected, ATOL)
