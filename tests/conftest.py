@@ -1,6 +1,9 @@
-"""Engines and text that test modules share."""
+"""Engines, logs and text that test modules share."""
 
+import logging
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +47,25 @@ def demo_llm() -> Any:
         max_num_batched_tokens=1000,  # prefills are cut at odd places
         max_num_seqs=16,
     )
+
+
+@pytest.fixture
+def vllm_log() -> Iterator[list[str]]:
+    """What vLLM, and the plugin through it, logs in this process."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    messages: list[str] = []
+    collector = Collector()
+    logging.getLogger("vllm").addHandler(collector)
+    yield messages
+    logging.getLogger("vllm").removeHandler(collector)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

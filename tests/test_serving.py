@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DEMO_MODEL
+from tests.conftest import DEMO_MODEL, free_port
 
 VLLM = [str(Path(sys.executable).with_name("vllm"))]
 DCA = ["--attention-backend", "dca", "--max-model-len", "32768", "--enforce-eager"]
@@ -26,11 +25,9 @@ class Server:
     """`vllm serve` on a free port, its output in a file."""
 
     def __init__(self, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        port = str(free_port())
+        self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        port = self.url.rpartition(":")[2]
         command = [*VLLM, "serve", str(DEMO_MODEL), "--port", port, "--host", "127.0.0.1", *DCA]
         with log.open("w") as output:
             self.process = subprocess.Popen(

@@ -129,7 +129,7 @@ def _fraction(of: int, fraction: tuple[int, int]) -> int:
 
 def _derive_local_size(chunk_size: int, block_size: int) -> int:
     """The chunk length rounded down to whole blocks; the rest of the chunk is local."""
-    chunk_len = chunk_size - _fraction(chunk_size, LOCAL_SIZE_OF_CHUNK)
+    chunk_len = chunk_size - max(_fraction(chunk_size, LOCAL_SIZE_OF_CHUNK), 1)
     alignment = math.lcm(block_size, CHUNK_LEN_ALIGNMENT)
     if chunk_len < alignment:
         alignment = block_size
