@@ -88,8 +88,8 @@ class DcaBackend(AttentionBackend):
         """KV connectors are not proved yet."""
         return False
 
-    # The two hooks below are called by the shims in vllm_dca.compat; patches/ proposes them
-    # to vLLM.
+    # The three hooks below are called by the shims in vllm_dca.compat; patches/ proposes
+    # them to vLLM.
 
     @classmethod
     def extends_context(cls) -> bool:
