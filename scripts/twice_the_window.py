@@ -83,7 +83,7 @@ def perplexity(logprobs: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "demo-model")
-    parser.add_argument("--tokens", type=int, default=12288)
+    parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))

@@ -273,10 +273,8 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         assert self.rotation is not None
         assert output_scale is None
         assert output_block_scale is None
-        decode_tokens, all_tokens = (
-            attn_metadata.num_decode_tokens,
-            attn_metadata.num_actual_tokens,
-        )
+        decode_tokens = attn_metadata.num_decode_tokens
+        all_tokens = attn_metadata.num_actual_tokens
         if attn_metadata.decode is not None:
             decode_attention(
                 query[:decode_tokens],

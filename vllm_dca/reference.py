@@ -95,32 +95,34 @@ def dual_chunk_attention(
     Returns:
         [num_queries, num_heads, head_size] in `dtype`.
     """
-    seq_len, num_kv_heads, _ = key.shape
-    num_queries, num_heads, _ = query.shape
+    num_kv_heads, num_heads = key.shape[1], query.shape[1]
+    seq_len, num_queries = len(key), len(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     inv_freq = inv_freq.double()
 
-    i = torch.arange(seq_len - num_queries, seq_len)
-    j = torch.arange(seq_len)
-    future = j > i[:, None]
-    wanted = query_positions(i[:, None], j, chunk_size, local_size).masked_fill(future, -1)
-    key = rotate(key, key_positions(j, chunk_size, local_size), inv_freq, is_neox).to(dtype)
-
-    # A query stands at its intra, its succ or its inter position, whatever the key.
     chunk_len = chunk_size - local_size
-    standing = [
-        query_positions(i, i - i % chunk_len - back * chunk_len, chunk_size, local_size)
-        for back in (0, 1, 2)
-    ]
-    turned = [rotate(query, p, inv_freq, is_neox).to(dtype) for p in standing]
-    applies = [wanted == p[:, None] for p in standing]
-    factor = temperature(i, original_max_position_embeddings)[:, None].to(dtype)
+    j = torch.arange(seq_len)
+    key = rotate(key, key_positions(j, chunk_size, local_size), inv_freq, is_neox).to(dtype)
     output = torch.empty(num_queries, num_heads, value.shape[-1], dtype=dtype)
-    for head in range(num_heads):
-        kv_head = head * num_kv_heads // num_heads
-        scores = torch.full((num_queries, seq_len), -torch.inf, dtype=dtype)
-        for mask, q in zip(applies, turned, strict=True):
-            dots = (factor * scale * q[:, head]) @ key[:, kv_head].T
-            scores = torch.where(mask, dots, scores)
-        output[:, head] = scores.softmax(-1) @ value[:, kv_head]
+    # Some rows at a time, which bounds the memory and spares most of the future.
+    for rows in torch.arange(num_queries).split(1024):
+        i = rows + seq_len - num_queries
+        j = torch.arange(int(i[-1]) + 1)
+        future = j > i[:, None]
+        wanted = query_positions(i[:, None], j, chunk_size, local_size).masked_fill(future, -1)
+        # A query stands at its intra, its succ or its inter position, whatever the key.
+        standing = [
+            query_positions(i, i - i % chunk_len - back * chunk_len, chunk_size, local_size)
+            for back in (0, 1, 2)
+        ]
+        turned = [rotate(query[rows], p, inv_freq, is_neox).to(dtype) for p in standing]
+        applies = [wanted == p[:, None] for p in standing]
+        factor = scale * temperature(i, original_max_position_embeddings)[:, None].to(dtype)
+        for head in range(num_heads):
+            kv_head = head * num_kv_heads // num_heads
+            scores = torch.full((len(i), len(j)), -torch.inf, dtype=dtype)
+            for mask, q in zip(applies, turned, strict=True):
+                dots = (factor * q[:, head]) @ key[: len(j), kv_head].T
+                scores = torch.where(mask, dots, scores)
+            output[rows, head] = scores.softmax(-1) @ value[: len(j), kv_head]
     return output
