@@ -16,6 +16,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import backends
 import torch
 from corpus import load
 from rich.console import Console
@@ -24,14 +25,6 @@ from rich.table import Table
 TAIL = 2048
 ROOT = Path(__file__).parents[1]
 console = Console()
-
-
-def backends(model: torch.nn.Module) -> list[str]:
-    """Asked of the worker: what its layers really run."""
-    from vllm.model_executor.layers.attention import Attention
-
-    layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
-    return sorted({layer.attn_backend.get_name() for layer in layers})
 
 
 def through_engine(model: Path, prompt: list[int], backend: str) -> torch.Tensor:
@@ -43,7 +36,7 @@ def through_engine(model: Path, prompt: list[int], backend: str) -> torch.Tensor
         # Plain RoPE past the window: a rotary table that is long enough, and nothing else.
         options["hf_overrides"] = {"max_position_embeddings": length}
     llm = LLM(str(model), dtype="float32", max_model_len=length, enforce_eager=True, **options)
-    ran = llm.apply_model(backends)
+    ran = llm.apply_model(backends.of_layers)
     assert ran == [[backend]], f"asked for {backend}, ran {ran}"
     [output] = llm.generate(
         [{"prompt_token_ids": prompt}],
@@ -90,7 +83,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # apply_model sends a function of this file to the worker.
+    # apply_model sends a function to the worker.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
     from transformers import AutoTokenizer
