@@ -30,7 +30,7 @@ console = Console()
 def through_engine(model: Path, prompt: list[int], backend: str) -> torch.Tensor:
     from vllm import LLM, SamplingParams
 
-    length = -(-len(prompt) // 1024 + 1) * 1024
+    length = (len(prompt) // 1024 + 1) * 1024
     options = {"attention_backend": backend}
     if backend != "DCA":
         # Plain RoPE past the window: a rotary table that is long enough, and nothing else.
