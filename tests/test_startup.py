@@ -127,6 +127,11 @@ def test_models_that_are_refused_by_their_config(
             {"layer_types": ["full_attention"] * 2, "sliding_window": None},
             "a logit soft cap",
         ),
+        (
+            "LlamaConfig",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "its rotary embedding is a DynamicNTKScalingRotaryEmbedding",
+        ),
         ("GptOssConfig", {"layer_types": ["full_attention"] * 2}, "sinks not supported"),
     ],
 )
@@ -141,7 +146,7 @@ def test_models_that_are_refused_as_they_are_built(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"kv_cache_dtype": "fp8"}, "does not support --kv-cache-dtype fp8"),
         (
             {"kv_cache_dtype": "bfloat16"},
             "--kv-cache-dtype bfloat16 with a torch.float32 model",

@@ -22,7 +22,7 @@ from vllm_dca.planning import PrefillPlan, plan_prefill
 from vllm_dca.prefill import prefill_attention
 from vllm_dca.providers import torch_cpu
 from vllm_dca.rotary import QueryRotation
-from vllm_dca.startup import configure, settings_of
+from vllm_dca.startup import KV_CACHE_DTYPES, configure, settings_of
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -39,7 +39,7 @@ class DcaBackend(AttentionBackend):
         torch.bfloat16,
         torch.float16,
     ]
-    supported_kv_cache_dtypes: ClassVar[list["CacheDType"]] = ["auto", *_TORCH_DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list["CacheDType"]] = list(KV_CACHE_DTYPES)
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod

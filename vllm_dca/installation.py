@@ -7,10 +7,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import (
-    DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
-    NTKScalingRotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
@@ -27,8 +25,6 @@ _GROWABLE = (RotaryEmbedding, Llama3RotaryEmbedding)
 _SUPPORTED = (
     *_GROWABLE,
     LinearScalingRotaryEmbedding,
-    DynamicNTKScalingRotaryEmbedding,
-    NTKScalingRotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
 

@@ -13,6 +13,8 @@ from vllm_dca.config import DcaSettings, resolve_settings, validate_options
 logger = init_logger("vllm.plugins.dca")
 
 OPTIONS = "dca"
+# Unquantised; the backend refuses those that are not the model's dtype.
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
 
 
@@ -83,6 +85,7 @@ def configure(vllm_config: VllmConfig) -> None:
 def _check_supported(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     ropes = [rope["rope_type"] for rope in iter_rope_parameters(model.hf_text_config)]
+    cache_dtype = vllm_config.cache_config.cache_dtype
     refused = {
         f"the {current_platform.device_name} platform (only the CPU so far)": (
             not current_platform.is_cpu()
@@ -94,6 +97,7 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         "M-RoPE": model.uses_mrope,
         "LongRoPE": "longrope" in ropes or "su" in ropes,
         "models without rotary positions (ALiBi, learned positions)": not ropes,
+        f"--kv-cache-dtype {cache_dtype} (auto does)": cache_dtype not in KV_CACHE_DTYPES,
         "speculative decoding": vllm_config.speculative_config is not None,
         "decode context parallelism": (
             vllm_config.parallel_config.decode_context_parallel_size > 1
