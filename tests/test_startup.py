@@ -153,6 +153,13 @@ def test_models_that_are_refused_as_they_are_built(
         ),
         (
             {
+                "attention_backend": None,
+                "attention_config": {"backend_per_kind": {"full_attention": "DCA"}},
+            },
+            "backend_per_kind",
+        ),
+        (
+            {
                 "speculative_config": {
                     "method": "ngram",
                     "num_speculative_tokens": 2,

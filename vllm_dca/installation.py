@@ -30,7 +30,7 @@ _SUPPORTED = (
 
 
 def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
-    """Prepare every layer of a freshly built model whose attention is DCA.
+    """Prepare every attention layer of a freshly built model.
 
     vLLM shares rotary modules between layers, some of which DCA may not attend, so a layer
     gets a copy with the periodic table; layers that shared one module share the copy.
@@ -44,10 +44,10 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     copies: dict[int, tuple[RotaryEmbedding, QueryRotation]] = {}
     installed = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, Attention) or not issubclass(layer.attn_backend, DcaBackend):
+        if not isinstance(layer, Attention):
             continue
         if layer.attn_backend is not DcaBackend:
-            raise _refusal(name, "vLLM wraps its attention (chunked local attention, say)")
+            raise _refusal(name, f"its attention would be {layer.attn_backend.__name__}")
         parent = model.get_submodule(name.rpartition(".")[0])
         rotary_name, rotary = _find_rotary(name, parent)
         if id(rotary) not in copies:

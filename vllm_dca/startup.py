@@ -98,6 +98,9 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         "LongRoPE": "longrope" in ropes or "su" in ropes,
         "models without rotary positions (ALiBi, learned positions)": not ropes,
         f"--kv-cache-dtype {cache_dtype} (auto does)": cache_dtype not in KV_CACHE_DTYPES,
+        "a backend per kind of layer (attention_config.backend_per_kind)": bool(
+            vllm_config.attention_config.backend_per_kind
+        ),
         "speculative decoding": vllm_config.speculative_config is not None,
         "decode context parallelism": (
             vllm_config.parallel_config.decode_context_parallel_size > 1
