@@ -58,6 +58,8 @@ def by_reference(model: Path, prompt: list[int]) -> torch.Tensor:
     from vllm_dca.config import resolve_settings
     from vllm_dca.reference_model import prompt_logprobs
 
+    # The engine leaves torch in this process with one thread.
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     window = AutoConfig.from_pretrained(model).max_position_embeddings
     sizes = resolve_settings({}, None, window, block_size=128)
     return prompt_logprobs(
