@@ -3,7 +3,7 @@
 Usage: twice_the_window.py [--model DIR] [--tokens N] [--output FILE]
 
 Fails unless DCA's perplexity is within 2% of the reference's and plain RoPE is at least ten
-times worse on the last 2,048 tokens. Takes some 20 minutes on two cores.
+times worse on the last 2,048 tokens. Takes some 15 minutes on two cores.
 """
 
 import argparse
