@@ -1,34 +1,29 @@
-"""vLLM's attention backend: capabilities, metadata builder and implementation."""
+"""vLLM's attention backend: capabilities and implementation."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
     AttentionLayer,
-    AttentionMetadataBuilder,
     AttentionType,
-    CommonAttentionMetadata,
+    MultipleOf,
 )
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
-from vllm_dca.decode_cpu import DecodePlan, decode_attention
-from vllm_dca.kv_cache import split_kv, write_kv
-from vllm_dca.planning import PrefillPlan, plan_prefill
+from vllm_dca.devices import Device
+from vllm_dca.kv_cache import split_kv
+from vllm_dca.metadata import DcaMetadata, DcaMetadataBuilder
 from vllm_dca.prefill import prefill_attention
-from vllm_dca.providers import torch_cpu
 from vllm_dca.rotary import QueryRotation
-from vllm_dca.startup import KV_CACHE_DTYPES, configure, settings_of
+from vllm_dca.startup import KV_CACHE_DTYPES, cache_dtype_of, configure
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
     from vllm.platforms.interface import DeviceCapability
-
-_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class DcaBackend(AttentionBackend):
@@ -70,10 +65,20 @@ class DcaBackend(AttentionBackend):
         use_mm_prefix: bool,
         device_capability: "DeviceCapability",
     ) -> str | None:
-        """Refuse a cache of another dtype than the model's."""
-        if _TORCH_DTYPES.get(kv_cache_dtype or "auto", dtype) != dtype:
+        """Refuse a cache of another dtype than the model's, FP8 excepted where it can be."""
+        cache_dtype = cache_dtype_of(kv_cache_dtype or "auto", dtype)
+        if cache_dtype == dtype:
+            return None
+        if cache_dtype.itemsize > 1:
             return f"--kv-cache-dtype {kv_cache_dtype} with a {dtype} model; use auto"
+        if current_platform.is_cpu():
+            return f"--kv-cache-dtype {kv_cache_dtype} on the CPU; use auto"
         return None
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Any; what a provider cannot do is told when it is chosen."""
+        return True
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -82,6 +87,18 @@ class DcaBackend(AttentionBackend):
             KVCacheLayout.LBHNC,
             *(layout for layout in KVCacheLayout if layout != KVCacheLayout.LBHNC),
         )
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        """Any on the CPU; flash-attention reads whole sixteens."""
+        return [MultipleOf(1 if current_platform.is_cpu() else 16)]
+
+    @classmethod
+    def supports_compute_capability(cls, capability: "DeviceCapability | None") -> bool:
+        """Triton's, if not the CPU's; providers have their own limits."""
+        return capability is None or capability.to_int() >= 75
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -109,89 +126,12 @@ class DcaBackend(AttentionBackend):
         install(model, vllm_config)
 
 
-@dataclass
-class DcaMetadata:
-    """A step's batch, decode rows first; either part may be absent."""
-
-    num_decode_tokens: int
-    num_actual_tokens: int
-    decode: DecodePlan | None
-    prefill: PrefillPlan | None
-
-
-class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
-    """Plans each step once for all the layers of a KV-cache group."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
-        self.settings = settings_of(vllm_config)
-        self.block_size = kv_cache_spec.block_size
-        if self.settings.geometry.chunk_len % self.block_size:
-            raise ValueError(
-                f"DCA's chunk length {self.settings.geometry.chunk_len} is not a multiple of "
-                f"the KV cache's block size {self.block_size}, which vLLM changed after "
-                "start-up checks. Pass --block-size explicitly."
-            )
-        layers = vllm_config.compilation_config.static_forward_context
-        unprepared = [name for name in layer_names if layers[name].impl.rotation is None]
-        if unprepared:
-            raise RuntimeError(
-                f"DCA was not installed on {unprepared[0]} and {len(unprepared) - 1} other "
-                f"layers: the model loader {vllm_config.load_config.load_format!r} does not "
-                "build models through BaseModelLoader.create_model. Use --load-format auto."
-            )
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> DcaMetadata:
-        """Split the batch into decode rows and prefills, and plan both."""
-        common = common_attn_metadata
-        if common.causal is not True:
-            raise NotImplementedError("DCA attends causally only.")
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
-            common, decode_threshold=1
-        )
-        geometry = self.settings.geometry
-        length = self.settings.original_max_position_embeddings
-        decode = prefill = None
-        if num_decodes:
-            decode = DecodePlan(
-                common.seq_lens[:num_decodes],
-                common.block_table_tensor[:num_decodes],
-                self.block_size,
-                geometry,
-                length,
-            )
-        if num_prefills:
-            requests = slice(num_decodes, num_decodes + num_prefills)
-            assert common.seq_lens_cpu_upper_bound is not None
-            query_start_loc = common.query_start_loc_cpu[num_decodes:].numpy()
-            prefill = plan_prefill(
-                query_start_loc[: num_prefills + 1] - num_decode_tokens,
-                common.seq_lens_cpu_upper_bound[requests].numpy(),
-                common.block_table_tensor[requests],
-                self.block_size,
-                geometry,
-                length,
-            )
-        return DcaMetadata(num_decode_tokens, common.num_actual_tokens, decode, prefill)
-
-
 class DcaImpl(AttentionImpl[DcaMetadata]):
     """DCA of one layer.
 
     Attributes:
-        rotation: how to turn this layer's queries; `vllm_dca.installation` sets it.
+        rotation: how to turn this layer's queries.
+        device: how to run; `vllm_dca.installation` sets both.
     """
 
     def __init__(
@@ -231,6 +171,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.rotation: QueryRotation | None = None
+        self.device: Device | None = None
 
     def do_kv_cache_update(
         self,
@@ -241,7 +182,8 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store the step's keys and values, before `forward`."""
-        write_kv(key, value, kv_cache, slot_mapping)
+        assert self.device is not None
+        self.device.write_kv(layer, key, value, kv_cache, slot_mapping, self.kv_cache_dtype)
 
     def forward(
         self,
@@ -258,7 +200,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         """Attend over the cache; shapes as in vLLM's AttentionImpl.
 
         Args:
-            layer: unused; the cache is not quantised.
+            layer: has the scales of an FP8 cache.
             query: [num_tokens, num_heads, head_size], rotated to the offsets in the chunks.
             key: unused, in the cache already.
             value: unused, in the cache already.
@@ -271,18 +213,25 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         if attn_metadata is None:
             return output.zero_()
         assert self.rotation is not None
+        assert self.device is not None
         assert output_scale is None
         assert output_block_scale is None
+        scales: dict[str, torch.Tensor | None] = {"k_scale": None, "v_scale": None}
+        cache_dtype = cache_dtype_of(self.kv_cache_dtype, query.dtype)
+        if cache_dtype != query.dtype:
+            kv_cache = kv_cache.view(cache_dtype)
+            scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
         decode_tokens = attn_metadata.num_decode_tokens
         all_tokens = attn_metadata.num_actual_tokens
         if attn_metadata.decode is not None:
-            decode_attention(
+            self.device.decode(
                 query[:decode_tokens],
                 kv_cache,
                 output[:decode_tokens],
                 plan=attn_metadata.decode,
                 rotation=self.rotation,
                 softmax_scale=self.scale,
+                **scales,
             )
         if attn_metadata.prefill is not None:
             key_cache, value_cache = split_kv(kv_cache)
@@ -294,6 +243,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
                 plan=attn_metadata.prefill,
                 rotation=self.rotation,
                 softmax_scale=self.scale,
-                provider=torch_cpu.attention,
+                operations=self.device.prefill,
+                **scales,
             )
         return output

@@ -13,7 +13,8 @@ from vllm_dca.geometry import ChunkGeometry
 
 SIZE_KEYS = ("chunk_size", "local_size")
 TEMPERATURE_KEY = "original_max_position_embeddings"
-OPTION_KEYS = (*SIZE_KEYS, TEMPERATURE_KEY)
+PROVIDER_KEY = "prefill_provider"
+OPTION_KEYS = (*SIZE_KEYS, TEMPERATURE_KEY, PROVIDER_KEY)
 
 # The authors' ChunkLlama: chunk_size = 3/4 and local_size = 1/8 of the trained window, which
 # is 1/6 of the chunk_size.
@@ -36,12 +37,15 @@ class DcaSettings:
         original_max_position_embeddings: length from which the temperature grows, tokens;
             None for no temperature.
         source: where the sizes came from, for people to read.
+        prefill_provider: who computes the prefill's passes, see `vllm_dca.providers.choice`;
+            None for the first that can.
     """
 
     chunk_size: int
     local_size: int
     original_max_position_embeddings: int | None
     source: str
+    prefill_provider: str | None = None
 
     @property
     def geometry(self) -> ChunkGeometry:
@@ -53,7 +57,7 @@ class DcaSettings:
         return asdict(self)
 
 
-def validate_options(options: object) -> dict[str, int | None]:
+def validate_options(options: object) -> dict[str, Any]:
     """Check what the user put under "dca" in --additional-config.
 
     Raises:
@@ -70,7 +74,11 @@ def validate_options(options: object) -> dict[str, int | None]:
             f'--additional-config: unknown under "dca": {", ".join(map(str, unknown))}. '
             f"Known: {', '.join(OPTION_KEYS)}."
         )
-    return {key: _positive(key, options[key]) for key in OPTION_KEYS if key in options}
+    sizes = {key: _positive(key, options[key]) for key in options if key != PROVIDER_KEY}
+    provider = options.get(PROVIDER_KEY)
+    if not isinstance(provider, str | None):
+        raise ValueError(f"DCA's {PROVIDER_KEY} must be a name, not {provider!r}.")
+    return {**sizes, PROVIDER_KEY: provider}
 
 
 def _positive(key: str, value: object) -> int | None:
@@ -82,7 +90,7 @@ def _positive(key: str, value: object) -> int | None:
 
 
 def resolve_settings(
-    options: Mapping[str, int | None],
+    options: Mapping[str, Any],
     checkpoint: Mapping[str, Any] | None,
     window: int,
     block_size: int,
@@ -120,7 +128,8 @@ def resolve_settings(
         temperature = options[TEMPERATURE_KEY]
     elif temperature is not None:
         temperature = _positive(TEMPERATURE_KEY, temperature)
-    return DcaSettings(chunk_size, local_size, temperature, source)
+    provider = options.get(PROVIDER_KEY)
+    return DcaSettings(chunk_size, local_size, temperature, source, provider)
 
 
 def _fraction(of: int, fraction: tuple[int, int]) -> int:

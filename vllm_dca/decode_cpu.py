@@ -1,4 +1,4 @@
-"""Paged decode on the CPU: one new token a request, one query a region.
+"""Paged decode on the CPU: a few new tokens a request, one query a region.
 
 The chunk length is a multiple of the page size, so a page lies in one region, and a batch's
 pages, whosever they are, go through one matrix product with the query of their region.
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from vllm_dca.geometry import ChunkGeometry
-from vllm_dca.rotary import QueryRotation
+from vllm_dca.rotary import QueryRotation, turn_queries
 
 # Keys and values gathered at a time, in elements: bounds the memory that a step takes, however
 # long the contexts.
@@ -19,20 +19,21 @@ WORKSPACE_ELEMENTS = 1 << 22
 class DecodePlan:
     """What all layers share: the pages of the batch, and which query reads them.
 
-    Pages are listed request after request, but for each request's last page, which come
-    together at the end, one a request: only there may slots be unwritten.
+    Pages are listed row after row, but for each row's last page, which come together at the
+    end, one a row: only there may slots be unwritten, or hold what the row must not see.
 
     Attributes:
-        num_requests: rows of the batch.
+        num_rows: new tokens of the batch.
         pages: [num_pages] page numbers.
         rows: [num_pages] whose they are.
-        copies: [num_pages] which of the 3 * num_requests turned queries reads them.
-        unwritten: [num_requests, block_size] true where the last page holds nothing yet.
-        tokens, turn, temperature: the turned queries, see `QueryRotation.turn`.
+        copies: [num_pages] which of the 3 * num_rows turned queries reads them.
+        unseen: [num_rows, block_size] true where the last page holds nothing for the row.
+        tokens, turn, temperature: the turned queries, see `turn_queries`.
     """
 
     def __init__(
         self,
+        query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
         block_size: int,
@@ -42,46 +43,48 @@ class DecodePlan:
         """Plan a step.
 
         Args:
-            seq_lens: [num_requests], tokens of each request, the new one included.
+            query_start_loc: [num_requests + 1], first row of each request.
+            seq_lens: [num_requests], tokens of each request, the new ones included.
             block_table: [num_requests, max_blocks] int32.
             block_size: tokens a page; divides the chunk length.
             geometry: the chunk sizes.
             original_max_position_embeddings: switches the temperature on.
         """
-        seq_lens = seq_lens.long()
-        self.num_requests = len(seq_lens)
-        position = seq_lens - 1
+        starts = query_start_loc.long()
+        request = torch.arange(len(seq_lens)).repeat_interleave(starts.diff())
+        self.num_rows = len(request)
+        row = torch.arange(self.num_rows)
+        position = seq_lens.long()[request] - (starts[request + 1] - row)
         chunk, offset = position // geometry.chunk_len, position % geometry.chunk_len
 
-        requests = torch.arange(self.num_requests)
         last = position // block_size
-        full_rows = requests.repeat_interleave(last)
+        full_rows = row.repeat_interleave(last)
         full = torch.arange(len(full_rows)) - (last.cumsum(0) - last)[full_rows]
         index = torch.cat([full, last])
-        self.rows = torch.cat([full_rows, requests])
-        self.pages = block_table[self.rows, index].long()
-        self.unwritten = torch.arange(block_size) > (position % block_size)[:, None]
+        self.rows = torch.cat([full_rows, row])
+        self.pages = block_table[request[self.rows], index].long()
+        self.unseen = torch.arange(block_size) > (position % block_size)[:, None]
         # 0, 1, 2: intra, succ, inter.
         region = (chunk[self.rows] - index * block_size // geometry.chunk_len).clamp(max=2)
-        self.copies = region * self.num_requests + self.rows
+        self.copies = region * self.num_rows + self.rows
 
-        self.tokens = requests.repeat(3)
+        self.tokens = row.repeat(3)
         succ = (offset + geometry.chunk_len).clamp(max=geometry.chunk_size) - offset
         self.turn = torch.cat(
             [torch.zeros_like(offset), succ, geometry.inter_position - offset]
         )
         self.temperature = None
         if original_max_position_embeddings is not None:
-            growth = (seq_lens / original_max_position_embeddings).log()
+            growth = ((position + 1) / original_max_position_embeddings).log()
             self.temperature = ((0.1 * growth + 1).clamp(min=1) ** 2).repeat(3).float()
 
     def parts(self, elements_per_page: int) -> Iterator[tuple[slice, torch.Tensor | None]]:
-        """Pages that fit the workspace, and what is unwritten of them if anything may be."""
-        num_full = len(self.pages) - self.num_requests
+        """Pages that fit the workspace, and what is unseen of them if anything may be."""
+        num_full = len(self.pages) - self.num_rows
         step = max(1, WORKSPACE_ELEMENTS // elements_per_page)
         for start in range(0, num_full, step):
             yield slice(start, min(start + step, num_full)), None
-        yield slice(num_full, len(self.pages)), self.unwritten
+        yield slice(num_full, len(self.pages)), self.unseen
 
 
 def decode_attention(
@@ -92,33 +95,37 @@ def decode_attention(
     plan: DecodePlan,
     rotation: QueryRotation,
     softmax_scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
-    """Attend from each request's last token to all of its tokens, in fp32.
+    """Attend from each row to all keys up to its own, in fp32.
 
     Every page gives a partial result of its own; these are merged at the end.
 
     Args:
-        query: [num_requests, num_heads, head_size], rotated to their offsets.
+        query: [num_rows, num_heads, head_size], rotated to their offsets.
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any physical order.
-        output: [num_requests, num_heads, head_size], written.
+        output: [num_rows, num_heads, head_size], written.
         plan: made once for all layers from the batch's lengths.
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
+        k_scale: must be None, the cache is not quantised.
+        v_scale: likewise.
     """
     _, num_kv_heads, block_size, width = kv_cache.shape
     heads = (num_kv_heads, query.shape[1] // num_kv_heads)
-    turned = rotation.turn(query.float(), plan.tokens, plan.turn, plan.temperature)
-    turned = (turned * softmax_scale).unflatten(1, heads)  # [3 * requests, kv, group, size]
+    turned = turn_queries(query.float(), rotation, plan.tokens, plan.turn, plan.temperature)
+    turned = (turned * softmax_scale).unflatten(1, heads)  # [3 * rows, kv, group, size]
 
     partials = []
-    for part, unwritten in plan.parts(num_kv_heads * block_size * width):
+    for part, unseen in plan.parts(num_kv_heads * block_size * width):
         pages = kv_cache.index_select(0, plan.pages[part]).float()
         key, value = pages.chunk(2, dim=-1)  # [pages, kv, block, size]
         scores = turned[plan.copies[part]] @ key.transpose(-1, -2)
-        if unwritten is not None:
-            scores = scores.masked_fill(unwritten[:, None, None], -torch.inf)
+        if unseen is not None:
+            scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
             # Those slots may hold anything, NaN included, which 0 * NaN would spread.
-            value.masked_fill_(unwritten[:, None, :, None], 0.0)
+            value.masked_fill_(unseen[:, None, :, None], 0.0)
         best = scores.amax(-1, keepdim=True)
         weights = (scores - best).exp_()
         partials.append((best, weights.sum(-1, keepdim=True), weights @ value))
@@ -126,10 +133,10 @@ def decode_attention(
     # [pages, kv, group, 1 or size]
     best, total, acc = (torch.cat(column) for column in zip(*partials, strict=True))
     index = plan.rows[:, None, None, None].expand_as(best)
-    row_best = torch.full((plan.num_requests, *best.shape[1:]), -torch.inf)
+    row_best = torch.full((plan.num_rows, *best.shape[1:]), -torch.inf)
     row_best.scatter_reduce_(0, index, best, "amax")
     weight = (best - row_best[plan.rows]).exp_()
     row_total = torch.zeros_like(row_best).index_add_(0, plan.rows, total * weight)
-    row_acc = acc.new_zeros(plan.num_requests, *acc.shape[1:])
+    row_acc = acc.new_zeros(plan.num_rows, *acc.shape[1:])
     row_acc.index_add_(0, plan.rows, acc * weight)
     output.copy_((row_acc / row_total).flatten(1, 2))

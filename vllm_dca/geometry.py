@@ -65,7 +65,8 @@ class Segments(NamedTuple):
     token: IntArray  # index of the run's first token among the batch's tokens
     length: IntArray  # tokens in the run, at least 1
     chunk: IntArray  # chunk number n
-    offset: IntArray  # offset r of the run's first token in its chunk
+    position: IntArray  # absolute position i of the run's first token
+    offset: IntArray  # its offset r in its chunk
 
     def take(self, mask: npt.NDArray[np.bool_]) -> "Segments":
         """The segments that the mask selects, in order."""
@@ -74,6 +75,10 @@ class Segments(NamedTuple):
     def token_indices(self) -> IntArray:
         """Batch index of every token, segment after segment."""
         return np.repeat(self.token, self.length) + ranges(self.length)
+
+    def token_positions(self) -> IntArray:
+        """Absolute position i of every token, segment after segment."""
+        return np.repeat(self.position, self.length) + ranges(self.length)
 
     def token_offsets(self) -> IntArray:
         """Offset r in its chunk of every token, segment after segment."""
@@ -117,5 +122,6 @@ def split_at_chunk_borders(
         token=starts[:-1][request] + position - cached[request],
         length=end - position,
         chunk=chunk,
+        position=position,
         offset=position - chunk * chunk_len,
     )

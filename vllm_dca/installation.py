@@ -12,10 +12,13 @@ from vllm.model_executor.layers.rotary_embedding import (
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
+from vllm.platforms import current_platform
 
 from vllm_dca.config import DcaSettings
+from vllm_dca.devices import Device, current_device
+from vllm_dca.providers import Needs
 from vllm_dca.rotary import QueryRotation, periodic_table, unit_table
-from vllm_dca.startup import settings_of
+from vllm_dca.startup import cache_dtype_of, settings_of
 
 # vLLM's logger is set up for its own package only.
 logger = init_logger("vllm.plugins.dca")
@@ -41,6 +44,7 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     from vllm_dca.backend import DcaBackend
 
     settings = settings_of(vllm_config)
+    devices: dict[Needs, Device] = {}
     copies: dict[int, tuple[RotaryEmbedding, QueryRotation]] = {}
     installed = []
     for name, layer in model.named_modules():
@@ -56,11 +60,31 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
             )
         periodic, layer.impl.rotation = copies[id(rotary)]
         setattr(parent, rotary_name, periodic)
+        needs = _needs(layer, vllm_config)
+        if needs not in devices:
+            devices[needs] = current_device(needs, settings.prefill_provider)
+        layer.impl.device = devices[needs]
         installed.append(name)
     if installed:
         logger.info_once(
-            "DCA attends %d layers: %s .. %s", len(installed), installed[0], installed[-1]
+            "DCA attends %d layers: %s .. %s; prefill by %s",
+            len(installed),
+            installed[0],
+            installed[-1],
+            ", ".join(sorted({device.provider for device in devices.values()})),
         )
+
+
+def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:
+    dtype = vllm_config.model_config.dtype
+    capability = current_platform.get_device_capability()
+    return Needs(
+        head_size=layer.head_size,
+        dtype=dtype,
+        cache_dtype=cache_dtype_of(layer.kv_cache_dtype, dtype),
+        block_size=vllm_config.cache_config.block_size,
+        capability=(0, 0) if capability is None else tuple(capability),
+    )
 
 
 def _refusal(layer_name: str, reason: str) -> NotImplementedError:

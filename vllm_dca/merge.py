@@ -6,43 +6,41 @@ import torch
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys.
+    """Attention of some of the queries over some of the keys.
 
     Attributes:
         output: [num_queries, num_heads, head_size].
         lse: [num_heads, num_queries] fp32, natural-log log-sum-exp of the scaled scores.
-        tokens: [num_queries] int64, which queries these are; None for all, in order.
+        tokens: [num_queries] integer, which queries these are, ascending.
+        rows: [num_tokens] integer, where each query is among these, or -1; says the same.
     """
 
     output: torch.Tensor
     lse: torch.Tensor
-    tokens: torch.Tensor | None = None
+    tokens: torch.Tensor
+    rows: torch.Tensor
 
 
-def merge_partials(partials: list[Partial]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of disjoint sets of keys.
+def merge_parts(output: torch.Tensor, lse: torch.Tensor, parts: list[Partial]) -> None:
+    """Merge attention over other keys into the output.
 
     Args:
-        partials: the first has all queries, each at least one key.
-
-    Returns:
-        Output, in the dtype of the first partial's, and log-sum-exp over all keys.
+        output: [num_tokens, num_heads, head_size], attention over the first set of keys, at
+            least one a query; becomes attention over all sets.
+        lse: [num_heads, num_tokens] fp32, of the first set.
+        parts: the other sets; all are disjoint.
     """
-    first, *rest = partials
-    if not rest:
-        return first.output, first.lse
-    total = first.lse.clone()
-    for part in rest:
-        tokens = slice(None) if part.tokens is None else part.tokens
-        total[:, tokens] = torch.logaddexp(total[:, tokens], part.lse)
+    if not parts:
+        return
+    total = lse.clone()
+    for part in parts:
+        total[:, part.tokens] = torch.logaddexp(total[:, part.tokens], part.lse)
 
-    def weighted(part: Partial, total: torch.Tensor) -> torch.Tensor:
-        return part.output.float() * (part.lse - total).exp().T[..., None]
+    def weighted(output: torch.Tensor, lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        return output.float() * (lse - total).exp().T[..., None]
 
-    merged = weighted(first, total)
-    for part in rest:
-        if part.tokens is None:
-            merged += weighted(part, total)
-        else:
-            merged.index_add_(0, part.tokens, weighted(part, total[:, part.tokens]))
-    return merged.to(first.output.dtype), total
+    merged = weighted(output, lse, total)
+    for part in parts:
+        share = weighted(part.output, part.lse, total[:, part.tokens])
+        merged.index_add_(0, part.tokens, share)
+    output.copy_(merged)

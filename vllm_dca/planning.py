@@ -5,38 +5,16 @@ out in numpy and copied over without blocking. The block table, which only the d
 is gathered there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from vllm_dca.geometry import ChunkGeometry, IntArray, Segments, split_at_chunk_borders
-
-
-@dataclass
-class AttentionPass:
-    """One call of an attention provider over segments, in the terms of flash-attention.
-
-    Attributes:
-        cu_seqlens_q: [num_segments + 1] int32, first query of each segment.
-        seqused_k: [num_segments] int32, keys that each segment reads.
-        block_table: [num_segments, max_blocks] int32, their pages; entries past seqused_k
-            are valid page numbers that mean nothing.
-        max_seqlen_q: longest segment in queries.
-        max_seqlen_k: longest segment in keys.
-        causal: masked so that the last query sees the last key.
-        tokens: [num_queries] int64, which prefill tokens the queries are; None for all, in
-            order.
-    """
-
-    cu_seqlens_q: torch.Tensor
-    seqused_k: torch.Tensor
-    block_table: torch.Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-    causal: bool
-    tokens: torch.Tensor | None
+from vllm_dca.providers import PagedSegments
 
 
 @dataclass
@@ -44,10 +22,10 @@ class QueryTurns:
     """Which rotated copies of the queries a batch needs, all passes one after the other.
 
     Attributes:
-        tokens: [num_turned] int64, index of the token to take the query from.
-        turn: [num_turned] int64, positions to turn it further, 0 .. c.
+        tokens: [num_turned] int32, index of the token to take the query from.
+        turn: [num_turned] int32, positions to turn it further, 0 .. c.
         temperature: [num_turned] fp32, factor to scale it by; None where there is none.
-        sizes: how many copies belong to each pass.
+        sizes: how many copies belong to each pass that needs copies.
     """
 
     tokens: torch.Tensor
@@ -56,16 +34,27 @@ class QueryTurns:
     sizes: list[int]
 
 
+class Part(NamedTuple):
+    """Which of a batch's tokens a pass answers; see `vllm_dca.merge.Partial`."""
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+
 @dataclass
 class PrefillPlan:
-    """Passes over a batch's prefill tokens: intra first, succ and inter where needed.
+    """Passes over a batch's prefill tokens.
 
-    With a temperature the intra queries are copies too (turned by 0); else they are the
-    query tensor itself, and `turns.sizes` starts with 0.
+    Attributes:
+        passes: intra over all tokens, then succ and inter where any token needs them.
+        parts: the tokens of each pass but the first.
+        turns: copies for each pass but the first, and with a temperature for the first too;
+            None where nothing is copied.
     """
 
-    passes: list[AttentionPass]
-    turns: QueryTurns
+    passes: list[PagedSegments]
+    parts: list[Part]
+    turns: QueryTurns | None
 
 
 def plan_prefill(
@@ -87,79 +76,130 @@ def plan_prefill(
         geometry: the chunk sizes.
         original_max_position_embeddings: switches the temperature on.
     """
-    device = block_table.device
+    length = original_max_position_embeddings
+    regions = _regions(query_start_loc, seq_lens, geometry)
+    copied = regions[1:] if length is None else regions
+    tokens = [region.segments.token_indices() for region in regions]
+    host: dict[str, npt.NDArray[np.generic]] = {}
+    for index, region in enumerate(regions):
+        host |= {
+            f"cu_seqlens_q {index}": np.append(0, region.segments.length.cumsum()),
+            f"cu_seqlens_k {index}": np.append(0, region.num_keys.cumsum()),
+            f"seqused_k {index}": region.num_keys,
+            f"request {index}": region.segments.request,
+            f"first_page {index}": region.first_key // block_size,
+            f"tokens {index}": tokens[index],
+            f"rows {index}": _inverse(tokens[index], len(tokens[0])),
+            f"turn {index}": region.turn(region.segments.token_offsets()),
+        }
+    if copied:
+        first = len(regions) - len(copied)
+        for name in ("tokens", "turn"):
+            host[name] = np.concatenate(
+                [host[f"{name} {index}"] for index in range(first, len(regions))]
+            )
+    if length is not None:
+        positions = np.concatenate([region.segments.token_positions() for region in copied])
+        host["temperature"] = query_temperature(positions, length).view(np.int32)
+    device = _upload(host, block_table.device)
 
-    def to_device(array: npt.NDArray[np.generic]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
-
-    chunk_len = geometry.chunk_len
-    segments = split_at_chunk_borders(query_start_loc, seq_lens, chunk_len)
-    with_succ, with_inter = (
-        segments.take(segments.chunk >= 1),
-        segments.take(segments.chunk >= 2),
-    )
-
-    def attention_pass(
-        part: Segments, first_key: IntArray, num_keys: IntArray, whole: bool
-    ) -> AttentionPass:
-        blocks = -(-int(num_keys.max()) // block_size)
-        columns = to_device(first_key // block_size)[:, None] + torch.arange(
-            blocks, device=device
-        )
-        rows = to_device(part.request)[:, None]
-        return AttentionPass(
-            cu_seqlens_q=to_device(np.append(0, part.length.cumsum()).astype(np.int32)),
-            seqused_k=to_device(num_keys.astype(np.int32)),
-            block_table=block_table[rows, columns.clamp(max=block_table.shape[1] - 1)],
-            max_seqlen_q=int(part.length.max()),
-            max_seqlen_k=int(num_keys.max()),
-            causal=whole,
-            tokens=None if whole else to_device(part.token_indices()),
-        )
-
-    own_chunk = segments.chunk * chunk_len
-    passes = [
-        attention_pass(segments, own_chunk, segments.offset + segments.length, whole=True)
-    ]
-    if len(with_succ.request):
-        start = (with_succ.chunk - 1) * chunk_len
-        passes.append(
-            attention_pass(with_succ, start, np.full_like(start, chunk_len), whole=False)
-        )
-    if len(with_inter.request):
-        end = (with_inter.chunk - 1) * chunk_len
-        passes.append(attention_pass(with_inter, np.zeros_like(end), end, whole=False))
-
-    scaled = original_max_position_embeddings is not None
-    copies = [segments if scaled else segments.take(np.zeros(len(segments.request), bool))]
-    copies += [with_succ, with_inter]
-    offsets = [part.token_offsets() for part in copies]
-    turns = [
-        np.zeros_like(offsets[0]),
-        geometry.succ_turn(offsets[1]),
-        geometry.inter_turn(offsets[2]),
-    ]
-    temperature = None
-    if original_max_position_embeddings is not None:
-        positions = [
-            np.repeat(part.chunk * chunk_len, part.length) + offset
-            for part, offset in zip(copies, offsets, strict=True)
-        ]
-        temperature = to_device(
-            query_temperature(np.concatenate(positions), original_max_position_embeddings)
+    turns = None
+    if copied:
+        temperature = device.get("temperature")
+        turns = QueryTurns(
+            tokens=device["tokens"],
+            turn=device["turn"],
+            temperature=None if temperature is None else temperature.view(torch.float32),
+            sizes=[len(indices) for indices in tokens[-len(copied) :]],
         )
     return PrefillPlan(
-        passes=passes,
-        turns=QueryTurns(
-            tokens=to_device(np.concatenate([part.token_indices() for part in copies])),
-            turn=to_device(np.concatenate(turns)),
-            temperature=temperature,
-            sizes=[len(offset) for offset in offsets],
-        ),
+        passes=[
+            PagedSegments(
+                query_lens=region.segments.length,
+                key_lens=region.num_keys,
+                cu_seqlens_q=device[f"cu_seqlens_q {index}"],
+                cu_seqlens_k=device[f"cu_seqlens_k {index}"],
+                seqused_k=device[f"seqused_k {index}"],
+                block_table=_slice_rows(
+                    block_table,
+                    device[f"request {index}"],
+                    device[f"first_page {index}"],
+                    -(-int(region.num_keys.max()) // block_size),
+                ),
+                causal=index == 0,
+            )
+            for index, region in enumerate(regions)
+        ],
+        parts=[
+            Part(device[f"tokens {index}"], device[f"rows {index}"])
+            for index in range(1, len(regions))
+        ],
+        turns=turns,
     )
+
+
+class _Region(NamedTuple):
+    """One pass: segments, which keys each reads, and how far a query at an offset turns."""
+
+    segments: Segments
+    first_key: IntArray
+    num_keys: IntArray
+    turn: Callable[[IntArray], IntArray]
+
+
+def _regions(
+    query_start_loc: npt.ArrayLike, seq_lens: npt.ArrayLike, geometry: ChunkGeometry
+) -> list[_Region]:
+    """Intra, then succ and inter where any token has them."""
+    chunk_len = geometry.chunk_len
+    intra = split_at_chunk_borders(query_start_loc, seq_lens, chunk_len)
+    succ, inter = intra.take(intra.chunk >= 1), intra.take(intra.chunk >= 2)
+    regions = [
+        _Region(intra, intra.chunk * chunk_len, intra.offset + intra.length, np.zeros_like),
+        _Region(
+            succ,
+            (succ.chunk - 1) * chunk_len,
+            np.full_like(succ.chunk, chunk_len),
+            geometry.succ_turn,
+        ),
+        _Region(
+            inter,
+            np.zeros_like(inter.chunk),
+            (inter.chunk - 1) * chunk_len,
+            geometry.inter_turn,
+        ),
+    ]
+    return [region for region in regions if len(region.segments.request)]
+
+
+def _inverse(indices: IntArray, size: int) -> IntArray:
+    """Where each of 0 .. size - 1 stands in `indices`, or -1."""
+    places = np.full(size, -1)
+    places[indices] = np.arange(len(indices))
+    return places
+
+
+def _upload(
+    arrays: dict[str, npt.NDArray[np.generic]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Integer arrays as int32 on the device, copied at once and without blocking."""
+    host = torch.from_numpy(np.concatenate([a.astype(np.int32) for a in arrays.values()]))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    parts = host.to(device, non_blocking=True).split([len(a) for a in arrays.values()])
+    return dict(zip(arrays, parts, strict=True))
+
+
+def _slice_rows(
+    block_table: torch.Tensor, request: torch.Tensor, first_page: torch.Tensor, pages: int
+) -> torch.Tensor:
+    """A block table of segments: `pages` columns of each one's request, from its first page.
+
+    Past a segment's own pages any page will do, past the table too.
+    """
+    columns = first_page[:, None] + torch.arange(pages, device=block_table.device)
+    columns.clamp_(max=block_table.shape[1] - 1)
+    return block_table[request[:, None], columns]
 
 
 def query_temperature(

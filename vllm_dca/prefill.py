@@ -1,14 +1,34 @@
 """Dual chunk attention over any number of new tokens: three passes and one merge.
 
-The same for every device; what differs is the attention provider.
+The same for every device; what differs are the operations that it is put together from.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from vllm_dca.merge import Partial, merge_partials
+from vllm_dca.merge import Partial
 from vllm_dca.planning import PrefillPlan
 from vllm_dca.providers import AttentionProvider
 from vllm_dca.rotary import QueryRotation
+
+
+class PrefillOperations(NamedTuple):
+    """A device's own way to do each step.
+
+    Attributes:
+        turn: `vllm_dca.rotary.turn_queries` or a function like it.
+        attend: computes each pass.
+        merge: `vllm_dca.merge.merge_parts` or a function like it.
+    """
+
+    turn: Callable[
+        [torch.Tensor, QueryRotation, torch.Tensor, torch.Tensor, torch.Tensor | None],
+        torch.Tensor,
+    ]
+    attend: AttentionProvider
+    merge: Callable[[torch.Tensor, torch.Tensor, list[Partial]], None]
 
 
 def prefill_attention(
@@ -20,7 +40,9 @@ def prefill_attention(
     plan: PrefillPlan,
     rotation: QueryRotation,
     softmax_scale: float,
-    provider: AttentionProvider,
+    operations: PrefillOperations,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Attend to the paged cache, which holds the new tokens' keys and values already.
 
@@ -32,27 +54,33 @@ def prefill_attention(
         plan: made once for all layers from the batch's lengths.
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
-        provider: computes each pass.
+        operations: the device's.
+        k_scale: of an FP8 cache, see `AttentionProvider`.
+        v_scale: likewise.
     """
+    queries = [query]
     turns = plan.turns
-    queries = list(
-        rotation.turn(query, turns.tokens, turns.turn, turns.temperature).split(turns.sizes)
-    )
-    if turns.temperature is None:
-        queries[0] = query
-    partials = []
-    for attention_pass, turned in zip(plan.passes, filter(len, queries), strict=True):
-        part_output, lse = provider(
-            turned,
+    if turns is not None:
+        turned = operations.turn(query, rotation, turns.tokens, turns.turn, turns.temperature)
+        queries = list(turned.split(turns.sizes))
+        if turns.temperature is None:
+            queries.insert(0, query)
+
+    def attend(index: int, output: torch.Tensor) -> torch.Tensor:
+        return operations.attend(
+            queries[index],
             key_cache,
             value_cache,
-            cu_seqlens_q=attention_pass.cu_seqlens_q,
-            seqused_k=attention_pass.seqused_k,
-            block_table=attention_pass.block_table,
-            max_seqlen_q=attention_pass.max_seqlen_q,
-            max_seqlen_k=attention_pass.max_seqlen_k,
+            output,
+            segments=plan.passes[index],
             softmax_scale=softmax_scale,
-            causal=attention_pass.causal,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
-        partials.append(Partial(part_output, lse, attention_pass.tokens))
-    output.copy_(merge_partials(partials)[0])
+
+    lse = attend(0, output)
+    parts = []
+    for index, (tokens, rows) in enumerate(plan.parts, start=1):
+        part_output = torch.empty_like(queries[index])
+        parts.append(Partial(part_output, attend(index, part_output), tokens, rows))
+    operations.merge(output, lse, parts)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -13,9 +14,22 @@ from vllm_dca.config import DcaSettings, resolve_settings, validate_options
 logger = init_logger("vllm.plugins.dca")
 
 OPTIONS = "dca"
-# Unquantised; the backend refuses those that are not the model's dtype.
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+# By name; the backend refuses those that do not go with the model's dtype or the device.
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
+
+
+def cache_dtype_of(kv_cache_dtype: str, model_dtype: torch.dtype) -> torch.dtype:
+    """What the KV cache holds, by its name in vLLM."""
+    dtypes = {
+        "auto": model_dtype,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "fp8": torch.float8_e4m3fn,
+        "fp8_e4m3": torch.float8_e4m3fn,
+        "fp8_e5m2": torch.float8_e5m2,
+    }
+    return dtypes[kv_cache_dtype]
 
 
 def settings_of(vllm_config: VllmConfig) -> DcaSettings:
@@ -87,8 +101,8 @@ def _check_supported(vllm_config: VllmConfig) -> None:
     ropes = [rope["rope_type"] for rope in iter_rope_parameters(model.hf_text_config)]
     cache_dtype = vllm_config.cache_config.cache_dtype
     refused = {
-        f"the {current_platform.device_name} platform (only the CPU so far)": (
-            not current_platform.is_cpu()
+        f"the {current_platform.device_name} platform (the CPU and CUDA are)": not (
+            current_platform.is_cpu() or current_platform.is_cuda()
         ),
         "multi-head latent attention (MLA)": model.use_mla,
         "encoder-decoder models": model.is_encoder_decoder,
@@ -97,7 +111,10 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         "M-RoPE": model.uses_mrope,
         "LongRoPE": "longrope" in ropes or "su" in ropes,
         "models without rotary positions (ALiBi, learned positions)": not ropes,
-        f"--kv-cache-dtype {cache_dtype} (auto does)": cache_dtype not in KV_CACHE_DTYPES,
+        f"--kv-cache-dtype {cache_dtype} (auto does)": (
+            cache_dtype not in KV_CACHE_DTYPES
+            or (current_platform.is_cpu() and cache_dtype.startswith("fp8"))
+        ),
         "a backend per kind of layer (attention_config.backend_per_kind)": bool(
             vllm_config.attention_config.backend_per_kind
         ),

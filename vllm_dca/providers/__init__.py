@@ -4,9 +4,67 @@ A provider is a function with the contract of flash-attention's variable-length 
 knows nothing of chunks; `vllm_dca.prefill` puts DCA together from three calls of it.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from vllm_dca.geometry import IntArray
+
+
+@dataclass
+class PagedSegments:
+    """Runs of queries and the pages that each reads, in the terms of flash-attention.
+
+    Every segment has at least one query and one key. The lengths are given twice, on the
+    device and on the host, so that no provider has to wait for a copy.
+
+    Attributes:
+        query_lens: [num_segments] int64 on the host, queries of each segment.
+        key_lens: [num_segments] int64 on the host, keys of each segment.
+        cu_seqlens_q: [num_segments + 1] int32, first query of each segment.
+        cu_seqlens_k: [num_segments + 1] int32, running sum of key_lens.
+        seqused_k: [num_segments] int32, key_lens. Nothing past them is read.
+        block_table: [num_segments, max_blocks] int32, pages of each segment; entries past its
+            keys are valid page numbers that mean nothing.
+        causal: whether the last query sees the last key and each one before it one key less;
+            else all see all.
+    """
+
+    query_lens: IntArray
+    key_lens: IntArray
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    seqused_k: torch.Tensor
+    block_table: torch.Tensor
+    causal: bool
+
+    def __post_init__(self) -> None:
+        self.max_seqlen_q = int(self.query_lens.max())
+        self.max_seqlen_k = int(self.key_lens.max())
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a provider has to serve.
+
+    Attributes:
+        head_size: entries of a head.
+        dtype: of queries and output.
+        cache_dtype: of keys and values; another than dtype only for FP8.
+        block_size: tokens a page.
+        capability: compute capability; (0, 0) on the CPU.
+    """
+
+    head_size: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    block_size: int
+    capability: tuple[int, int]
+
+
+class UnusableProviderError(Exception):
+    """A provider cannot serve the needs; the message completes "it cannot, because"."""
 
 
 class AttentionProvider(Protocol):
@@ -17,32 +75,28 @@ class AttentionProvider(Protocol):
         query: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
+        output: torch.Tensor,
         *,
-        cu_seqlens_q: torch.Tensor,
-        seqused_k: torch.Tensor,
-        block_table: torch.Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
+        segments: PagedSegments,
         softmax_scale: float,
-        causal: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend; every segment has at least one query and one key.
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend.
 
         Args:
             query: [total_q, num_heads, head_size], segment after segment.
             key_cache: [num_blocks, block_size, num_kv_heads, head_size], any strides with
                 the last axis dense; num_heads is a multiple of num_kv_heads.
             value_cache: like key_cache.
-            cu_seqlens_q: [num_segments + 1] int32, first query of each segment.
-            seqused_k: [num_segments] int32, keys of each segment. Nothing past them is read.
-            block_table: [num_segments, max_blocks] int32, pages of each segment.
-            max_seqlen_q: longest segment in queries.
-            max_seqlen_k: longest segment in keys.
+            output: [total_q, num_heads, head_size], written.
+            segments: which query reads what.
             softmax_scale: factor on the dot products.
-            causal: the last query sees the last key, each one before it one key less.
+            k_scale: [1] fp32, what FP8 keys are multiplied by; None for a cache of the
+                query's dtype.
+            v_scale: like k_scale, for the values.
 
         Returns:
-            The output, [total_q, num_heads, head_size] in the query's dtype, and the
-            natural-log log-sum-exp of the scaled scores, [num_heads, total_q] fp32.
+            Natural-log log-sum-exp of the scaled scores, [num_heads, total_q] fp32.
         """
         ...

@@ -6,38 +6,36 @@ segments taken one by one; each call runs over all heads and threads.
 
 import torch
 
-from vllm_dca.merge import Partial, merge_partials
+from vllm_dca.providers import PagedSegments
 
 
 def attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    output: torch.Tensor,
     *,
-    cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor,
-    block_table: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    segments: PagedSegments,
     softmax_scale: float,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See `vllm_dca.providers.AttentionProvider`."""
     block_size = key_cache.shape[1]
-    output = torch.empty_like(query)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32)
-    starts = cu_seqlens_q.tolist()
-    for segment, num_keys in enumerate(seqused_k.tolist()):
-        rows = slice(starts[segment], starts[segment + 1])
-        pages = block_table[segment, : -(-num_keys // block_size)]
+    attend = _causal if segments.causal else _full
+    end = 0
+    lengths = zip(segments.query_lens.tolist(), segments.key_lens.tolist(), strict=True)
+    for segment, (num_queries, num_keys) in enumerate(lengths):
+        rows, end = slice(end, end + num_queries), end + num_queries
+        pages = segments.block_table[segment, : -(-num_keys // block_size)]
         # [1, num_kv_heads, num_keys, head_size]
         key, value = (
             cache.index_select(0, pages).flatten(0, 1)[:num_keys].transpose(0, 1)[None]
             for cache in (key_cache, value_cache)
         )
-        attend = _causal if causal else _full
         output[rows], lse[:, rows] = attend(query[rows], key, value, softmax_scale)
-    return output, lse
+    return lse
 
 
 def _full(
@@ -58,8 +56,11 @@ def _causal(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # torch aligns the mask to the first key, so what every query sees goes first.
     seen = key.shape[2] - query.shape[0]
-    new = _full(query, key[:, :, seen:], value[:, :, seen:], scale, causal=True)
+    new, new_lse = _full(query, key[:, :, seen:], value[:, :, seen:], scale, causal=True)
     if seen == 0:
-        return new
-    cached = _full(query, key[:, :, :seen], value[:, :, :seen], scale)
-    return merge_partials([Partial(*new), Partial(*cached)])
+        return new, new_lse
+    cached, cached_lse = _full(query, key[:, :, :seen], value[:, :, :seen], scale)
+    lse = torch.logaddexp(new_lse, cached_lse)
+    output = new.float() * (new_lse - lse).exp().T[..., None]
+    output += cached.float() * (cached_lse - lse).exp().T[..., None]
+    return output, lse

@@ -1,0 +1,157 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and report what they use.
+
+Usage: compile_kernels.py [--output FILE]
+
+Fails if a kernel spills registers. The launches are the project's own, on meta data of the
+shapes that are common; only the last step, running them, is left out.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from vllm_dca.geometry import ChunkGeometry
+from vllm_dca.kernels.decode import decode_attention
+from vllm_dca.kernels.merge import merge_parts
+from vllm_dca.kernels.plan_decode import DecodePlanner
+from vllm_dca.kernels.turn import turn_queries
+from vllm_dca.merge import Partial
+from vllm_dca.rotary import QueryRotation
+
+CAPABILITIES = (80, 90, 100)
+# Name, query heads, KV heads, head size.
+SHAPES = [
+    ("Llama-3-8B", 32, 8, 128),
+    ("Qwen2.5-7B", 28, 4, 128),
+    ("Llama-2-7B", 32, 32, 128),
+    ("SmolLM2-135M", 9, 3, 64),
+    ("Gemma-like", 8, 4, 256),
+    ("Phi-like", 32, 32, 80),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Compiler:
+    """Stands in for the driver of a card that is not there; launches compile and stop."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.kernels: dict[str, object] = {}
+        triton.runtime.driver.set_active(
+            SimpleNamespace(
+                get_current_target=lambda: self.target,
+                get_current_device=lambda: capability,
+                get_current_stream=lambda device: 0,
+            )
+        )
+
+    def __enter__(self) -> "Compiler":
+        self.run = run = JITFunction.run
+
+        def compile_only(function, *args, grid, warmup, **kwargs):
+            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
+            self.kernels[function.fn.__name__.strip("_")] = kernel
+
+        JITFunction.run = compile_only
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        JITFunction.run = self.run
+
+
+def launch(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache: torch.dtype):
+    """Every kernel once, as the backend launches it."""
+    rows, page = 4, 16
+    query = torch.zeros(rows, heads, head_size, dtype=dtype)
+    rotation = QueryRotation(torch.zeros(64, head_size), True)
+    indices = torch.zeros(rows, dtype=torch.int32)
+    turn_queries(query, rotation, indices, indices)
+    lse = torch.zeros(heads, rows)
+    part = Partial(query, lse, indices, indices)
+    merge_parts(query, lse, [part, part])
+    planner = DecodePlanner(ChunkGeometry(6144, 1024), None, rows, 16, query.device)
+    plan = planner.plan(
+        torch.zeros(rows + 1, dtype=torch.int32), indices, indices[:, None], rows
+    )
+    kv_cache = torch.zeros(2, page, kv_heads, 2 * head_size, dtype=cache).transpose(1, 2)
+    scale = torch.ones(1) if cache != dtype else None
+    decode_attention(
+        query,
+        kv_cache,
+        torch.empty_like(query),
+        plan=plan,
+        rotation=rotation,
+        softmax_scale=0.1,
+        k_scale=scale,
+        v_scale=scale,
+    )
+
+
+def resources(kernel) -> dict[str, int]:
+    """What the machine code uses, as cuobjdump reads it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.check_output(
+            [BINARIES / "cuobjdump", "--dump-resource-usage", cubin.name], text=True
+        )
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(found["REG"]),
+        "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),
+        "shared_bytes": kernel.metadata.shared,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    results = []
+    for capability in CAPABILITIES:
+        for name, heads, kv_heads, head_size in SHAPES:
+            fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 90)
+            for dtype, cache in [(d, d) for d in DTYPES] + [(torch.bfloat16, c) for c in fp8]:
+                with Compiler(capability) as compiler:
+                    launch(heads, kv_heads, head_size, dtype, cache)
+                for kernel, compiled in compiler.kernels.items():
+                    results.append(
+                        {
+                            "capability": capability,
+                            "shape": name,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "kv_cache": str(cache).removeprefix("torch."),
+                            "kernel": kernel,
+                            **resources(compiled),
+                        }
+                    )
+    columns = list(results[0])
+    table = Table(*columns)
+    for row in results:
+        table.add_row(*map(str, row.values()))
+    Console(width=140).print(table)
+    if args.output:
+        record = {"triton": version("triton"), "kernels": results}
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    spilled = [row for row in results if row["spilled_bytes"]]
+    assert not spilled, f"registers spill: {spilled}"
+
+
+if __name__ == "__main__":
+    main()

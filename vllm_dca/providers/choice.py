@@ -1,0 +1,61 @@
+"""Which attention provider a device uses: the user's, else the first that can serve."""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_dca.providers import AttentionProvider, Needs, UnusableProviderError, flash_attn
+
+
+def _torch(needs: Needs) -> AttentionProvider:
+    from vllm_dca.providers import torch_cpu
+
+    return torch_cpu.attention
+
+
+def _triton(needs: Needs) -> AttentionProvider:
+    if needs.cache_dtype == torch.float8_e4m3fn and needs.capability < (8, 9):
+        raise UnusableProviderError(
+            f"it needs compute capability 8.9 for a {needs.cache_dtype} cache, and this is "
+            f"{needs.capability}; --kv-cache-dtype fp8_e5m2 works"
+        )
+    from vllm_dca.kernels.attention import attention
+
+    return attention
+
+
+# In order of preference.
+PROVIDERS: dict[str, dict[str, Callable[[Needs], AttentionProvider]]] = {
+    "cpu": {"torch": _torch},
+    "cuda": {
+        "vllm_flash_attn": flash_attn.bundled_with_vllm,
+        "flash_attn": flash_attn.package,
+        "triton": _triton,
+    },
+}
+
+
+def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, AttentionProvider]:
+    """A provider and its name.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        asked: the user's prefill_provider, or None to take the first that can serve.
+        needs: what it has to serve.
+
+    Raises:
+        ValueError: no such provider, or none can serve; says why each cannot.
+    """
+    known = PROVIDERS[device_type]
+    if asked is not None and asked not in known:
+        raise ValueError(
+            f"DCA's prefill_provider {asked!r} is not known on this device; choose from "
+            f"{', '.join(known)}, or leave it out."
+        )
+    reasons = []
+    for name in known if asked is None else [asked]:
+        try:
+            return name, known[name](needs)
+        except UnusableProviderError as error:
+            reasons.append(f"{name}: {error}")
+    raise ValueError(f"DCA has no attention provider for prefill here. {'; '.join(reasons)}.")
