@@ -15,6 +15,9 @@ os.environ.setdefault(
     "VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0))))
 )
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+# Triton's kernels run in its interpreter, which must be known before Triton is imported. The
+# engines here have no use for Triton.
+os.environ["TRITON_INTERPRET"] = "1"
 
 DEMO_MODEL = Path(
     os.environ.get("DCA_DEMO_MODEL", Path(__file__).parents[1] / ".cache" / "demo-model")

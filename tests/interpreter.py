@@ -1,13 +1,9 @@
 """Triton's interpreter, with the arithmetic that a GPU has.
 
 As it comes (3.9), it rounds fp32 to bf16 by cutting bits off, and its matrix product takes bf16
-bit patterns for integers. Both are given torch's conversions here. Importing this module sets
-TRITON_INTERPRET for the process, which must happen before Triton is imported anywhere.
+bit patterns for integers. Both are given torch's conversions here. tests/conftest.py switches
+the interpreter on for the process.
 """
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
@@ -37,9 +33,13 @@ def _convert_float(
 
 
 def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
-    a_data, b_data = (_to_torch(x.data, x.dtype.scalar).float().numpy() for x in (a, b))
-    return interpreter.TensorHandle(a_data @ b_data + d.data, d.dtype.scalar)
+    product = (
+        _to_torch(a.data, a.dtype.scalar).float() @ _to_torch(b.data, b.dtype.scalar).float()
+    )
+    return interpreter.TensorHandle(product.numpy() + d.data, d.dtype.scalar)
 
 
-interpreter._convert_float = _convert_float
-interpreter.InterpreterBuilder.create_dot = _create_dot
+def repair() -> None:
+    """Put the conversions in; once a process is enough."""
+    interpreter._convert_float = _convert_float
+    interpreter.InterpreterBuilder.create_dot = _create_dot

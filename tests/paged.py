@@ -15,7 +15,8 @@ from vllm_dca.providers import torch_cpu
 from vllm_dca.reference import dual_chunk_attention, key_positions, rotate
 from vllm_dca.rotary import QueryRotation, turn_queries, unit_table
 
-SCALE = 0.3
+# Of an FP8 cache, which holds a key or value over its scale.
+K_SCALE, V_SCALE = torch.tensor([0.5]), torch.tensor([2.0])
 CPU_PREFILL = PrefillOperations(turn_queries, torch_cpu.attention, merge_parts)
 
 
@@ -35,7 +36,14 @@ class Shape:
     original_max_position_embeddings: int | None = None
     dtype: torch.dtype = torch.float32
     mscale: float = 1.0
+    cache_dtype: torch.dtype | None = None  # FP8, or None for the same
+    tokens_first: bool = False  # in memory: a page's tokens, then its heads
     seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """As models have it, and a little more: attention is far from uniform."""
+        return 1.2 * self.head_size**-0.5
 
     @property
     def geometry(self) -> ChunkGeometry:
@@ -86,11 +94,11 @@ class Batch:
         spare = 3
         pages = torch.randperm(sum(blocks) + spare)
         unused, pages = int(pages[0]), pages[spare:]
+        size = [len(pages) + spare, shape.num_kv_heads, shape.block_size, 2 * shape.head_size]
+        order = [0, 2, 1, 3] if shape.tokens_first else [0, 1, 2, 3]
         self.kv_cache = torch.full(
-            (len(pages) + spare, shape.num_kv_heads, shape.block_size, 2 * shape.head_size),
-            torch.nan,
-            dtype=shape.dtype,
-        )
+            [size[axis] for axis in order], torch.nan, dtype=shape.cache_dtype or shape.dtype
+        ).permute(order)
         self.block_table = torch.full((len(blocks), max(blocks)), unused, dtype=torch.int32)
         for row, own in enumerate(pages.split(blocks)):
             self.block_table[row, : len(own)] = own
@@ -99,7 +107,14 @@ class Batch:
             positions = key_positions(
                 torch.arange(len(key)), shape.geometry.chunk_size, shape.local_size
             )
-            write_kv(self._rotated(key, positions), value, self.kv_cache, slots[: len(key)])
+            rotated = self._rotated(key, positions)
+            if shape.cache_dtype is not None:
+                rotated = (rotated / K_SCALE).to(shape.cache_dtype)
+                value = (value / V_SCALE).to(shape.cache_dtype)
+                # What was stored is what the reference is asked about.
+                self.values[row] = value.double() * V_SCALE
+                self.keys[row] = self._unrotated(rotated.double() * K_SCALE, positions)
+            write_kv(rotated, value, self.kv_cache, slots[: len(key)])
 
     def _rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         shape = self.shape
@@ -107,6 +122,17 @@ class Batch:
         # A YaRN table lengthens what it rotates.
         rotated[..., : shape.rotary_dim] *= shape.mscale
         return rotated.to(shape.dtype)
+
+    def _unrotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[..., : self.shape.rotary_dim] /= self.shape.mscale
+        return rotate(x, -positions, self.inv_freq, self.shape.is_neox)
+
+    @property
+    def scales(self) -> dict[str, torch.Tensor]:
+        """For what reads the cache."""
+        quantised = self.shape.cache_dtype is not None
+        return {"k_scale": K_SCALE, "v_scale": V_SCALE} if quantised else {}
 
     def rotated_query(self) -> torch.Tensor:
         """What the model hands to the attention layer."""
@@ -138,7 +164,7 @@ class Batch:
                     local_size=shape.local_size,
                     inv_freq=self.inv_freq,
                     is_neox=shape.is_neox,
-                    scale=SCALE,
+                    scale=shape.scale,
                     original_max_position_embeddings=shape.original_max_position_embeddings,
                     dtype=dtype,
                 )
@@ -172,8 +198,9 @@ class Batch:
                 shape.original_max_position_embeddings,
             ),
             rotation=self.rotation(),
-            softmax_scale=SCALE,
+            softmax_scale=shape.scale,
             operations=operations,
+            **self.scales,
         )
         return output
 
@@ -195,7 +222,7 @@ class Batch:
                 shape.original_max_position_embeddings,
             ),
             rotation=self.rotation(),
-            softmax_scale=SCALE,
+            softmax_scale=shape.scale,
         )
         return output
 
@@ -205,20 +232,21 @@ class Batch:
         The reference itself, run in that dtype, rounds queries, keys, scores, weights and
         output once each. The fast path rounds a turned query and a partial output once more,
         hence twice its error; eps times the largest value is there for the batches where the
-        ordinary one happens to be exact (a single key). A small batch may be lucky, so more
-        batches of its shape are asked too, up to some thousand outputs.
+        ordinary one happens to be exact (a single key). It is asked for every row of whole
+        sequences, of several batches if these are short: one row may be lucky.
         """
         ordinary = largest = 0.0
-        outputs = sum(query.numel() for query in self.queries)
+        shape = dataclasses.replace(
+            self.shape, lengths=[(total, 0) for total, _ in self.shape.lengths]
+        )
+        rows = sum(total for total, _ in shape.lengths)
+        outputs = rows * shape.num_kv_heads * shape.group * shape.head_size
         for sample in range(min(-(-4000 // outputs), 16)):
-            batch = self
-            if sample:
-                seed = self.shape.seed + 1000 * sample
-                batch = Batch.random(dataclasses.replace(self.shape, seed=seed))
-            exact, rounded = batch.reference(), batch.reference(self.shape.dtype).double()
+            batch = Batch.random(dataclasses.replace(shape, seed=shape.seed + 1000 * sample))
+            exact, rounded = batch.reference(), batch.reference(shape.dtype).double()
             ordinary = max(ordinary, (rounded - exact).abs().max().item())
             largest = max(largest, *(value.abs().max().item() for value in batch.values))
-        return 2 * ordinary + 2 * torch.finfo(self.shape.dtype).eps * largest
+        return 2 * ordinary + 2 * torch.finfo(shape.dtype).eps * largest
 
     def assert_close(self, output: torch.Tensor) -> None:
         error = (output.double() - self.reference()).abs().max().item()

@@ -118,7 +118,7 @@ def test_below_one_chunk_dca_is_ordinary_attention(dtype: torch.dtype) -> None:
         batch.kv_cache[batch.block_table[0].long()].transpose(0, 1).flatten(1, 2).chunk(2, -1)
     )
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    ordinary, _ = op(query[None], key[None], value[None], 0.0, True, scale=0.3)
+    ordinary, _ = op(query[None], key[None], value[None], 0.0, True, scale=shape.scale)
     torch.testing.assert_close(batch.prefill(), ordinary[0].transpose(0, 1), rtol=0, atol=0)
 
 

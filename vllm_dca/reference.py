@@ -45,6 +45,8 @@ def rotate(
 ) -> torch.Tensor:
     """Rotary embedding of the leading 2 * len(inv_freq) entries of the last axis.
 
+    Angles are fp64's; the products are in x's dtype, or in fp32 if that is lower.
+
     Args:
         x: [num_tokens, num_heads, head_size].
         positions: [num_tokens], integer.
@@ -52,8 +54,9 @@ def rotate(
         is_neox: pairs are (k, k + rotary_dim / 2) if true, else (2k, 2k + 1).
     """
     half = len(inv_freq)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     angle = (positions[:, None] * inv_freq)[:, None, :]
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = (
         (slice(0, half), slice(half, 2 * half))
         if is_neox

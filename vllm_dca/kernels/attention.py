@@ -10,7 +10,7 @@ import triton.language as tl
 
 from vllm_dca.providers import PagedSegments
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 # Keys a program reads at a time.
 TILE = 32
@@ -42,7 +42,7 @@ def _attention_kernel(
     v_scale,
     num_segments,
     search_steps,
-    softmax_scale,
+    scale_log2,  # softmax_scale * log2(e)
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -74,7 +74,7 @@ def _attention_kernel(
     source = query + token[:, None] * query_stride_token + head * query_stride_head + d[None, :]
     q = tl.load(source, mask=inside, other=0.0)
 
-    factor = softmax_scale * LOG2_E
+    factor = scale_log2
     if HAS_SCALE:
         factor *= tl.load(k_scale)
     kv_head = tl.cast(head // GROUP, tl.int64)
@@ -159,7 +159,7 @@ def attention(
         v_scale,
         num_segments,
         num_segments.bit_length(),
-        softmax_scale,
+        softmax_scale * LOG2_E,
         CAUSAL=segments.causal,
         GROUP=num_heads // num_kv_heads,
         HEAD_SIZE=head_size,

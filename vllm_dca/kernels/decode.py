@@ -16,7 +16,7 @@ from vllm_dca.kernels.plan_decode import MAX_TILE, DecodePlan
 from vllm_dca.kernels.turn import rotary_pairs, turned_by
 from vllm_dca.rotary import QueryRotation
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = 1.4426950408889634
 # Query heads that one program takes; more share a KV head only in MQA.
 HEADS_PER_PROGRAM = 64
 MIN_DOT_ROWS = 16  # of Triton's matrix product
@@ -77,7 +77,7 @@ def _split_kernel(
     part_output,  # [num_slots, num_heads, HEAD_SIZE] fp32
     part_lse,  # [num_slots, num_heads] fp32, base 2
     k_scale,  # [1] fp32, of an FP8 cache
-    softmax_scale,
+    scale_log2,  # softmax_scale * log2(e)
     chunk_len,
     chunk_size,
     inter_position,
@@ -113,7 +113,7 @@ def _split_kernel(
     intra_start = position - offset
     succ_start = tl.maximum(intra_start - chunk_len, 0)
 
-    factor = softmax_scale * LOG2_E
+    factor = scale_log2
     if HAS_SCALE:
         factor *= tl.load(k_scale)
     if original_length > 0:
@@ -254,7 +254,7 @@ def decode_attention(
         part_output,
         part_lse,
         k_scale,
-        softmax_scale,
+        softmax_scale * LOG2_E,
         plan.geometry.chunk_len,
         plan.geometry.chunk_size,
         plan.geometry.inter_position,
