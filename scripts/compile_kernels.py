@@ -1,12 +1,13 @@
 """Compile the Triton kernels ahead of time, without a GPU, and report what they use.
 
-Usage: compile_kernels.py [--output FILE]
+Usage: compile_kernels.py [--quick] [--output FILE]
 
 Fails if a kernel spills registers. The launches are the project's own, on meta data of the
 shapes that are common; only the last step, running them, is left out.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -26,11 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vllm_dca.geometry import ChunkGeometry
+from vllm_dca.kernels.attention import attention
 from vllm_dca.kernels.decode import decode_attention
 from vllm_dca.kernels.merge import merge_parts
 from vllm_dca.kernels.plan_decode import DecodePlanner
 from vllm_dca.kernels.turn import turn_queries
+from vllm_dca.kv_cache import split_kv
 from vllm_dca.merge import Partial
+from vllm_dca.planning import plan_prefill
 from vllm_dca.rotary import QueryRotation
 
 CAPABILITIES = (80, 90, 100)
@@ -66,7 +70,9 @@ class Compiler:
 
         def compile_only(function, *args, grid, warmup, **kwargs):
             kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
-            self.kernels[function.fn.__name__.strip("_")] = kernel
+            name = function.fn.__name__.strip("_")
+            causal = kwargs.get("CAUSAL")
+            self.kernels[name if causal is None else f"{name}, causal {causal}"] = kernel
 
         JITFunction.run = compile_only
         return self
@@ -85,17 +91,30 @@ def launch(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache:
     lse = torch.zeros(heads, rows)
     part = Partial(query, lse, indices, indices)
     merge_parts(query, lse, [part, part])
-    planner = DecodePlanner(ChunkGeometry(6144, 1024), None, rows, 16, query.device)
-    plan = planner.plan(
-        torch.zeros(rows + 1, dtype=torch.int32), indices, indices[:, None], rows
-    )
-    kv_cache = torch.zeros(2, page, kv_heads, 2 * head_size, dtype=cache).transpose(1, 2)
+    kv_cache = torch.zeros(2, kv_heads, page, 2 * head_size, dtype=cache)
     scale = torch.ones(1) if cache != dtype else None
+    key_cache, value_cache = split_kv(kv_cache)
+    geometry = ChunkGeometry(6144, 1024)
+    table = indices[:, None]
+    starts = torch.arange(rows + 1, dtype=torch.int32)
+    prefill = plan_prefill(starts.numpy(), starts[1:].numpy(), table, page, geometry)
+    for causal in (True, False):
+        attention(
+            query,
+            key_cache,
+            value_cache,
+            torch.empty_like(query),
+            segments=dataclasses.replace(prefill.passes[0], causal=causal),
+            softmax_scale=0.1,
+            k_scale=scale,
+            v_scale=scale,
+        )
+    planner = DecodePlanner(geometry, None, rows, 16, query.device)
     decode_attention(
         query,
         kv_cache,
         torch.empty_like(query),
-        plan=plan,
+        plan=planner.plan(starts, starts[1:], table, rows),
         rotation=rotation,
         softmax_scale=0.1,
         k_scale=scale,
@@ -121,11 +140,12 @@ def resources(kernel) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only the first shape")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     results = []
     for capability in CAPABILITIES:
-        for name, heads, kv_heads, head_size in SHAPES:
+        for name, heads, kv_heads, head_size in SHAPES[: 1 if args.quick else None]:
             fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 90)
             for dtype, cache in [(d, d) for d in DTYPES] + [(torch.bfloat16, c) for c in fp8]:
                 with Compiler(capability) as compiler:

@@ -46,3 +46,12 @@ def assert_same_answer(one: Any, other: Any, atol: float) -> None:
     (tokens, logprobs), (other_tokens, other_logprobs) = of_answer(one), of_answer(other)
     assert tokens == other_tokens
     torch.testing.assert_close(logprobs, other_logprobs, rtol=0, atol=atol)
+
+
+def drafted(llm: Any) -> int:
+    """Tokens that speculation proposed so far."""
+    return sum(
+        metric.value
+        for metric in llm.get_metrics()
+        if metric.name == "vllm:spec_decode_num_draft_tokens"
+    )

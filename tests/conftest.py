@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # vLLM's own knobs for the CPU, read when an engine starts: every core that we may use, and a
 # cache that is small but holds the longest test prompt.
@@ -15,9 +16,12 @@ os.environ.setdefault(
     "VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0))))
 )
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-# Triton's kernels run in its interpreter, which must be known before Triton is imported. The
-# engines here have no use for Triton.
-os.environ["TRITON_INTERPRET"] = "1"
+# Without a GPU, Triton's kernels run in its interpreter, which must be known before Triton is
+# imported. Engines on the CPU have no use for Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    # What only hardware can show.
+    collect_ignore = ["test_gpu.py"]
 
 DEMO_MODEL = Path(
     os.environ.get("DCA_DEMO_MODEL", Path(__file__).parents[1] / ".cache" / "demo-model")

@@ -1,7 +1,8 @@
 """Engines of tiny checkpoints inside the test's own process: they start in seconds."""
 
 import contextlib
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,14 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
             del llm
         finally:
             cleanup_dist_env_and_memory()
+
+
+def in_a_child(function: Callable[..., None], *args: Any) -> None:
+    """Run it in a process of its own, errors and all.
+
+    For engines that import numba (speculation by ngram): with numba there, vLLM 0.32 cannot
+    start another engine in the same process; it searches all modules, and llvmlite's object to
+    that.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(function, args)

@@ -40,6 +40,6 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type:
 
 
 def repair() -> None:
-    """Put the conversions in; once a process is enough."""
+    """Put the conversions in; they change nothing where there is a GPU."""
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _create_dot

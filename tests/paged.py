@@ -15,6 +15,9 @@ from vllm_dca.providers import torch_cpu
 from vllm_dca.reference import dual_chunk_attention, key_positions, rotate
 from vllm_dca.rotary import QueryRotation, turn_queries, unit_table
 
+# Where Triton's kernels run.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
 # Of an FP8 cache, which holds a key or value over its scale.
 K_SCALE, V_SCALE = torch.tensor([0.5]), torch.tensor([2.0])
 CPU_PREFILL = PrefillOperations(turn_queries, torch_cpu.attention, merge_parts)
@@ -128,11 +131,11 @@ class Batch:
         x[..., : self.shape.rotary_dim] /= self.shape.mscale
         return rotate(x, -positions, self.inv_freq, self.shape.is_neox)
 
-    @property
-    def scales(self) -> dict[str, torch.Tensor]:
+    def scales(self, device: torch.device) -> dict[str, torch.Tensor]:
         """For what reads the cache."""
-        quantised = self.shape.cache_dtype is not None
-        return {"k_scale": K_SCALE, "v_scale": V_SCALE} if quantised else {}
+        if self.shape.cache_dtype is None:
+            return {}
+        return {"k_scale": K_SCALE.to(device), "v_scale": V_SCALE.to(device)}
 
     def rotated_query(self) -> torch.Tensor:
         """What the model hands to the attention layer."""
@@ -143,11 +146,11 @@ class Batch:
             ]
         )
 
-    def rotation(self) -> QueryRotation:
+    def rotation(self, device: torch.device = CPU) -> QueryRotation:
         size = self.shape.geometry.chunk_size
         angle = torch.arange(size)[:, None] * self.inv_freq
         table = self.shape.mscale * torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return QueryRotation(unit_table(table.float(), size), self.shape.is_neox)
+        return QueryRotation(unit_table(table.float(), size).to(device), self.shape.is_neox)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The specification's answer, computed in `dtype`."""
@@ -177,11 +180,12 @@ class Batch:
         query: torch.Tensor | None = None,
         rows: slice = slice(None),
         operations: PrefillOperations = CPU_PREFILL,
+        device: torch.device = CPU,
     ) -> torch.Tensor:
         """Three passes and a merge."""
         shape = self.shape
-        query = self.rotated_query() if query is None else query
-        key_cache, value_cache = split_kv(self.kv_cache)
+        query = (self.rotated_query() if query is None else query).to(device)
+        key_cache, value_cache = split_kv(self.kv_cache.to(device))
         lengths = torch.tensor(shape.lengths)[rows]
         output = torch.full_like(query, torch.nan)
         prefill_attention(
@@ -192,17 +196,17 @@ class Batch:
             plan=plan_prefill(
                 query_start_loc(shape.lengths[rows]).numpy(),
                 lengths[:, 0].numpy(),
-                self.block_table[rows],
+                self.block_table[rows].to(device),
                 shape.block_size,
                 shape.geometry,
                 shape.original_max_position_embeddings,
             ),
-            rotation=self.rotation(),
+            rotation=self.rotation(device),
             softmax_scale=shape.scale,
             operations=operations,
-            **self.scales,
+            **self.scales(device),
         )
-        return output
+        return output.cpu()
 
     def decode(self) -> torch.Tensor:
         """The CPU's paged decode."""

@@ -1,15 +1,18 @@
 """The Triton kernels, under Triton's interpreter, against the reference."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import interpreter
-from tests.paged import CPU_PREFILL, Batch, Shape, query_start_loc
+from tests.paged import CPU_PREFILL, DEVICE, Batch, Shape, query_start_loc
 from tests.test_attention import shapes
 from vllm_dca.kernels import decode as decode_module
 from vllm_dca.kernels import plan_decode
@@ -18,7 +21,9 @@ from vllm_dca.kernels.decode import decode_attention
 from vllm_dca.kernels.merge import merge_parts
 from vllm_dca.kernels.plan_decode import DecodePlan, DecodePlanner
 from vllm_dca.kernels.turn import turn_queries
-from vllm_dca.prefill import PrefillOperations
+from vllm_dca.kv_cache import split_kv
+from vllm_dca.planning import plan_prefill
+from vllm_dca.prefill import PrefillOperations, prefill_attention
 
 TRITON = PrefillOperations(turn_queries, attention, merge_parts)
 
@@ -42,33 +47,43 @@ def planner(shape: Shape, max_rows: int, spare_slots: int) -> DecodePlanner:
         shape.original_max_position_embeddings,
         max_rows,
         spare_slots,
-        torch.device("cpu"),
+        DEVICE,
     )
 
 
 def plan(batch: Batch, planner: DecodePlanner, num_rows: int) -> DecodePlan:
     lengths = batch.shape.lengths
     return planner.plan(
-        query_start_loc(lengths),
-        torch.tensor([total for total, _ in lengths], dtype=torch.int32),
-        batch.block_table,
+        query_start_loc(lengths).to(DEVICE),
+        torch.tensor([total for total, _ in lengths], dtype=torch.int32, device=DEVICE),
+        batch.block_table.to(DEVICE),
         num_rows,
     )
 
 
-def decode(batch: Batch, spare_slots: int = 4) -> torch.Tensor:
-    query = batch.rotated_query()
+def attend(batch: Batch, query: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+    query = query.to(DEVICE)
     output = torch.full_like(query, torch.nan)
     decode_attention(
         query,
-        batch.kv_cache,
+        batch.kv_cache.to(DEVICE),
         output,
-        plan=plan(batch, planner(batch.shape, len(query), spare_slots), len(query)),
-        rotation=batch.rotation(),
+        plan=plan,
+        rotation=batch.rotation(DEVICE),
         softmax_scale=batch.shape.scale,
-        **batch.scales,
+        **batch.scales(DEVICE),
     )
-    return output
+    return output.cpu()
+
+
+def decode(batch: Batch, spare_slots: int = 4) -> torch.Tensor:
+    query = batch.rotated_query()
+    steps = planner(batch.shape, len(query), spare_slots)
+    return attend(batch, query, plan(batch, steps, len(query)))
+
+
+def prefill(batch: Batch, operations: PrefillOperations = TRITON) -> torch.Tensor:
+    return batch.prefill(operations=operations, device=DEVICE)
 
 
 @st.composite
@@ -92,15 +107,7 @@ def test_decode_agrees_with_reference(shape: Shape, spare_slots: int) -> None:
 @given(cached_shapes())
 def test_prefill_agrees_with_reference(shape: Shape) -> None:
     batch = Batch.random(shape)
-    batch.assert_close(batch.prefill(operations=TRITON))
-
-
-@settings(max_examples=30, deadline=None)
-@given(shapes())
-def test_turn_and_merge_go_with_any_provider(shape: Shape) -> None:
-    """With torch's passes only turning and merging are Triton's; all copies are the same."""
-    batch = Batch.random(shape)
-    batch.assert_close(batch.prefill(operations=TRITON._replace(attend=CPU_PREFILL.attend)))
+    batch.assert_close(prefill(batch))
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 72, 80, 96, 128, 160, 256])
@@ -111,7 +118,7 @@ def test_head_sizes_and_groups(head_size: int, group: int) -> None:
     batch = Batch.random(shape)
     batch.assert_close(decode(batch))
     if group < 71:
-        batch.assert_close(batch.prefill(operations=TRITON))
+        batch.assert_close(prefill(batch))
 
 
 @pytest.mark.parametrize("temperature", [None, 20])
@@ -119,7 +126,7 @@ def test_decode_row_equals_prefill_row(temperature: int | None) -> None:
     """One request at every length around three chunks, and all of its rows at once."""
     shape = Shape([(70, 30)], original_max_position_embeddings=temperature)
     batch = Batch.random(shape)
-    assert (decode(batch) - batch.prefill(operations=TRITON)).abs().max() <= batch.tolerance()
+    assert (decode(batch) - prefill(batch)).abs().max() <= batch.tolerance()
 
 
 LENGTHS = [(70, 69), (1, 0), (17, 15), (40, 37), (33, 32)]
@@ -152,7 +159,6 @@ def test_buffers_stay_and_rows_that_pad_are_zero() -> None:
         batch = Batch.random(dataclasses.replace(shape, lengths=lengths))
         query = batch.rotated_query()
         padding = torch.full((4 - len(query), *query.shape[1:]), torch.nan)
-        output = torch.full_like(torch.cat([query, padding]), torch.nan)
         found = plan(batch, steps, 4)
         addresses.add(
             tuple(
@@ -160,14 +166,7 @@ def test_buffers_stay_and_rows_that_pad_are_zero() -> None:
                 for name in ("row_request", "row_keys", "first_slot", "slot_row", "split_len")
             )
         )
-        decode_attention(
-            torch.cat([query, padding]),
-            batch.kv_cache,
-            output,
-            plan=found,
-            rotation=batch.rotation(),
-            softmax_scale=batch.shape.scale,
-        )
+        output = attend(batch, torch.cat([query, padding]), found)
         batch.assert_close(output[: len(query)])
         assert (output[len(query) :] == 0).all()
     assert len(addresses) == 1
@@ -181,3 +180,67 @@ def test_tolerance_would_catch_a_wrong_region() -> None:
     )
     error = (decode(wrong).double() - batch.reference()).abs().max()
     assert error > 100 * batch.tolerance()
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuses torch's operations that read something back from the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert name not in self.WAITING, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def prefill_launches(lengths: list[tuple[int, int]]) -> Counter[str]:
+    """How often one layer runs each operation, and that none waits."""
+    batch = Batch.random(Shape(lengths, num_kv_heads=1, group=1))
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return getattr(CPU_PREFILL, name)(*args, **kwargs)
+
+        return call
+
+    batch.prefill(operations=PrefillOperations(*map(counted, PrefillOperations._fields)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[(70, 40)], [(1700, 0)], [(70, 40)] * 32],
+    ids=["1 request", "100 chunks", "32 requests"],
+)
+def test_launches_of_a_layer_are_a_constant(lengths: list[tuple[int, int]]) -> None:
+    assert prefill_launches(lengths) == {"turn": 1, "attend": 3, "merge": 1}
+
+
+def test_passes_that_no_token_needs_are_not_launched() -> None:
+    assert prefill_launches([(16, 0)]) == {"attend": 1, "merge": 1}
+    assert prefill_launches([(32, 0)]) == {"turn": 1, "attend": 2, "merge": 1}
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Neither planning a step nor a layer's own work reads anything back."""
+    batch = Batch.random(Shape([(70, 40), (20, 0)]))
+    query, key_cache, value_cache = batch.rotated_query(), *split_kv(batch.kv_cache)
+    steps = planner(batch.shape, 4, 4)
+    seq_lens = torch.tensor([70, 20], dtype=torch.int32)
+    with NeverWaits():
+        found = plan_prefill([0, 30, 50], [70, 20], batch.block_table, 4, batch.shape.geometry)
+        prefill_attention(
+            query,
+            key_cache,
+            value_cache,
+            torch.empty_like(query),
+            plan=found,
+            rotation=batch.rotation(),
+            softmax_scale=1.0,
+            operations=TRITON,
+        )
+        steps.plan(query_start_loc([(70, 69), (20, 19)]), seq_lens, batch.block_table, 2)
+    with NeverWaits(), pytest.raises(AssertionError, match="waits for the device"):
+        seq_lens.max().item()

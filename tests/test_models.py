@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import checkpoints
-from tests.answers import assert_same_answer, generate, of_prompt
-from tests.inprocess import engine
+from tests.answers import assert_same_answer, drafted, generate, of_prompt
+from tests.inprocess import engine, in_a_child
 from vllm_dca.reference_model import prompt_logprobs
 
 # What the project promises for fp32.
@@ -152,3 +152,27 @@ def test_preempted_requests_answer_as_if_alone(llama: Path) -> None:
             llm.reset_prefix_cache()
             [alone] = generate(llm, [prompt], max_tokens=180)
             assert_same_answer(alone, expected, ATOL)
+
+
+def test_speculation_by_ngram_changes_no_answer(tmp_path: Path) -> None:
+    """Verified tokens are rows of one request, on both sides of chunk borders."""
+    in_a_child(_speculate_by_ngram, tmp_path)
+
+
+def _speculate_by_ngram(tmp_path: Path) -> None:
+    # So few words that whatever is generated was seen before, and is drafted from.
+    model = checkpoints.write(tmp_path, "LlamaConfig", vocab_size=16)
+    prompts = [[3 + step * i % 13 for i in range(100)] for step in (1, 7)]
+    lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+
+    def answers(**options: Any) -> tuple[list[Any], int]:
+        with engine(model, additional_config={"dca": SIZES}, **options) as llm:
+            return generate(llm, prompts, max_tokens=60), drafted(llm)
+
+    expected, none = answers()
+    assert none == 0
+    # Last: see in_a_child.
+    speculated, some = answers(speculative_config={**lookup, "num_speculative_tokens": 4})
+    assert some > 0
+    for one, other in zip(speculated, expected, strict=True):
+        assert_same_answer(one, other, ATOL)

@@ -161,16 +161,18 @@ def test_models_that_are_refused_as_they_are_built(
         (
             {
                 "speculative_config": {
-                    "method": "ngram",
+                    "method": "draft_model",
+                    "model": "<the model>",
                     "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 2,
                 }
             },
-            "speculative decoding",
+            "speculative decoding by draft_model",
         ),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], message: str, llama: Path) -> None:
+    if "speculative_config" in options:
+        options["speculative_config"]["model"] = str(llama)
     with (
         pytest.raises((NotImplementedError, ValueError), match=message),
         engine(llama, **options),

@@ -16,6 +16,8 @@ logger = init_logger("vllm.plugins.dca")
 OPTIONS = "dca"
 # By name; the backend refuses those that do not go with the model's dtype or the device.
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+# Speculation whose drafts come from no attention layers of their own.
+DRAFTERS_WITHOUT_LAYERS = ("ngram",)
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
 
 
@@ -100,6 +102,8 @@ def _check_supported(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     ropes = [rope["rope_type"] for rope in iter_rope_parameters(model.hf_text_config)]
     cache_dtype = vllm_config.cache_config.cache_dtype
+    speculative = vllm_config.speculative_config
+    method = None if speculative is None else speculative.method
     refused = {
         f"the {current_platform.device_name} platform (the CPU and CUDA are)": not (
             current_platform.is_cpu() or current_platform.is_cuda()
@@ -118,7 +122,9 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         "a backend per kind of layer (attention_config.backend_per_kind)": bool(
             vllm_config.attention_config.backend_per_kind
         ),
-        "speculative decoding": vllm_config.speculative_config is not None,
+        f"speculative decoding by {method} (by {', '.join(DRAFTERS_WITHOUT_LAYERS)} it does)": (
+            method is not None and method not in DRAFTERS_WITHOUT_LAYERS
+        ),
         "decode context parallelism": (
             vllm_config.parallel_config.decode_context_parallel_size > 1
         ),

@@ -139,7 +139,9 @@ def attention(
     num_segments = len(segments.seqused_k)
     lse = query.new_empty(num_heads, total_q, dtype=torch.float32)
     head_padded = max(16, triton.next_power_of_2(head_size))
-    rows = 64 if query.dtype.itemsize * head_padded <= 256 else 32
+    # Such that no shape spills, see scripts/compile_kernels.py.
+    wide = query.dtype == torch.float32 or head_padded >= 256
+    rows = 64 if not wide else 32 if query.dtype.itemsize == 2 else 16
     _attention_kernel[(total_q // rows + num_segments, num_heads)](
         query,
         *query.stride()[:2],
@@ -168,7 +170,7 @@ def attention(
         ROWS=rows,
         TILE=TILE,
         HAS_SCALE=k_scale is not None,
-        num_warps=4,
+        num_warps=8 if wide else 4,
         num_stages=3,
     )
     return lse

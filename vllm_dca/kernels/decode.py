@@ -302,5 +302,5 @@ def tune(head_padded: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tuni
     tile = (1 << 15) // (2 * head_padded * dtype.itemsize)
     if cache_dtype != dtype:
         tile //= 2
-    wide = dtype == torch.float32 or head_padded >= 256
+    wide = dtype == torch.float32 or cache_dtype != dtype or head_padded >= 256
     return Tuning(max(16, min(MAX_TILE, tile)), 8 if wide else 4)
