@@ -12,8 +12,6 @@ from vllm_dca.providers import PagedSegments
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-# Keys a program reads at a time.
-TILE = 32
 
 
 @triton.jit(do_not_specialize=["num_segments", "search_steps"])
@@ -139,9 +137,7 @@ def attention(
     num_segments = len(segments.seqused_k)
     lse = query.new_empty(num_heads, total_q, dtype=torch.float32)
     head_padded = max(16, triton.next_power_of_2(head_size))
-    # Such that no shape spills, see scripts/compile_kernels.py.
-    wide = query.dtype == torch.float32 or head_padded >= 256
-    rows = 64 if not wide else 32 if query.dtype.itemsize == 2 else 16
+    rows, tile, num_warps = tune(head_padded, query.dtype)
     _attention_kernel[(total_q // rows + num_segments, num_heads)](
         query,
         *query.stride()[:2],
@@ -168,9 +164,16 @@ def attention(
         HEAD_PADDED=head_padded,
         PAGE_SIZE=page_size,
         ROWS=rows,
-        TILE=TILE,
+        TILE=tile,
         HAS_SCALE=k_scale is not None,
-        num_warps=8 if wide else 4,
+        num_warps=num_warps,
         num_stages=3,
     )
     return lse
+
+
+def tune(head_padded: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Queries a program takes, keys it reads at a time, and warps; so that no shape spills."""
+    if dtype == torch.float32:
+        return 16, 16, 8
+    return (64 if head_padded < 256 else 32), 32, 4

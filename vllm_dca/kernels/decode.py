@@ -232,7 +232,7 @@ def decode_attention(
     heads = min(max(triton.next_power_of_2(group), MIN_DOT_ROWS), HEADS_PER_PROGRAM)
     head_padded = triton.next_power_of_2(head_size)
     num_slots = len(plan.slot_row)
-    tuning = tune(head_padded, query.dtype, kv_cache.dtype)
+    tuning = tune(head_size, query.dtype, kv_cache.dtype)
     part_output = query.new_empty(num_slots, num_heads, head_size, dtype=torch.float32)
     part_lse = query.new_empty(num_slots, num_heads, dtype=torch.float32)
     _split_kernel[(num_slots, num_kv_heads, triton.cdiv(group, heads))](
@@ -297,10 +297,13 @@ class Tuning(NamedTuple):
     num_stages: int = 3  # fewer, and Triton does not fetch pages ahead of their use
 
 
-def tune(head_padded: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tuning:
-    """32 KiB of keys and values at a time as the product takes them, half of it from FP8."""
-    tile = (1 << 15) // (2 * head_padded * dtype.itemsize)
+def tune(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tuning:
+    """Up to 32 KiB of keys and values at a time; less where registers run short."""
+    head_padded = triton.next_power_of_2(head_size)
     if cache_dtype != dtype:
-        tile //= 2
-    wide = dtype == torch.float32 or cache_dtype != dtype or head_padded >= 256
-    return Tuning(max(16, min(MAX_TILE, tile)), 8 if wide else 4)
+        return Tuning(min(32, MAX_TILE), 8)
+    tile = (1 << 15) // (2 * head_padded * dtype.itemsize)
+    if head_size != head_padded:
+        tile = min(tile, 32)
+    wide = dtype == torch.float32 or head_padded >= 256
+    return Tuning(max(16, min(tile, MAX_TILE)), 8 if wide else 4)
