@@ -12,6 +12,7 @@ faster than its products at the rate of a matrix product; both are measured firs
 
 import argparse
 import functools
+import itertools
 import json
 import platform
 import subprocess
@@ -21,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from triton.testing import do_bench
 
 from vllm_dca.geometry import ChunkGeometry
@@ -48,7 +47,6 @@ PAGE = 16
 DTYPE = torch.bfloat16
 DEVICE = "cuda"
 K = 1024
-console = Console(width=150)
 
 
 class Layer:
@@ -226,31 +224,33 @@ def main() -> None:
     provider, attend = choose("cuda", args.provider, needs)
     operations = PrefillOperations(turn_queries, attend, merge_parts)
     bandwidth, rate = copy_bandwidth(), product_rate()
-    console.print(
+    print(
         f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s, multiplies "
         f"{rate / 1e12:.0f} TFLOP/s; passes by {provider}"
     )
-    table = Table("step", "shape", "batch", "context", "DCA / plain", "DCA ms", "plain ms",
-                  "floor ms", "of bandwidth")  # fmt: skip
+    layout = "{:8}{:15}{:>6}{:>11}{:>13}{:>10}{:>10}{:>10}{:>14}"
+    columns = "step shape batch context DCA/plain DCA_ms plain_ms floor_ms of_bandwidth"
+    print(layout.format(*columns.split()))
     results = []
-    for row in [
-        *bench_decode(provider, operations, bandwidth, args.quick),
-        *bench_prefill(provider, operations, rate, args.quick),
-    ]:
+    for row in itertools.chain(
+        bench_decode(provider, operations, bandwidth, args.quick),
+        bench_prefill(provider, operations, rate, args.quick),
+    ):
         results.append(row)
         share = row.get("of_copy_bandwidth")
-        table.add_row(
-            row["step"],
-            row["shape"],
-            str(row["batch"]),
-            f"{row['context']:,}",
-            f"{row['over_plain']:.2f}",
-            f"{row['dca_ms']['median']:.3f}",
-            f"{row['plain_ms']['median']:.3f}",
-            f"{row['floor_ms']:.3f}",
-            "" if share is None else f"{share:.2f}",
+        numbers = [row["dca_ms"]["median"], row["plain_ms"]["median"], row["floor_ms"]]
+        print(
+            layout.format(
+                row["step"],
+                row["shape"],
+                row["batch"],
+                f"{row['context']:,}",
+                f"{row['over_plain']:.2f}",
+                *(f"{number:.3f}" for number in numbers),
+                "" if share is None else f"{share:.2f}",
+            ),
+            flush=True,
         )
-    console.print(table)
     if args.output:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, capture_output=True

@@ -89,12 +89,16 @@ def main() -> None:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
     from transformers import AutoTokenizer
+    from vllm.platforms import current_platform
 
+    plain_backend = (
+        "CPU_ATTN" if current_platform.is_cpu() else "TRITON_ATTN"
+    )  # these take fp32
     prompt = AutoTokenizer.from_pretrained(args.model)(load())["input_ids"][: args.tokens]
     assert len(prompt) == args.tokens, f"the text has only {len(prompt)} tokens"
     runs = {
         "DCA (engine)": lambda: through_engine(args.model, prompt, "DCA"),
-        "plain RoPE (engine)": lambda: through_engine(args.model, prompt, "CPU_ATTN"),
+        "plain RoPE (engine)": lambda: through_engine(args.model, prompt, plain_backend),
         "DCA (reference)": lambda: by_reference(args.model, prompt),
     }
     table = Table("method", "all tokens", f"last {TAIL:,}", "seconds")

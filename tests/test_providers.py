@@ -138,7 +138,7 @@ def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         choose("cuda", "xformers", NEEDS)
     monkeypatch.setitem(PROVIDERS["cuda"], "triton", unusable("no Triton"))
-    with pytest.raises(ValueError, match=r"vllm_flash_attn: .*; flash_attn: .*; triton: no Tri"):
+    with pytest.raises(ValueError, match=r"vllm_flash_attn: .*; flash_attn: .*; triton: no T"):
         choose("cuda", None, NEEDS)
 
 
@@ -150,7 +150,6 @@ def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"block_size": 128}, "multiple of 256, not 128"),
         ({"head_size": 100}, "up to 256 in steps of 8, not 100"),
         ({"head_size": 320}, "up to 256 in steps of 8, not 320"),
-        ({"capability": (7, 5)}, "needs compute capability 8.0, and this is \\(7, 5\\)"),
     ],
 )
 def test_what_the_package_cannot_do(

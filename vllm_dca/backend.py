@@ -97,8 +97,8 @@ class DcaBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: "DeviceCapability | None") -> bool:
-        """Triton's, if not the CPU's; providers have their own limits."""
-        return capability is None or capability.to_int() >= 75
+        """From Ampere on: before it, the kernels' registers spill. None on the CPU."""
+        return capability is None or capability.to_int() >= 80
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

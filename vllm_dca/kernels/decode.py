@@ -19,7 +19,7 @@ from vllm_dca.rotary import QueryRotation
 LOG2_E = 1.4426950408889634
 # Query heads that one program takes; more share a KV head only in MQA.
 HEADS_PER_PROGRAM = 64
-MIN_DOT_ROWS = 16  # of Triton's matrix product
+MIN_DOT_SIZE = 16  # of any side of Triton's matrix product
 SPLITS_PER_STEP = 8
 
 
@@ -229,8 +229,8 @@ def decode_attention(
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, page_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    heads = min(max(triton.next_power_of_2(group), MIN_DOT_ROWS), HEADS_PER_PROGRAM)
-    head_padded = triton.next_power_of_2(head_size)
+    heads = min(max(triton.next_power_of_2(group), MIN_DOT_SIZE), HEADS_PER_PROGRAM)
+    head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
     num_slots = len(plan.slot_row)
     tuning = tune(head_size, query.dtype, kv_cache.dtype)
     part_output = query.new_empty(num_slots, num_heads, head_size, dtype=torch.float32)

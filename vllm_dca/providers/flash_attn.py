@@ -40,10 +40,6 @@ def package(needs: Needs) -> AttentionProvider:
         from flash_attn.flash_attn_interface import flash_attn_varlen_func
     except ImportError as error:
         raise UnusableProviderError(f"flash-attn 2 is not installed ({error})") from error
-    if needs.capability < (8, 0):
-        raise UnusableProviderError(
-            f"it needs compute capability 8.0, and this is {needs.capability}"
-        )
     _check(needs, page_multiple=256, largest_head=256)
     return functools.partial(_package, flash_attn_varlen_func)
 
