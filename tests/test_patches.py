@@ -39,7 +39,9 @@ SETTINGS = {
     "chunk_size": 384,
     "local_size": 128,
     "original_max_position_embeddings": None,
-    "source": f"derived from the trained window of {WINDOW} tokens",
+    "source": f"derived from the trained window of {WINDOW
+    "prefill_provider": None,
+} tokens",
 }
 DCA_PATH = "vllm_dca.backend.DcaBackend"
 CPU_PATH = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
@@ -550,7 +552,7 @@ def test_dca_is_selected_on_the_cpu(setup: str, observed: Observed) -> None:
         "use_mla": "['MLA not supported']",
         "use_sparse": "['sparse not supported']",
         "dtype": "['dtype not supported']",
-        "kv_cache_dtype": "['kv_cache_dtype not supported']",
+        "kv_cache_dtype": "['--kv-cache-dtype fp8 on the CPU; use auto']",
     }.items():
         assert dca["invalid"][key] == (
             "ValueError: Selected backend AttentionBackendEnum.DCA is not valid for this "
