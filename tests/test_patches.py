@@ -39,9 +39,8 @@ SETTINGS = {
     "chunk_size": 384,
     "local_size": 128,
     "original_max_position_embeddings": None,
-    "source": f"derived from the trained window of {WINDOW
+    "source": f"derived from the trained window of {WINDOW} tokens",
     "prefill_provider": None,
-} tokens",
 }
 DCA_PATH = "vllm_dca.backend.DcaBackend"
 CPU_PATH = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
