@@ -167,8 +167,11 @@ def main() -> None:
         table.add_row(*map(str, row.values()))
     Console(width=140).print(table)
     if args.output:
-        record = {"triton": version("triton"), "kernels": results}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        kernels = ",\n".join(f"  {json.dumps(row)}" for row in results)
+        triton_version = json.dumps(version("triton"))
+        args.output.write_text(
+            f'{{\n "triton": {triton_version},\n "kernels": [\n{kernels}\n ]\n}}\n'
+        )
     spilled = [row for row in results if row["spilled_bytes"]]
     assert not spilled, f"registers spill: {spilled}"
 
