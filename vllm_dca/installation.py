@@ -36,7 +36,9 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     """Prepare every attention layer of a freshly built model.
 
     vLLM shares rotary modules between layers, some of which DCA may not attend, so a layer
-    gets a copy with the periodic table; layers that shared one module share the copy.
+    gets a copy with the periodic table; layers that shared one module share the copy. Layers
+    with a sliding window keep their attention and their positions, in a table that is long
+    enough for them.
 
     Raises:
         NotImplementedError: a layer whose positions cannot be remapped, named.
@@ -44,33 +46,44 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     from vllm_dca.backend import DcaBackend
 
     settings = settings_of(vllm_config)
+    max_model_len = vllm_config.model_config.max_model_len
     devices: dict[Needs, Device] = {}
-    copies: dict[int, tuple[RotaryEmbedding, QueryRotation]] = {}
-    installed = []
+    remapped: dict[int, tuple[RotaryEmbedding, QueryRotation]] = {}
+    lengthened: dict[int, RotaryEmbedding] = {}
+    installed, kept = [], []
     for name, layer in model.named_modules():
         if not isinstance(layer, Attention):
             continue
-        if layer.attn_backend is not DcaBackend:
-            raise _refusal(name, f"its attention would be {layer.attn_backend.__name__}")
         parent = model.get_submodule(name.rpartition(".")[0])
         rotary_name, rotary = _find_rotary(name, parent)
-        if id(rotary) not in copies:
-            copies[id(rotary)] = _remap(
-                rotary, settings, vllm_config.model_config.max_model_len
-            )
-        periodic, layer.impl.rotation = copies[id(rotary)]
+        if layer.attn_backend is not DcaBackend:
+            if layer.sliding_window is None:
+                raise _refusal(name, f"its attention would be {layer.attn_backend.__name__}")
+            if id(rotary) not in lengthened:
+                lengthened[id(rotary)] = _lengthen(name, rotary, max_model_len)
+            setattr(parent, rotary_name, lengthened[id(rotary)])
+            kept.append(name)
+            continue
+        if id(rotary) not in remapped:
+            remapped[id(rotary)] = _remap(rotary, settings, max_model_len)
+        periodic, layer.impl.rotation = remapped[id(rotary)]
         setattr(parent, rotary_name, periodic)
         needs = _needs(layer, vllm_config)
         if needs not in devices:
             devices[needs] = current_device(needs, settings.prefill_provider)
         layer.impl.device = devices[needs]
         installed.append(name)
+    if kept and not installed:
+        raise _refusal(
+            kept[0], "like all others it has a sliding window, which DCA leaves alone"
+        )
     if installed:
         logger.info_once(
-            "DCA attends %d layers: %s .. %s; prefill by %s",
+            "DCA attends %d layers: %s .. %s%s; prefill by %s",
             len(installed),
             installed[0],
             installed[-1],
+            f"; {len(kept)} with a sliding window keep their own attention" if kept else "",
             ", ".join(sorted({device.provider for device in devices.values()})),
         )
 
@@ -110,6 +123,21 @@ def _find_rotary(layer_name: str, parent: torch.nn.Module) -> tuple[str, RotaryE
     if type(rotary) not in _SUPPORTED:
         raise _refusal(layer_name, f"its rotary embedding is a {type(rotary).__name__}")
     return name, rotary
+
+
+def _lengthen(layer_name: str, rotary: RotaryEmbedding, max_model_len: int) -> RotaryEmbedding:
+    """The module, or a copy with rows for every position that a request can reach."""
+    if len(rotary.cos_sin_cache) >= max_model_len:
+        return rotary
+    if type(rotary) not in _GROWABLE:
+        raise _refusal(
+            layer_name,
+            f"its {type(rotary).__name__} ends at {len(rotary.cos_sin_cache)} positions",
+        )
+    longer = copy.deepcopy(rotary)
+    longer.max_position_embeddings = max_model_len
+    longer.cos_sin_cache = longer._compute_cos_sin_cache().to(rotary.cos_sin_cache.dtype)
+    return longer
 
 
 def _remap(

@@ -40,6 +40,7 @@ def prompt_logprobs(
     if chunk_size is None or local_size is None:
         # Every query in its first chunk: the table's first line only.
         chunk_size, local_size = 2 * len(tokens), len(tokens)
+    rotary_calls: list[tuple[Any, ...]] = []
 
     def attention(
         module: torch.nn.Module,
@@ -48,21 +49,34 @@ def prompt_logprobs(
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float,
+        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        rotary = model.model.rotary_emb
-        inv_freq = rotary.inv_freq
-        mscale = getattr(rotary, "attention_scaling", 1.0)
+        if not rotary_calls:
+            raise NotImplementedError("a layer without rotary positions")
+        [rotary_call] = rotary_calls
+        rotary_calls.clear()
+        if sliding_window is not None:
+            # Not DCA's: Hugging Face's own rotation, and a window.
+            query, key = rotate_there(*rotary_call)
+            query, key, value = (t[0].to(dtype) for t in (query, key, value))
+            return sliding_attention(query, key, value, scaling, sliding_window)[None], None
+        inv_freq, mscale = _frequencies(model.model.rotary_emb, module)
         output = dual_chunk_attention(
             *(t[0].transpose(0, 1) for t in (query, key, value)),
             chunk_size=chunk_size,
             local_size=local_size,
             inv_freq=inv_freq,
+            is_neox=is_neox,
             scale=scaling * mscale**2,
             original_max_position_embeddings=original_max_position_embeddings,
             dtype=dtype,
         )
         return output[None], None
+
+    def remember(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rotary_calls.append((query, key, *args))
+        return query, key
 
     AttentionInterface.register("dca_reference", attention)
     model = AutoModelForCausalLM.from_pretrained(
@@ -73,7 +87,9 @@ def prompt_logprobs(
     ).eval()
     modeling: Any = importlib.import_module(type(model).__module__)
     rotate_there = modeling.apply_rotary_pos_emb
-    modeling.apply_rotary_pos_emb = lambda query, key, *args, **kwargs: (query, key)
+    # Which entries make a pair: asked of the model's own code.
+    is_neox = modeling.rotate_half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
+    modeling.apply_rotary_pos_emb = remember
     try:
         with torch.inference_mode():
             logits = model(torch.tensor([tokens]), use_cache=False).logits[0, :-1]
@@ -81,3 +97,35 @@ def prompt_logprobs(
         modeling.apply_rotary_pos_emb = rotate_there
     predicted = torch.tensor(tokens[1:])[:, None]
     return logits.log_softmax(-1).gather(1, predicted)[:, 0]
+
+
+def _frequencies(rotary: Any, module: torch.nn.Module) -> tuple[torch.Tensor, float]:
+    """Radians a position, and the length of the rotary table; some have them per layer type."""
+    prefix = f"{getattr(module, 'layer_type', None)}_"
+    if not hasattr(rotary, f"{prefix}inv_freq"):
+        prefix = ""
+    inv_freq = getattr(rotary, f"{prefix}inv_freq")
+    return inv_freq, getattr(rotary, f"{prefix}attention_scaling", 1.0)
+
+
+def sliding_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int
+) -> torch.Tensor:
+    """Ordinary causal attention to the last `window` tokens, the query's own included.
+
+    Args:
+        query: [num_heads, num_tokens, head_size], rotated.
+        key: [num_kv_heads, num_tokens, head_size], rotated.
+        value: like key.
+        scale: factor on the dot products.
+        window: in tokens.
+
+    Returns:
+        [num_tokens, num_heads, head_size].
+    """
+    group = len(query) // len(key)
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    distance = torch.arange(query.shape[1])[:, None] - torch.arange(key.shape[1])
+    hidden = (distance < 0) | (distance >= window)
+    scores = (query @ key.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(0, 1)

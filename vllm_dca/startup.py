@@ -1,5 +1,6 @@
 """What is checked and settled once, in the process that the user started."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import iter_rope_parameters
+from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from vllm_dca.config import DcaSettings, resolve_settings, validate_options
 
@@ -18,6 +20,9 @@ OPTIONS = "dca"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 # Speculation whose drafts come from no attention layers of their own.
 DRAFTERS_WITHOUT_LAYERS = ("ngram",)
+# Models with sliding-window layers beside full ones, by model_type. In others the full ones may
+# have no rotary positions (Cohere 2), or there may be none: nothing in the model tells.
+HYBRID_MODELS = ("gemma3_text",)
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
 
 
@@ -58,6 +63,8 @@ def configure(vllm_config: VllmConfig) -> None:
     """
     _check_supported(vllm_config)
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    if model_config.get_sliding_window() is not None:
+        _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
     checkpoint = _take_checkpoint_config(vllm_config)
     window = model_config.get_and_verify_max_len(None)
@@ -100,7 +107,8 @@ def configure(vllm_config: VllmConfig) -> None:
 
 def _check_supported(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
-    ropes = [rope["rope_type"] for rope in iter_rope_parameters(model.hf_text_config)]
+    hf_config = model.hf_text_config
+    ropes = [rope["rope_type"] for rope in iter_rope_parameters(hf_config)]
     cache_dtype = vllm_config.cache_config.cache_dtype
     speculative = vllm_config.speculative_config
     method = None if speculative is None else speculative.method
@@ -113,6 +121,13 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         "models without attention": model.is_attention_free,
         "encoder-only models": model.attn_type == "encoder_only",
         "M-RoPE": model.uses_mrope,
+        f"sliding-window layers in a {hf_config.model_type} model (in "
+        f"{', '.join(HYBRID_MODELS)} it does)": (
+            model.get_sliding_window() is not None and hf_config.model_type not in HYBRID_MODELS
+        ),
+        "models with layers without rotary positions (NoPE)": bool(
+            getattr(hf_config, "no_rope_layers", None)
+        ),
         "LongRoPE": "longrope" in ropes or "su" in ropes,
         "models without rotary positions (ALiBi, learned positions)": not ropes,
         f"--kv-cache-dtype {cache_dtype} (auto does)": (
@@ -138,6 +153,16 @@ def _check_supported(vllm_config: VllmConfig) -> None:
             f"{', '.join(name for name, present in refused.items() if present)}. "
             "Leave out what was named, or use another attention backend."
         )
+
+
+def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
+    """Full attention is DCA's; layers with a window keep a backend of vLLM's choice."""
+    attention = vllm_config.attention_config
+    vllm_config.attention_config = dataclasses.replace(
+        attention,
+        backend=None,
+        backend_per_kind={KVCacheSpecKind.FULL_ATTENTION.value: attention.backend},
+    )
 
 
 def _take_checkpoint_config(vllm_config: VllmConfig) -> dict[str, Any] | None:
