@@ -1,6 +1,7 @@
 """Position remap: a periodic rotary table for the layers that DCA attends, and no others."""
 
 import copy
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -14,11 +15,13 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 from vllm.platforms import current_platform
 
+from vllm_dca import transformers_rotary
 from vllm_dca.config import DcaSettings
 from vllm_dca.devices import Device, current_device
 from vllm_dca.providers import Needs
 from vllm_dca.rotary import QueryRotation, periodic_table, unit_table
 from vllm_dca.startup import cache_dtype_of, settings_of
+from vllm_dca.transformers_rotary import PeriodicRotary
 
 # vLLM's logger is set up for its own package only.
 logger = init_logger("vllm.plugins.dca")
@@ -46,37 +49,27 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     from vllm_dca.backend import DcaBackend
 
     settings = settings_of(vllm_config)
-    max_model_len = vllm_config.model_config.max_model_len
+    tables = _Tables(settings, vllm_config.model_config.max_model_len)
     devices: dict[Needs, Device] = {}
-    remapped: dict[int, tuple[RotaryEmbedding, QueryRotation]] = {}
-    lengthened: dict[int, RotaryEmbedding] = {}
     installed, kept = [], []
     for name, layer in model.named_modules():
         if not isinstance(layer, Attention):
             continue
-        parent = model.get_submodule(name.rpartition(".")[0])
-        rotary_name, rotary = _find_rotary(name, parent)
+        owner, rotary_name = _find_rotary(name, model)
+        rotary = getattr(owner, rotary_name)
         if layer.attn_backend is not DcaBackend:
             if layer.sliding_window is None:
                 raise _refusal(name, f"its attention would be {layer.attn_backend.__name__}")
-            if id(rotary) not in lengthened:
-                lengthened[id(rotary)] = _lengthen(name, rotary, max_model_len)
-            setattr(parent, rotary_name, lengthened[id(rotary)])
+            setattr(owner, rotary_name, tables.lengthen(name, rotary))
             kept.append(name)
             continue
-        if id(rotary) not in remapped:
-            remapped[id(rotary)] = _remap(rotary, settings, max_model_len)
-        periodic, layer.impl.rotation = remapped[id(rotary)]
-        setattr(parent, rotary_name, periodic)
+        periodic, layer.impl.rotation = tables.remap(name, rotary)
+        setattr(owner, rotary_name, periodic)
         needs = _needs(layer, vllm_config)
         if needs not in devices:
             devices[needs] = current_device(needs, settings.prefill_provider)
         layer.impl.device = devices[needs]
         installed.append(name)
-    if kept and not installed:
-        raise _refusal(
-            kept[0], "like all others it has a sliding window, which DCA leaves alone"
-        )
     if installed:
         logger.info_once(
             "DCA attends %d layers: %s .. %s%s; prefill by %s",
@@ -103,41 +96,68 @@ def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:
 def _refusal(layer_name: str, reason: str) -> NotImplementedError:
     return NotImplementedError(
         f"--attention-backend dca cannot serve this model: layer {layer_name}: {reason}. "
-        "DCA needs decoder layers that hold a rotary embedding of type "
-        f"{', '.join(cls.__name__ for cls in _SUPPORTED)} beside their attention. Use another "
-        "attention backend."
+        "DCA needs a rotary embedding of type "
+        f"{', '.join(cls.__name__ for cls in _SUPPORTED)} beside each attention, or "
+        "transformers' own. Use another attention backend."
     )
 
 
-def _find_rotary(layer_name: str, parent: torch.nn.Module) -> tuple[str, RotaryEmbedding]:
-    candidates = {
-        name: child
+def _find_rotary(layer_name: str, model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """The module that holds a layer's rotary module, and its name there."""
+    parent = model.get_submodule(layer_name.rpartition(".")[0])
+    candidates = [
+        name
         for name, child in parent.named_children()
         if hasattr(child, "cos_sin_cache") or "Rotary" in type(child).__name__
-    }
-    if not candidates:
-        raise _refusal(layer_name, "it has no rotary embedding")
+    ]
     if len(candidates) > 1:
         raise _refusal(layer_name, f"it has several rotary embeddings, {', '.join(candidates)}")
-    name, rotary = candidates.popitem()
-    if type(rotary) not in _SUPPORTED:
-        raise _refusal(layer_name, f"its rotary embedding is a {type(rotary).__name__}")
-    return name, rotary
+    if candidates:
+        return parent, candidates[0]
+    found = transformers_rotary.find_rotary(model, layer_name)
+    if found is None:
+        raise _refusal(layer_name, "it has no rotary embedding")
+    return found
 
 
-def _lengthen(layer_name: str, rotary: RotaryEmbedding, max_model_len: int) -> RotaryEmbedding:
-    """The module, or a copy with rows for every position that a request can reach."""
-    if len(rotary.cos_sin_cache) >= max_model_len:
-        return rotary
-    if type(rotary) not in _GROWABLE:
-        raise _refusal(
-            layer_name,
-            f"its {type(rotary).__name__} ends at {len(rotary.cos_sin_cache)} positions",
-        )
-    longer = copy.deepcopy(rotary)
-    longer.max_position_embeddings = max_model_len
-    longer.cos_sin_cache = longer._compute_cos_sin_cache().to(rotary.cos_sin_cache.dtype)
-    return longer
+class _Tables:
+    """The rotary modules that replace a model's own; layers that shared one share its heir."""
+
+    def __init__(self, settings: DcaSettings, max_model_len: int) -> None:
+        self.settings = settings
+        self.max_model_len = max_model_len
+        self.remapped: dict[int, tuple[torch.nn.Module, QueryRotation]] = {}
+        self.lengthened: dict[int, RotaryEmbedding] = {}
+
+    def remap(self, layer_name: str, rotary: Any) -> tuple[torch.nn.Module, QueryRotation]:
+        """The module with a period, and how its queries are turned further."""
+        key = id(rotary.rotary if isinstance(rotary, PeriodicRotary) else rotary)
+        if key not in self.remapped:
+            if type(rotary) in _SUPPORTED:
+                self.remapped[key] = _remap(rotary, self.settings, self.max_model_len)
+            else:
+                geometry = self.settings.geometry
+                try:
+                    self.remapped[key] = transformers_rotary.remap(
+                        rotary, geometry.chunk_size, geometry.chunk_len
+                    )
+                except ValueError as error:
+                    raise _refusal(layer_name, str(error)) from error
+        return self.remapped[key]
+
+    def lengthen(self, layer_name: str, rotary: Any) -> RotaryEmbedding:
+        """The module, or a copy with rows for every position that a request can reach."""
+        if id(rotary) not in self.lengthened:
+            if type(rotary) not in _GROWABLE:
+                raise _refusal(layer_name, f"it has a window, and a {type(rotary).__name__}")
+            longer = rotary
+            if len(rotary.cos_sin_cache) < self.max_model_len:
+                longer = copy.deepcopy(rotary)
+                longer.max_position_embeddings = self.max_model_len
+                table = longer._compute_cos_sin_cache().to(rotary.cos_sin_cache.dtype)
+                longer.cos_sin_cache = table
+            self.lengthened[id(rotary)] = longer
+        return self.lengthened[id(rotary)]
 
 
 def _remap(
