@@ -59,6 +59,7 @@ def demo_llm() -> Any:
 @pytest.fixture
 def vllm_log() -> Iterator[list[str]]:
     """What vLLM, and the plugin through it, logs in this process."""
+    import vllm.logger  # noqa: F401, sets its loggers up and drops what others added
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

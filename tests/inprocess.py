@@ -30,8 +30,12 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             llm = LLM(str(model), **{**defaults, **options})
-            yield llm
-            del llm
+            try:
+                yield llm
+            finally:
+                # Now, not when the last reference goes: a failed test's traceback has one.
+                llm.llm_engine.engine_core.shutdown()
+                del llm
         finally:
             cleanup_dist_env_and_memory()
 

@@ -107,6 +107,30 @@ def test_any_length_inside_or_past_the_window(max_model_len: int | None, llama: 
             },
             "M-RoPE",
         ),
+        (
+            "MistralConfig",
+            "MistralForCausalLM",
+            {"sliding_window": 32},
+            "sliding-window layers in a mistral model (in gemma3_text it does)",
+        ),
+        (
+            "Gemma3TextConfig",
+            "Gemma3ForCausalLM",
+            {"sliding_window": 32, "layer_types": ["sliding_attention"] * 2},
+            "sliding-window layers in a gemma3_text model",
+        ),
+        (
+            "Cohere2Config",
+            "Cohere2ForCausalLM",
+            {"sliding_window": 32},
+            "sliding-window layers in a cohere2 model",
+        ),
+        (
+            "Llama4TextConfig",
+            "Llama4ForCausalLM",
+            {"no_rope_layers": [1, 0]},
+            "layers without rotary positions in a llama4_text model (in smollm3 it does)",
+        ),
     ],
 )
 def test_models_that_are_refused_by_their_config(
@@ -121,7 +145,6 @@ def test_models_that_are_refused_by_their_config(
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ("MistralConfig", {"sliding_window": 32}, "sliding window not supported"),
         (
             "Gemma2Config",
             {"layer_types": ["full_attention"] * 2, "sliding_window": None},
@@ -211,7 +234,7 @@ def test_only_the_layers_of_dca_get_a_periodic_table(llama: Path) -> None:
     _ROPE_DICT.clear()
     with engine(llama, additional_config={"dca": SIZES}) as llm:
         [found] = llm.apply_model(tables)
-    [shared] = _ROPE_DICT.values()
+        [shared] = _ROPE_DICT.values()
     original = shared.cos_sin_cache
     assert original.shape[0] == checkpoints.WINDOW
     assert len(found) == 2

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.rotary_embedding import (
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from vllm_dca import transformers_rotary
@@ -55,16 +56,24 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, Attention):
             continue
-        owner, rotary_name = _find_rotary(name, model)
-        rotary = getattr(owner, rotary_name)
         if layer.attn_backend is not DcaBackend:
             if layer.sliding_window is None:
                 raise _refusal(name, f"its attention would be {layer.attn_backend.__name__}")
-            setattr(owner, rotary_name, tables.lengthen(name, rotary))
+            owner, rotary_name = _find_rotary(name, model)
+            longer = tables.lengthen(name, getattr(owner, rotary_name))
+            setattr(owner, rotary_name, longer)
             kept.append(name)
             continue
-        periodic, layer.impl.rotation = tables.remap(name, rotary)
-        setattr(owner, rotary_name, periodic)
+        if _has_positions(name, vllm_config):
+            owner, rotary_name = _find_rotary(name, model)
+            periodic, layer.impl.rotation = tables.remap(name, getattr(owner, rotary_name))
+            setattr(owner, rotary_name, periodic)
+        else:
+            # However its queries are turned, nothing is rotated: DCA is ordinary attention.
+            nothing = torch.tensor([[1.0, 0.0]], dtype=torch.float32)
+            layer.impl.rotation = QueryRotation(
+                nothing.repeat(settings.chunk_size + 1, 1), True
+            )
         needs = _needs(layer, vllm_config)
         if needs not in devices:
             devices[needs] = current_device(needs, settings.prefill_provider)
@@ -79,6 +88,12 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
             f"; {len(kept)} with a sliding window keep their own attention" if kept else "",
             ", ".join(sorted({device.provider for device in devices.values()})),
         )
+
+
+def _has_positions(layer_name: str, vllm_config: VllmConfig) -> bool:
+    """Whether a layer rotates its queries and keys; some models' do not in some layers."""
+    rotating = getattr(vllm_config.model_config.hf_text_config, "no_rope_layers", None)
+    return not rotating or bool(rotating[extract_layer_index(layer_name)])
 
 
 def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:
@@ -135,6 +150,9 @@ class _Tables:
         if key not in self.remapped:
             if type(rotary) in _SUPPORTED:
                 self.remapped[key] = _remap(rotary, self.settings, self.max_model_len)
+            elif hasattr(rotary, "cos_sin_cache"):
+                kind = type(rotary).__name__
+                raise _refusal(layer_name, f"its rotary embedding is a {kind}")
             else:
                 geometry = self.settings.geometry
                 try:

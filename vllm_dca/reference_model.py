@@ -52,16 +52,16 @@ def prompt_logprobs(
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if not rotary_calls:
-            raise NotImplementedError("a layer without rotary positions")
-        [rotary_call] = rotary_calls
-        rotary_calls.clear()
-        if sliding_window is not None:
+        rotary_call = rotary_calls.pop() if rotary_calls else None
+        if sliding_window is not None and rotary_call is not None:
             # Not DCA's: Hugging Face's own rotation, and a window.
             query, key = rotate_there(*rotary_call)
             query, key, value = (t[0].to(dtype) for t in (query, key, value))
             return sliding_attention(query, key, value, scaling, sliding_window)[None], None
-        inv_freq, mscale = _frequencies(model.model.rotary_emb, module)
+        # Without rotary positions every distance is the same: DCA is ordinary attention.
+        inv_freq, mscale = torch.zeros(1), 1.0
+        if rotary_call is not None:
+            inv_freq, mscale = _frequencies(model.model.rotary_emb, module)
         output = dual_chunk_attention(
             *(t[0].transpose(0, 1) for t in (query, key, value)),
             chunk_size=chunk_size,

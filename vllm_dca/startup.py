@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import iter_rope_parameters
@@ -23,6 +23,8 @@ DRAFTERS_WITHOUT_LAYERS = ("ngram",)
 # Models with sliding-window layers beside full ones, by model_type. In others the full ones may
 # have no rotary positions (Cohere 2), or there may be none: nothing in the model tells.
 HYBRID_MODELS = ("gemma3_text",)
+# Models whose config says which layers have no rotary positions.
+NOPE_MODELS = ("smollm3",)
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
 
 
@@ -63,7 +65,7 @@ def configure(vllm_config: VllmConfig) -> None:
     """
     _check_supported(vllm_config)
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
-    if model_config.get_sliding_window() is not None:
+    if _has_sliding_layers(model_config):
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
     checkpoint = _take_checkpoint_config(vllm_config)
@@ -123,10 +125,16 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         "M-RoPE": model.uses_mrope,
         f"sliding-window layers in a {hf_config.model_type} model (in "
         f"{', '.join(HYBRID_MODELS)} it does)": (
-            model.get_sliding_window() is not None and hf_config.model_type not in HYBRID_MODELS
+            _has_sliding_layers(model)
+            and not (
+                hf_config.model_type in HYBRID_MODELS
+                and "full_attention" in hf_config.layer_types
+            )
         ),
-        "models with layers without rotary positions (NoPE)": bool(
-            getattr(hf_config, "no_rope_layers", None)
+        f"layers without rotary positions in a {hf_config.model_type} model (in "
+        f"{', '.join(NOPE_MODELS)} it does)": (
+            bool(getattr(hf_config, "no_rope_layers", None))
+            and hf_config.model_type not in NOPE_MODELS
         ),
         "LongRoPE": "longrope" in ropes or "su" in ropes,
         "models without rotary positions (ALiBi, learned positions)": not ropes,
@@ -153,6 +161,12 @@ def _check_supported(vllm_config: VllmConfig) -> None:
             f"{', '.join(name for name, present in refused.items() if present)}. "
             "Leave out what was named, or use another attention backend."
         )
+
+
+def _has_sliding_layers(model_config: ModelConfig) -> bool:
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    slides = model_config.get_sliding_window() is not None
+    return slides and (kinds is None or "sliding_attention" in kinds)
 
 
 def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
