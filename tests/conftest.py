@@ -57,9 +57,13 @@ def demo_llm() -> Any:
 
 
 @pytest.fixture
-def vllm_log() -> Iterator[list[str]]:
-    """What vLLM, and the plugin through it, logs in this process."""
-    import vllm.logger  # noqa: F401, sets its loggers up and drops what others added
+def dca_log() -> Iterator[list[str]]:
+    """What the plugin logs in this process."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+
+    # Else the first engine would, and take away what was added.
+    configure_logging_if_needed(LoggingConfig())
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -67,9 +71,10 @@ def vllm_log() -> Iterator[list[str]]:
 
     messages: list[str] = []
     collector = Collector()
-    logging.getLogger("vllm").addHandler(collector)
+    logger = logging.getLogger("vllm.plugins.dca")
+    logger.addHandler(collector)
     yield messages
-    logging.getLogger("vllm").removeHandler(collector)
+    logger.removeHandler(collector)
 
 
 def free_port() -> int:

@@ -40,7 +40,7 @@ def assert_agrees(
     "family", ["Qwen2Config", "Qwen2MoeConfig", "Qwen3Config", "Qwen3MoeConfig"]
 )
 def test_qwen_1m_checkpoints_start_unmodified(
-    family: str, tmp_path: Path, vllm_log: list[str]
+    family: str, tmp_path: Path, dca_log: list[str]
 ) -> None:
     model = checkpoints.write(
         tmp_path, family, dual_chunk_attention_config={**TEMPERED, **SPARSE}
@@ -50,16 +50,16 @@ def test_qwen_1m_checkpoints_start_unmodified(
     )
     with engine(model) as llm:
         assert_agrees(llm, model, TEMPERED)
-    assert sum("the checkpoint asks for sparse prefill" in line for line in vllm_log) == 1
+    assert sum("the checkpoint asks for sparse prefill" in line for line in dca_log) == 1
 
 
-def test_sparse_config_file_alone_asks_for_sparse(tmp_path: Path, vllm_log: list[str]) -> None:
+def test_sparse_config_file_alone_asks_for_sparse(tmp_path: Path, dca_log: list[str]) -> None:
     model = checkpoints.write(tmp_path, "Qwen2Config", dual_chunk_attention_config=SIZES)
     for expected, content in ((0, None), (1, {"0": {"0": ["vertical_and_slash", 1, 1, 1]}})):
         if content:
             (tmp_path / "sparse_attention_config.json").write_text(json.dumps(content))
         with engine(model):
-            asked = sum("the checkpoint asks for sparse prefill" in line for line in vllm_log)
+            asked = sum("the checkpoint asks for sparse prefill" in line for line in dca_log)
             assert asked == expected
 
 
@@ -131,7 +131,7 @@ def test_other_families(family: str, changes: dict[str, Any], tmp_path: Path) ->
 
 
 def test_sliding_layers_keep_their_attention_and_positions(
-    tmp_path: Path, vllm_log: list[str]
+    tmp_path: Path, dca_log: list[str]
 ) -> None:
     """Gemma 3: two kinds of layers, each with a RoPE and a KV-cache group of its own."""
     model = checkpoints.write(
@@ -154,7 +154,7 @@ def test_sliding_layers_keep_their_attention_and_positions(
         )
         assert_agrees(llm, model, SIZES)
     assert backends == [["CPU_ATTN", "DCA", "CPU_ATTN"]]
-    assert any("2 with a sliding window keep their own attention" in line for line in vllm_log)
+    assert any("2 with a sliding window keep their own attention" in line for line in dca_log)
 
 
 @pytest.fixture(scope="module")

@@ -55,12 +55,12 @@ def test_unusable_sizes(
 
 
 def test_a_chunk_size_over_the_window_is_warned_of_and_works(
-    llama: Path, vllm_log: list[str]
+    llama: Path, dca_log: list[str]
 ) -> None:
     sizes = {"chunk_size": 256, "local_size": 64}
     with engine(llama, additional_config={"dca": sizes}) as llm:
         warned = "chunk_size 256 is over the model's window of 128 tokens"
-        assert sum(warned in line for line in vllm_log) == 1
+        assert sum(warned in line for line in dca_log) == 1
         [output] = generate(llm, [checkpoints.tokens(600)], prompt_logprobs=0)
     assert len(output.prompt_logprobs) == 600
 
