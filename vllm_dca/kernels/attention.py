@@ -14,7 +14,10 @@ LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["num_segments", "search_steps"])
+# What changes from step to step must not make Triton compile the kernel again.
+@triton.jit(
+    do_not_specialize=["lse_stride", "block_table_stride", "num_segments", "search_steps"]
+)
 def _attention_kernel(
     query,  # [total_q, num_heads, HEAD_SIZE]
     query_stride_token,

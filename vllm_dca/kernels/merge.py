@@ -32,7 +32,8 @@ def _add_part(
     return best, total, acc
 
 
-@triton.jit
+# What changes from step to step must not make Triton compile the kernel again.
+@triton.jit(do_not_specialize=["lse_stride", "lse_1_stride", "lse_2_stride"])
 def _merge_kernel(
     output,  # [num_tokens, num_heads, HEAD_SIZE], read and written
     output_stride_token,
