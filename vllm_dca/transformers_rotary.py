@@ -65,7 +65,8 @@ def remap(rotary: Any, chunk_size: int, chunk_len: int) -> tuple[PeriodicRotary,
     if not hasattr(modeling, "rotate_half"):
         raise ValueError(f"{modeling.__name__} does not say which entries it rotates together")
     # Which entries make a pair: asked of the model's own code.
-    is_neox = modeling.rotate_half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
+    pairs = modeling.rotate_half(torch.arange(4.0, device="cpu"))
+    is_neox = pairs.tolist() == [-2.0, -3.0, 0.0, 1.0]
     angle = torch.arange(chunk_size + 1)[:, None] * rotary.inv_freq.double()
     cos_sin = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
     return PeriodicRotary(rotary, chunk_len), QueryRotation(cos_sin, is_neox)
