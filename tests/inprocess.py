@@ -43,9 +43,9 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
 def in_a_child(function: Callable[..., None], *args: Any) -> None:
     """Run it in a process of its own, errors and all.
 
-    For engines that import numba (speculation by ngram): with numba there, vLLM 0.32 cannot
-    start another engine in the same process; it searches all modules, and llvmlite's object to
-    that.
+    For what leaves traces in a process that later tests would meet, such as engines that import
+    numba (speculation by ngram): with numba there, vLLM 0.32 cannot start another; it searches
+    all modules, and llvmlite's object to that.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(function, args)

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests import checkpoints
-from tests.inprocess import engine
+from tests.inprocess import engine, in_a_child
 from vllm_dca.cli import app
 from vllm_dca.geometry import ChunkGeometry
 from vllm_dca.picture import relative_positions
@@ -124,6 +124,11 @@ def test_layers_with_a_window_keep_their_attention(tmp_path: Path) -> None:
 
 
 def test_models_by_transformers_code(tmp_path: Path) -> None:
+    # vLLM changes the classes that it takes from transformers, for other tests too.
+    in_a_child(_explain_transformers_code, tmp_path)
+
+
+def _explain_transformers_code(tmp_path: Path) -> None:
     model = checkpoints.write_config(
         tmp_path, "SmolLM3Config", "SmolLM3ForCausalLM", no_rope_layers=[1, 0]
     )
