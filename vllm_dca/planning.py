@@ -88,29 +88,30 @@ def plan_prefill(
             f"seqused_k {index}": region.num_keys,
             f"request {index}": region.segments.request,
             f"first_page {index}": region.first_key // block_size,
-            f"tokens {index}": tokens[index],
-            f"rows {index}": _inverse(tokens[index], len(tokens[0])),
-            f"turn {index}": region.turn(region.segments.token_offsets()),
         }
+    for index in range(1, len(regions)):
+        host[f"rows {index}"] = _inverse(tokens[index], len(tokens[0]))
+    sizes = [len(indices) for indices in tokens[len(regions) - len(copied) :]]
     if copied:
-        first = len(regions) - len(copied)
-        for name in ("tokens", "turn"):
-            host[name] = np.concatenate(
-                [host[f"{name} {index}"] for index in range(first, len(regions))]
-            )
+        host["tokens"] = np.concatenate(tokens[len(regions) - len(copied) :])
+        host["turn"] = np.concatenate(
+            [region.turn(region.segments.token_offsets()) for region in copied]
+        )
     if length is not None:
         positions = np.concatenate([region.segments.token_positions() for region in copied])
         host["temperature"] = query_temperature(positions, length).view(np.int32)
     device = _upload(host, block_table.device)
 
-    turns = None
+    turns, answered = None, []
     if copied:
+        # The intra pass answers all tokens, in order.
+        answered = list(device["tokens"].split(sizes))[1 - len(regions) :]
         temperature = device.get("temperature")
         turns = QueryTurns(
             tokens=device["tokens"],
             turn=device["turn"],
             temperature=None if temperature is None else temperature.view(torch.float32),
-            sizes=[len(indices) for indices in tokens[-len(copied) :]],
+            sizes=sizes,
         )
     return PrefillPlan(
         passes=[
@@ -131,7 +132,7 @@ def plan_prefill(
             for index, region in enumerate(regions)
         ],
         parts=[
-            Part(device[f"tokens {index}"], device[f"rows {index}"])
+            Part(answered[index - 1], device[f"rows {index}"])
             for index in range(1, len(regions))
         ],
         turns=turns,
