@@ -27,7 +27,7 @@ from triton.testing import do_bench
 from vllm_dca.geometry import ChunkGeometry
 from vllm_dca.kernels.decode import decode_attention
 from vllm_dca.kernels.merge import merge_parts
-from vllm_dca.kernels.plan_decode import DecodePlanner
+from vllm_dca.kernels.plan_decode import DecodePlanner, spare_slots
 from vllm_dca.kernels.turn import turn_queries
 from vllm_dca.kv_cache import split_kv
 from vllm_dca.planning import plan_prefill
@@ -73,7 +73,7 @@ class Layer:
         self.scale = self.head_size**-0.5
 
     def plan_decode(self) -> Any:
-        spare = -(-4 * multiprocessors() // self.kv_heads)
+        spare = spare_slots(multiprocessors(), self.kv_heads)
         planner = DecodePlanner(self.geometry, None, len(self.query), spare, self.query.device)
         starts, seq_lens = self.starts.to(DEVICE), self.seq_lens.to(DEVICE)
         return planner.plan(starts, seq_lens, self.block_table, len(self.query))

@@ -29,6 +29,11 @@ class IncompatibleVllmError(RuntimeError):
     """This vLLM is not one that the shims were written for."""
 
 
+def is_tested() -> bool:
+    """Whether the installed vLLM is of a minor that the tests cover."""
+    return ".".join(vllm.__version__.split(".")[:2]) in TESTED_VLLM
+
+
 @functools.cache
 def apply() -> list[str]:
     """Register the backend and apply every shim that this vLLM still needs; once a process.
@@ -39,7 +44,7 @@ def apply() -> list[str]:
     Raises:
         IncompatibleVllmError: untested minor, or a target has changed. Nothing is applied.
     """
-    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED_VLLM:
+    if not is_tested():
         raise IncompatibleVllmError(
             f"vLLM {vllm.__version__} is installed, and tested are {', '.join(TESTED_VLLM)}"
         )

@@ -16,9 +16,6 @@ from vllm_dca.providers import Needs
 from vllm_dca.providers.choice import choose
 from vllm_dca.rotary import turn_queries
 
-# Of the decode kernel: four of them fit a multiprocessor at once, and keep its memory busy.
-PROGRAMS_PER_MULTIPROCESSOR = 4
-
 # From query_start_loc, seq_lens, block_table and the number of rows to a plan for `decode`.
 DecodePlanner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Any]
 
@@ -41,6 +38,12 @@ class Device(NamedTuple):
     write_kv: Callable[..., None]
     decode_planner: Callable[[DcaSettings, int, int, int], DecodePlanner]
     decode: Callable[..., None]
+
+
+def compute_capability() -> tuple[int, int]:
+    """Of this process's GPU, as `Needs` wants it."""
+    capability = current_platform.get_device_capability()
+    return (0, 0) if capability is None else tuple(capability)
 
 
 def current_device(needs: Needs, prefill_provider: str | None) -> Device:
@@ -121,12 +124,11 @@ def _cuda(needs: Needs, prefill_provider: str | None) -> Device:
     def decode_planner(
         settings: DcaSettings, block_size: int, max_rows: int, num_kv_heads: int
     ) -> DecodePlanner:
-        programs = PROGRAMS_PER_MULTIPROCESSOR * current_platform.num_compute_units()
         return plan_decode.DecodePlanner(
             settings.geometry,
             settings.original_max_position_embeddings,
             max_rows,
-            -(-programs // num_kv_heads),
+            plan_decode.spare_slots(current_platform.num_compute_units(), num_kv_heads),
             device,
         ).plan
 

@@ -19,10 +19,10 @@ class Finding(NamedTuple):
 def _check_vllm() -> Iterator[Finding]:
     import vllm
 
-    from vllm_dca.compat import TESTED_VLLM
+    from vllm_dca.compat import TESTED_VLLM, is_tested
 
     tested = ", ".join(TESTED_VLLM)
-    if ".".join(vllm.__version__.split(".")[:2]) in TESTED_VLLM:
+    if is_tested():
         yield Finding("ok", f"vLLM {vllm.__version__} (tested: {tested})")
     else:
         yield Finding(
@@ -84,16 +84,16 @@ def _check_providers() -> Iterator[Finding]:
     import torch
     from vllm.platforms import current_platform
 
+    from vllm_dca.devices import compute_capability
     from vllm_dca.providers import Needs, UnusableProviderError
     from vllm_dca.providers.choice import PROVIDERS
 
-    capability = current_platform.get_device_capability()
     needs = Needs(
         head_size=128,
         dtype=torch.bfloat16,
         cache_dtype=torch.bfloat16,
         block_size=16,
-        capability=(0, 0) if capability is None else tuple(capability),
+        capability=compute_capability(),
     )
     device_type = current_platform.device_type
     what = "(heads of 128, bfloat16, blocks of 16)"

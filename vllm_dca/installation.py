@@ -14,11 +14,10 @@ from vllm.model_executor.layers.rotary_embedding import (
     YaRNScalingRotaryEmbedding,
 )
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
 
 from vllm_dca import transformers_rotary
 from vllm_dca.config import DcaSettings
-from vllm_dca.devices import Device, current_device
+from vllm_dca.devices import Device, compute_capability, current_device
 from vllm_dca.providers import Needs
 from vllm_dca.rotary import QueryRotation, periodic_table, unit_table
 from vllm_dca.startup import cache_dtype_of, settings_of
@@ -98,13 +97,12 @@ def _has_positions(layer_name: str, vllm_config: VllmConfig) -> bool:
 
 def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:
     dtype = vllm_config.model_config.dtype
-    capability = current_platform.get_device_capability()
     return Needs(
         head_size=layer.head_size,
         dtype=dtype,
         cache_dtype=cache_dtype_of(layer.kv_cache_dtype, dtype),
         block_size=vllm_config.cache_config.block_size,
-        capability=(0, 0) if capability is None else tuple(capability),
+        capability=compute_capability(),
     )
 
 

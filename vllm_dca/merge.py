@@ -35,12 +35,13 @@ def merge_parts(output: torch.Tensor, lse: torch.Tensor, parts: list[Partial]) -
     total = lse.clone()
     for part in parts:
         total[:, part.tokens] = torch.logaddexp(total[:, part.tokens], part.lse)
-
-    def weighted(output: torch.Tensor, lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        return output.float() * (lse - total).exp().T[..., None]
-
-    merged = weighted(output, lse, total)
+    merged = share(output, lse, total)
     for part in parts:
-        share = weighted(part.output, part.lse, total[:, part.tokens])
-        merged.index_add_(0, part.tokens, share)
+        part_share = share(part.output, part.lse, total[:, part.tokens])
+        merged.index_add_(0, part.tokens, part_share)
     output.copy_(merged)
+
+
+def share(output: torch.Tensor, lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """What attention over some keys, of LSE `lse`, adds to that over all, of LSE `total`."""
+    return output.float() * (lse - total).exp().T[..., None]

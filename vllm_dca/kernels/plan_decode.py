@@ -13,6 +13,13 @@ from vllm_dca.geometry import ChunkGeometry
 MAX_TILE = 64
 MIN_SPLIT = 4 * MAX_TILE
 BLOCK = 1024
+# Four fit a multiprocessor at once, and keep its memory busy.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+def spare_slots(num_multiprocessors: int, num_kv_heads: int) -> int:
+    """Splits beyond one a row with which the KV heads fill a device."""
+    return -(-PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors // num_kv_heads)
 
 
 @dataclass

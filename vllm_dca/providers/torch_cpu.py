@@ -6,6 +6,7 @@ segments taken one by one; each call runs over all heads and threads.
 
 import torch
 
+from vllm_dca.merge import share
 from vllm_dca.providers import PagedSegments
 
 
@@ -61,6 +62,4 @@ def _causal(
         return new, new_lse
     cached, cached_lse = _full(query, key[:, :, :seen], value[:, :, :seen], scale)
     lse = torch.logaddexp(new_lse, cached_lse)
-    output = new.float() * (new_lse - lse).exp().T[..., None]
-    output += cached.float() * (cached_lse - lse).exp().T[..., None]
-    return output, lse
+    return share(new, new_lse, lse) + share(cached, cached_lse, lse), lse
