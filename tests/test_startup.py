@@ -254,3 +254,48 @@ def test_a_server_that_cannot_start_says_why_and_exits(llama: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode != 0
     assert "pass --block-size 2 or 4 or 8 or 16 or 32 or 64" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("use", "reason"),
+    [
+        ("use_batch_invariant", "batch invariance not supported"),
+        ("use_kv_connector", "KV connector not supported"),
+        ("use_dcp", "DCP not supported"),
+        ("use_pcp", "PCP not supported"),
+        ("has_sink", "attention sinks not supported"),
+    ],
+)
+def test_what_vllm_is_told_that_dca_cannot(use: str, reason: str) -> None:
+    from vllm_dca.backend import DcaBackend
+
+    base = {
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 16,
+        **dict.fromkeys(("use_mla", "has_sink", "use_sparse", "use_mm_prefix"), False),
+        "use_per_head_quant_scales": False,
+        "device_capability": None,
+        "attn_type": "decoder",
+    }
+    assert DcaBackend.validate_configuration(**base) == []
+    assert DcaBackend.validate_configuration(**{**base, use: True}) == [reason]
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ({"kv_sharing_target_layer_name": "other"}, "KV sharing between layers"),
+        ({"alibi_slopes": [1.0]}, "ALiBi slopes"),
+        ({"sliding_window": 8}, "sliding-window attention"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
+        ({"attention_chunk_size": 8}, "the attention argument 'attention_chunk_size'"),
+    ],
+)
+def test_layers_that_are_refused(argument: dict[str, Any], reason: str) -> None:
+    from vllm_dca.backend import DcaImpl
+
+    DcaImpl(4, 16, 1.0)
+    with pytest.raises(NotImplementedError, match=reason):
+        DcaImpl(4, 16, 1.0, **argument)
