@@ -32,6 +32,45 @@ MOE = {
     "norm_topk_prob": True,
 }
 
+# Families of decoders by their config's class; what of SHAPE is changed. Gemma 3 and Qwen3-Next
+# have tests of their own.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "CohereConfig": {"tie_word_embeddings": True},  # vLLM's ties them in any case
+    "GemmaConfig": {},
+    "Glm4Config": {},  # half of a head, pairs interleaved
+    "GraniteConfig": {},
+    "LlamaConfig": {},
+    "MistralConfig": {"sliding_window": None},
+    "MixtralConfig": {"num_local_experts": 4, "sliding_window": None},
+    "NemotronConfig": {},
+    "Phi3Config": {},
+    "Qwen2Config": {},
+    "Qwen2MoeConfig": {},
+    "Qwen3Config": {},
+    "Qwen3MoeConfig": {},
+    "StableLmConfig": {"partial_rotary_factor": 0.25},
+    # By transformers' own code:
+    "GlmConfig": {},
+    "OlmoConfig": {},
+    "Olmo2Config": {},
+    "PhiConfig": {"partial_rotary_factor": 0.5},
+    "SmolLM3Config": {"no_rope_layers": [1, 0]},
+    "Starcoder2Config": {},
+}
+_ORIGINAL = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    "dynamic NTK": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    "YaRN": {"rope_type": "yarn", "factor": 4.0, **_ORIGINAL},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        **_ORIGINAL,
+    },
+}
+
 
 def config(config_class: str, **changes: Any) -> Any:
     """A config of a class of transformers, SHAPE (and MOE) changed as given."""
@@ -53,6 +92,18 @@ def write(directory: Path, config_class: str, seed: int = 0, **changes: Any) -> 
     )
     model.save_pretrained(directory)
     return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A token a byte, for what asks for text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={b: i for i, b in enumerate(bytes_)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 
 def write_config(directory: Path, config_class: str, architecture: str, **changes: Any) -> Path:

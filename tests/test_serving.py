@@ -94,6 +94,21 @@ def test_a_prompt_past_the_window_is_answered(server: Server, prose: list[int]) 
     assert answer["usage"] == answer["usage"] | {"prompt_tokens": 8300, "completion_tokens": 2}
 
 
+def test_metrics_tell_what_is_past_the_window(server: Server, prose: list[int]) -> None:
+    def metric(name: str) -> float:
+        with urllib.request.urlopen(f"{server.url}/metrics") as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
+
+    names = ["tokens_total", "tokens_past_window_total", "chunks_sum"]
+    before = [metric(f"vllm_dca:request_{name}") for name in names]
+    status, _ = server.complete(prompt=prose[:8300], max_tokens=2, ignore_eos=True)
+    assert status == 200
+    after = [metric(f"vllm_dca:request_{name}") for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [8302, 8302 - 8192, 2]
+    assert metric("vllm_dca:chunk_len") == 5120
+
+
 def test_a_prompt_over_the_limit_is_refused_and_the_server_lives_on(
     server: Server, prose: list[int]
 ) -> None:

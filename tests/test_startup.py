@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -143,25 +144,39 @@ def test_models_that_are_refused_by_their_config(
 
 
 @pytest.mark.parametrize(
-    ("config", "changes", "message"),
+    ("config", "architecture", "changes", "message"),
     [
         (
             "Gemma2Config",
+            "Gemma2ForCausalLM",
             {"layer_types": ["full_attention"] * 2, "sliding_window": None},
             "a logit soft cap",
         ),
         (
             "LlamaConfig",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "its rotary embedding is a DynamicNTKScalingRotaryEmbedding",
+            "LlamaForCausalLM",
+            {
+                "rope_parameters": {
+                    "rope_type": "deepseek_yarn",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "its rotary embedding is a DeepseekScalingRotaryEmbedding",
         ),
-        ("GptOssConfig", {"layer_types": ["full_attention"] * 2}, "sinks not supported"),
+        (
+            "GptOssConfig",
+            "GptOssForCausalLM",
+            {"layer_types": ["full_attention"] * 2},
+            "sinks not supported",
+        ),
     ],
 )
 def test_models_that_are_refused_as_they_are_built(
-    config: str, changes: dict[str, Any], message: str, tmp_path: Path
+    config: str, architecture: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    model = checkpoints.write(tmp_path, config, **changes)
+    model = checkpoints.write_config(tmp_path, config, architecture, **changes)
     with pytest.raises((NotImplementedError, ValueError), match=message), engine(model):
         pass
 
@@ -186,25 +201,49 @@ def test_models_that_are_refused_as_they_are_built(
             "backend_per_kind",
         ),
         (
-            {
-                "speculative_config": {
-                    "method": "draft_model",
-                    "model": "<the model>",
-                    "num_speculative_tokens": 2,
-                }
-            },
-            "speculative decoding by draft_model",
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+            "speculative decoding by ngram_gpu",
         ),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], message: str, llama: Path) -> None:
-    if "speculative_config" in options:
-        options["speculative_config"]["model"] = str(llama)
     with (
         pytest.raises((NotImplementedError, ValueError), match=message),
         engine(llama, **options),
     ):
         pass
+
+
+def test_what_only_gpus_have_is_refused(llama: Path) -> None:
+    """On the CPU vLLM switches it off, or refuses it, by itself."""
+    from vllm_dca.support import refusals
+
+    config = settle(llama)
+    assert refusals(config) == []
+    config.parallel_config.enable_dbo = True
+    config.parallel_config.prefill_context_parallel_size = 2
+    [context, overlap] = refusals(config)
+    assert context.startswith("--prefill-context-parallel-size")
+    assert overlap == "--enable-dbo"
+
+
+def test_other_platforms_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dca import support
+
+    no = {"is_cpu": lambda: False, "is_cuda": lambda: False}
+    platform = types.SimpleNamespace(device_name="tpu", **no)
+    monkeypatch.setattr(support, "current_platform", platform)
+    with pytest.raises(NotImplementedError, match="the tpu platform"):
+        settle(llama)
+
+
+def test_a_model_that_nobody_checked_is_warned_of(tmp_path: Path, dca_log: list[str]) -> None:
+    from vllm_dca.support import PROVED_MODELS
+
+    assert "seed_oss" not in PROVED_MODELS
+    settle(checkpoints.write_config(tmp_path, "SeedOssConfig", "SeedOssForCausalLM"))
+    assert sum("seed_oss models are not among those" in line for line in dca_log) == 1
 
 
 def test_a_loader_that_bypasses_the_installation_is_refused(llama: Path) -> None:
@@ -260,7 +299,6 @@ def test_a_server_that_cannot_start_says_why_and_exits(llama: Path) -> None:
     ("use", "reason"),
     [
         ("use_batch_invariant", "batch invariance not supported"),
-        ("use_kv_connector", "KV connector not supported"),
         ("use_dcp", "DCP not supported"),
         ("use_pcp", "PCP not supported"),
         ("has_sink", "attention sinks not supported"),
@@ -290,7 +328,10 @@ def test_what_vllm_is_told_that_dca_cannot(use: str, reason: str) -> None:
         ({"alibi_slopes": [1.0]}, "ALiBi slopes"),
         ({"sliding_window": 8}, "sliding-window attention"),
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
-        ({"attention_chunk_size": 8}, "the attention argument 'attention_chunk_size'"),
+        ({"attention_chunk_size": 8}, "chunked-local attention"),
+        ({"logits_soft_cap": 30.0}, "a logit soft cap"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"unheard_of": 8}, "the attention argument 'unheard_of'"),
     ],
 )
 def test_layers_that_are_refused(argument: dict[str, Any], reason: str) -> None:

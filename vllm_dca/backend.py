@@ -1,9 +1,10 @@
 """vLLM's attention backend: capabilities and implementation."""
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -19,7 +20,8 @@ from vllm_dca.kv_cache import split_kv
 from vllm_dca.metadata import DcaMetadata, DcaMetadataBuilder
 from vllm_dca.prefill import prefill_attention
 from vllm_dca.rotary import QueryRotation
-from vllm_dca.startup import KV_CACHE_DTYPES, cache_dtype_of, configure
+from vllm_dca.startup import cache_dtype_of, configure, settings_of
+from vllm_dca.support import KV_CACHE_DTYPES, REFUSED_IN_LAYERS
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -92,18 +94,23 @@ class DcaBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
-        """Any on the CPU; flash-attention reads whole sixteens."""
-        return [MultipleOf(1 if current_platform.is_cpu() else 16)]
+        """Any on the CPU; flash-attention reads whole sixteens.
+
+        For models with linear-attention layers vLLM raises the size after the start-up checks;
+        pages that do not divide a chunk it then splits into some that do.
+        """
+        least = 1 if current_platform.is_cpu() else 16
+        vllm_config = get_current_vllm_config_or_none()
+        if kv_cache_spec is None or vllm_config is None:
+            return [MultipleOf(least)]
+        chunk_len = settings_of(vllm_config).geometry.chunk_len
+        size = math.gcd(chunk_len, kv_cache_spec.block_size)
+        return [MultipleOf(least) if size == kv_cache_spec.block_size else size]
 
     @classmethod
     def supports_compute_capability(cls, capability: "DeviceCapability | None") -> bool:
         """From Ampere on: before it, the kernels' registers spill. None on the CPU."""
         return capability is None or capability.to_int() >= 80
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        """KV connectors are not proved yet."""
-        return False
 
     # The three hooks below are called by the shims in vllm_dca.compat; patches/ proposes
     # them to vLLM.
@@ -148,22 +155,24 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **extra: Any,
     ) -> None:
-        refused = {
-            "ALiBi slopes": alibi_slopes is not None,
-            "sliding-window attention": sliding_window is not None,
-            "a logit soft cap": bool(logits_soft_cap),
-            f"{attn_type} attention": attn_type != AttentionType.DECODER,
-            "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            **{
-                f"the attention argument {name!r}": value is not None
-                for name, value in extra.items()
-            },
+        given = {
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap or None,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+            **extra,
         }
-        if any(refused.values()):
+        refused = [
+            REFUSED_IN_LAYERS.get(name, f"the attention argument {name!r}")
+            for name, value in given.items()
+            if value is not None
+        ]
+        if attn_type != AttentionType.DECODER:
+            refused.append(f"{attn_type} attention")
+        if refused:
             raise NotImplementedError(
                 "--attention-backend dca cannot serve this model: its attention has "
-                f"{', '.join(name for name, present in refused.items() if present)}. "
-                "Use another attention backend."
+                f"{', '.join(refused)}. Use another attention backend."
             )
         self.num_heads = num_heads
         self.head_size = head_size

@@ -67,7 +67,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from vllm_dca.backend import DcaBackend
-    from vllm_dca.startup import settings_of
+    from vllm_dca.startup import settings_of, trained_window
 
     parsed = {
         name: json.loads(value) if name in ("additional_config", "hf_overrides") else value
@@ -88,7 +88,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
             specs[name] = dataclasses.replace(spec, num_kv_heads=heads)
     devices = [layers[name].impl.device for name in dca]
     model_config = vllm_config.model_config
-    settings, window = settings_of(vllm_config), model_config.get_and_verify_max_len(None)
+    settings, window = settings_of(vllm_config), trained_window(model_config)
     return Explanation(
         settings=settings,
         window=window,

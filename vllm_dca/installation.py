@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import (
+    DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
     RotaryEmbedding,
@@ -30,6 +31,7 @@ logger = init_logger("vllm.plugins.dca")
 _GROWABLE = (RotaryEmbedding, Llama3RotaryEmbedding)
 _SUPPORTED = (
     *_GROWABLE,
+    DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
@@ -63,7 +65,7 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
             setattr(owner, rotary_name, longer)
             kept.append(name)
             continue
-        if _has_positions(name, vllm_config):
+        if _has_positions(layer.layer_name, vllm_config):
             owner, rotary_name = _find_rotary(name, model)
             periodic, layer.impl.rotation = tables.remap(name, getattr(owner, rotary_name))
             setattr(owner, rotary_name, periodic)
@@ -73,6 +75,8 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
             layer.impl.rotation = QueryRotation(
                 nothing.repeat(settings.chunk_size + 1, 1), True
             )
+        # As a buffer it outlives what frees or moves the weights, such as vLLM's sleep mode.
+        layer.register_buffer("dca_cos_sin", layer.impl.rotation.cos_sin, persistent=False)
         needs = _needs(layer, vllm_config)
         if needs not in devices:
             devices[needs] = current_device(needs, settings.prefill_provider)
@@ -91,8 +95,10 @@ def install(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
 
 def _has_positions(layer_name: str, vllm_config: VllmConfig) -> bool:
     """Whether a layer rotates its queries and keys; some models' do not in some layers."""
-    rotating = getattr(vllm_config.model_config.hf_text_config, "no_rope_layers", None)
-    return not rotating or bool(rotating[extract_layer_index(layer_name)])
+    rotating = getattr(vllm_config.model_config.hf_text_config, "no_rope_layers", None) or []
+    index = extract_layer_index(layer_name)
+    # Past the model's own layers are a drafter's.
+    return index >= len(rotating) or bool(rotating[index])
 
 
 def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:

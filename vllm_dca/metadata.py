@@ -51,7 +51,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             raise ValueError(
                 f"DCA's chunk length {self.settings.geometry.chunk_len} is not a multiple of "
                 f"the KV cache's block size {self.block_size}, which vLLM changed after "
-                "start-up checks. Pass --block-size explicitly."
+                "start-up checks. Choose chunk_size - local_size among its multiples."
             )
         layers = vllm_config.compilation_config.static_forward_context
         unprepared = [name for name in layer_names if layers[name].impl.rotation is None]
@@ -98,11 +98,16 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             )
         if num_prefills:
             requests = slice(num_decodes, num_decodes + num_prefills)
-            assert common.seq_lens_cpu_upper_bound is not None
+            # Exact for prefills, and no copy from a device. Where there is none, the lengths
+            # themselves: vLLM's are one short where a draft model reads a verified batch.
+            seq_lens = common.seq_lens_cpu_upper_bound
+            if common.seq_lens.device.type == "cpu":
+                seq_lens = common.seq_lens
+            assert seq_lens is not None
             query_start_loc = common.query_start_loc_cpu[num_decodes:].numpy()
             prefill = plan_prefill(
                 query_start_loc[: num_prefills + 1] - num_decode_tokens,
-                common.seq_lens_cpu_upper_bound[requests].numpy(),
+                seq_lens[requests].numpy(),
                 common.block_table_tensor[requests],
                 self.block_size,
                 geometry,

@@ -35,6 +35,33 @@ def prompt_logprobs(
     Returns:
         [len(tokens) - 1] in `dtype`.
     """
+    logits, _ = forward(
+        model_dir,
+        tokens,
+        chunk_size=chunk_size,
+        local_size=local_size,
+        original_max_position_embeddings=original_max_position_embeddings,
+        dtype=dtype,
+    )
+    predicted = torch.tensor(tokens[1:])[:, None]
+    return logits[:-1].log_softmax(-1).gather(1, predicted)[:, 0]
+
+
+def forward(
+    model_dir: str | Path,
+    tokens: list[int],
+    *,
+    chunk_size: int | None = None,
+    local_size: int | None = None,
+    original_max_position_embeddings: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's forward pass; arguments as of `prompt_logprobs`.
+
+    Returns:
+        logits [len(tokens), vocab_size] and last hidden states [len(tokens), hidden_size],
+        both in `dtype`.
+    """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     if chunk_size is None or local_size is None:
@@ -92,11 +119,10 @@ def prompt_logprobs(
     modeling.apply_rotary_pos_emb = remember
     try:
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens]), use_cache=False).logits[0, :-1]
+            output = model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
     finally:
         modeling.apply_rotary_pos_emb = rotate_there
-    predicted = torch.tensor(tokens[1:])[:, None]
-    return logits.log_softmax(-1).gather(1, predicted)[:, 0]
+    return output.logits[0], output.hidden_states[-1][0]
 
 
 def _frequencies(rotary: Any, module: torch.nn.Module) -> tuple[torch.Tensor, float]:
@@ -104,7 +130,8 @@ def _frequencies(rotary: Any, module: torch.nn.Module) -> tuple[torch.Tensor, fl
     prefix = f"{getattr(module, 'layer_type', None)}_"
     if not hasattr(rotary, f"{prefix}inv_freq"):
         prefix = ""
-    inv_freq = getattr(rotary, f"{prefix}inv_freq")
+    # Dynamic NTK changes the other one with the length, which no distance of DCA has.
+    inv_freq = getattr(rotary, f"{prefix}original_inv_freq")
     return inv_freq, getattr(rotary, f"{prefix}attention_scaling", 1.0)
 
 

@@ -6,25 +6,21 @@ from typing import Any
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
-from vllm.transformers_utils.config import iter_rope_parameters
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from vllm_dca.config import DcaSettings, resolve_settings, validate_options
+from vllm_dca.support import (
+    DRAFTERS_WITH_LAYERS,
+    PROVED_MODELS,
+    has_sliding_layers,
+    refusals,
+    rope_types,
+)
 
 # vLLM's logger is set up for its own package only.
 logger = init_logger("vllm.plugins.dca")
 
 OPTIONS = "dca"
-# By name; the backend refuses those that do not go with the model's dtype or the device.
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
-# Speculation whose drafts come from no attention layers of their own.
-DRAFTERS_WITHOUT_LAYERS = ("ngram",)
-# Models with sliding-window layers beside full ones, by model_type. In others the full ones may
-# have no rotary positions (Cohere 2), or there may be none: nothing in the model tells.
-HYBRID_MODELS = ("gemma3_text",)
-# Models whose config says which layers have no rotary positions.
-NOPE_MODELS = ("smollm3",)
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
 
 
@@ -53,6 +49,16 @@ def settings_of(vllm_config: VllmConfig) -> DcaSettings:
         ) from error
 
 
+def trained_window(model_config: ModelConfig) -> int:
+    """Tokens that vLLM takes without DCA, dynamic NTK's stretch apart: its table has no rows
+    for that.
+    """
+    window = model_config.get_and_verify_max_len(None)
+    if "dynamic" in rope_types(model_config):
+        window = min(window, model_config.hf_text_config.max_position_embeddings)
+    return window
+
+
 def configure(vllm_config: VllmConfig) -> None:
     """Check that DCA can serve this configuration and settle the chunk sizes.
 
@@ -65,17 +71,20 @@ def configure(vllm_config: VllmConfig) -> None:
     """
     _check_supported(vllm_config)
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
-    if _has_sliding_layers(model_config):
+    if has_sliding_layers(model_config):
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
-    checkpoint = _take_checkpoint_config(vllm_config)
-    window = model_config.get_and_verify_max_len(None)
+    checkpoint = _take_checkpoint_config(model_config)
+    window = trained_window(model_config)
     settings = resolve_settings(options, checkpoint, window, cache_config.block_size)
     # A new dictionary: the old one is the user's EngineArgs, which may be used again.
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         OPTIONS: settings.to_dict(),
     }
+
+    if vllm_config.speculative_config is not None:
+        _extend_drafter(vllm_config, settings)
 
     geometry = settings.geometry
     logger.info(
@@ -108,65 +117,20 @@ def configure(vllm_config: VllmConfig) -> None:
 
 
 def _check_supported(vllm_config: VllmConfig) -> None:
-    model = vllm_config.model_config
-    hf_config = model.hf_text_config
-    ropes = [rope["rope_type"] for rope in iter_rope_parameters(hf_config)]
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    speculative = vllm_config.speculative_config
-    method = None if speculative is None else speculative.method
-    refused = {
-        f"the {current_platform.device_name} platform (the CPU and CUDA are)": not (
-            current_platform.is_cpu() or current_platform.is_cuda()
-        ),
-        "multi-head latent attention (MLA)": model.use_mla,
-        "encoder-decoder models": model.is_encoder_decoder,
-        "models without attention": model.is_attention_free,
-        "encoder-only models": model.attn_type == "encoder_only",
-        "M-RoPE": model.uses_mrope,
-        f"sliding-window layers in a {hf_config.model_type} model (in "
-        f"{', '.join(HYBRID_MODELS)} it does)": (
-            _has_sliding_layers(model)
-            and not (
-                hf_config.model_type in HYBRID_MODELS
-                and "full_attention" in hf_config.layer_types
-            )
-        ),
-        f"layers without rotary positions in a {hf_config.model_type} model (in "
-        f"{', '.join(NOPE_MODELS)} it does)": (
-            bool(getattr(hf_config, "no_rope_layers", None))
-            and hf_config.model_type not in NOPE_MODELS
-        ),
-        "LongRoPE": "longrope" in ropes or "su" in ropes,
-        "models without rotary positions (ALiBi, learned positions)": not ropes,
-        f"--kv-cache-dtype {cache_dtype} (auto does)": (
-            cache_dtype not in KV_CACHE_DTYPES
-            or (current_platform.is_cpu() and cache_dtype.startswith("fp8"))
-        ),
-        "a backend per kind of layer (attention_config.backend_per_kind)": bool(
-            vllm_config.attention_config.backend_per_kind
-        ),
-        f"speculative decoding by {method} (by {', '.join(DRAFTERS_WITHOUT_LAYERS)} it does)": (
-            method is not None and method not in DRAFTERS_WITHOUT_LAYERS
-        ),
-        "decode context parallelism": (
-            vllm_config.parallel_config.decode_context_parallel_size > 1
-        ),
-        "prefill context parallelism": (
-            vllm_config.parallel_config.prefill_context_parallel_size > 1
-        ),
-    }
-    if any(refused.values()):
+    refused = refusals(vllm_config)
+    if refused:
         raise NotImplementedError(
-            "--attention-backend dca does not support "
-            f"{', '.join(name for name, present in refused.items() if present)}. "
+            f"--attention-backend dca does not support {', '.join(refused)}. "
             "Leave out what was named, or use another attention backend."
         )
-
-
-def _has_sliding_layers(model_config: ModelConfig) -> bool:
-    kinds = getattr(model_config.hf_text_config, "layer_types", None)
-    slides = model_config.get_sliding_window() is not None
-    return slides and (kinds is None or "sliding_attention" in kinds)
+    kind = vllm_config.model_config.hf_text_config.model_type
+    if kind not in PROVED_MODELS:
+        logger.warning(
+            "DCA: %s models are not among those whose answers were checked (%s). It looks as "
+            "if DCA can serve this one; check what it answers past its window.",
+            kind,
+            ", ".join(PROVED_MODELS),
+        )
 
 
 def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
@@ -179,9 +143,30 @@ def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
     )
 
 
-def _take_checkpoint_config(vllm_config: VllmConfig) -> dict[str, Any] | None:
+def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
+    """A drafter's attention layers are DCA's too: it drafts as far as the model answers."""
+    speculative = vllm_config.speculative_config
+    if speculative.method not in DRAFTERS_WITH_LAYERS:
+        return
+    draft = speculative.draft_model_config
+    _take_checkpoint_config(draft)
+    window = trained_window(draft)
+    if settings.chunk_size > window:
+        logger.warning(
+            "DCA: chunk_size %d is over the drafter's window of %d tokens, so few of its "
+            "drafts will be accepted. Choose at most %d.",
+            settings.chunk_size,
+            window,
+            window,
+        )
+    draft.max_model_len = vllm_config.model_config.max_model_len
+    # vLLM would choose one anew.
+    if speculative.attention_backend is None:
+        speculative.attention_backend = vllm_config.attention_config.backend
+
+
+def _take_checkpoint_config(model_config: ModelConfig) -> dict[str, Any] | None:
     """Remove and return the checkpoint's config; null would not do, vLLM tests hasattr."""
-    model_config = vllm_config.model_config
     checkpoint = None
     for hf_config in (model_config.hf_config, model_config.hf_text_config):
         if hasattr(hf_config, CHECKPOINT_CONFIG):

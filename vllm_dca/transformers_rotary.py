@@ -11,8 +11,8 @@ import torch
 
 from vllm_dca.rotary import QueryRotation
 
-# Their frequencies are constants of the model.
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Their frequencies are constants of the model; dynamic NTK's are, at positions in the window.
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 class PeriodicRotary(torch.nn.Module):
