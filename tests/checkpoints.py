@@ -1,5 +1,6 @@
 """Tiny random checkpoints, written from their real Hugging Face configs."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def config(config_class: str, **changes: Any) -> Any:
     base = {**SHAPE, **MOE} if "Moe" in config_class else SHAPE
     if config_class == "Qwen2MoeConfig":
         base = {**base, "shared_expert_intermediate_size": 32}
-    return getattr(transformers, config_class)(**{**base, **changes})
+    # Hugging Face's configs write into what they are given.
+    return getattr(transformers, config_class)(**copy.deepcopy({**base, **changes}))
 
 
 def write(directory: Path, config_class: str, seed: int = 0, **changes: Any) -> Path:

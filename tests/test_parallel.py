@@ -1,5 +1,7 @@
 """Several ranks answer as the reference does: DCA arrives whole at each."""
 
+import concurrent.futures
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,14 @@ import torch
 
 from tests import checkpoints
 from tests.answers import generate, of_answer, of_prompt
-from vllm_dca.reference_model import prompt_logprobs
+from tests.server import Server
+from vllm_dca.reference_model import forward, prompt_logprobs
 
 ATOL = 1e-3
+ONE_CORE_EACH = {
+    "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
 SIZES = {"chunk_size": 96, "local_size": 32}
 
 
@@ -34,9 +41,8 @@ def test_two_ranks_agree_with_reference(
 ) -> None:
     from vllm import LLM
 
-    first, second, *_ = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    for name, value in ONE_CORE_EACH.items():
+        monkeypatch.setenv(name, value)
     model = checkpoints.write(tmp_path, "LlamaConfig", **changes)
     prompt = checkpoints.tokens(300)
     llm = LLM(
@@ -59,3 +65,40 @@ def test_two_ranks_agree_with_reference(
     expected = prompt_logprobs(model, prompt + tokens, **SIZES)
     found = torch.cat([of_prompt(output), logprobs]).double()
     torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+
+
+def test_data_parallel_engines_answer_alike(tmp_path: Path) -> None:
+    model = checkpoints.write(tmp_path / "model", "LlamaConfig")
+    checkpoints.write_tokenizer(model)
+    prompt = checkpoints.tokens(300)
+    server = Server(
+        tmp_path / "log",
+        model,
+        *("--additional-config", json.dumps({"dca": SIZES})),
+        *("--dtype", "float32", "--max-model-len", "1024", "--block-size", "16"),
+        *("--data-parallel-size", "2", "--enforce-eager"),
+        **ONE_CORE_EACH,
+    )
+    try:
+        server.wait()
+
+        def answer(_: int) -> list[int]:
+            status, found = server.complete(
+                prompt=prompt, max_tokens=8, ignore_eos=True, return_token_ids=True
+            )
+            assert status == 200, found
+            return found["choices"][0]["token_ids"]
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(answer, range(8)))
+        served = [
+            server.metric("vllm:request_success_total", f'engine="{engine}"')
+            for engine in (0, 1)
+        ]
+    finally:
+        server.stop()
+    assert sum(served) == 8
+    assert min(served) > 0
+    for tokens in answers:
+        logits, _ = forward(model, prompt + tokens, **SIZES)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens

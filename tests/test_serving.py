@@ -1,74 +1,22 @@
 """The commands that users type, on the demo model: derived sizes, four times its window."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.conftest import DEMO_MODEL, free_port
+from tests.conftest import DEMO_MODEL
+from tests.server import STARTED, VLLM, Server
 
-VLLM = [str(Path(sys.executable).with_name("vllm"))]
-DCA = ["--attention-backend", "dca", "--max-model-len", "32768", "--enforce-eager"]
-DCA += ["--dtype", "float32"]  # in bf16 the model's first choice is often a tie
-STARTED = 300  # seconds
-
-
-class Server:
-    """`vllm serve` on a free port, its output in a file."""
-
-    def __init__(self, log: Path) -> None:
-        port = str(free_port())
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        command = [*VLLM, "serve", str(DEMO_MODEL), "--port", port, "--host", "127.0.0.1", *DCA]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + STARTED
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-5000:]
-            try:
-                with urllib.request.urlopen(f"{self.url}/health"):
-                    return
-            except OSError:
-                time.sleep(1)
-        raise TimeoutError(self.log.read_text()[-5000:])
-
-    def complete(self, **body: Any) -> tuple[int, dict[str, Any]]:
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions",
-            json.dumps({"model": str(DEMO_MODEL), "temperature": 0, **body}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+OPTIONS = ["--max-model-len", "32768", "--enforce-eager"]
+OPTIONS += ["--dtype", "float32"]  # in bf16 the model's first choice is often a tie
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("serve") / "log")
+    server = Server(tmp_path_factory.mktemp("serve") / "log", DEMO_MODEL, *OPTIONS)
     try:
         server.wait()
         yield server
@@ -95,18 +43,13 @@ def test_a_prompt_past_the_window_is_answered(server: Server, prose: list[int]) 
 
 
 def test_metrics_tell_what_is_past_the_window(server: Server, prose: list[int]) -> None:
-    def metric(name: str) -> float:
-        with urllib.request.urlopen(f"{server.url}/metrics") as response:
-            lines = response.read().decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
-
     names = ["tokens_total", "tokens_past_window_total", "chunks_sum"]
-    before = [metric(f"vllm_dca:request_{name}") for name in names]
+    before = [server.metric(f"vllm_dca:request_{name}") for name in names]
     status, _ = server.complete(prompt=prose[:8300], max_tokens=2, ignore_eos=True)
     assert status == 200
-    after = [metric(f"vllm_dca:request_{name}") for name in names]
+    after = [server.metric(f"vllm_dca:request_{name}") for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [8302, 8302 - 8192, 2]
-    assert metric("vllm_dca:chunk_len") == 5120
+    assert server.metric("vllm_dca:chunk_len") == 5120
 
 
 def test_a_prompt_over_the_limit_is_refused_and_the_server_lives_on(
@@ -132,7 +75,7 @@ def test_run_batch(tmp_path: Path) -> None:
     requests.write_text(json.dumps(line) + "\n")
     command = [*VLLM, "run-batch", "-i", str(requests), "-o", str(answers)]
     run = subprocess.run(
-        [*command, "--model", str(DEMO_MODEL), *DCA],
+        [*command, "--model", str(DEMO_MODEL), "--attention-backend", "dca", *OPTIONS],
         capture_output=True,
         text=True,
         timeout=STARTED,

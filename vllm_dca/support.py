@@ -80,7 +80,8 @@ SUPPORTED: dict[str, tuple[str, ...]] = {
         "KV connectors",
         f"speculative decoding by {', '.join(DRAFTERS)} (on the CPU only: "
         f"{', '.join(DRAFTERS_ON_THE_CPU)})",
-        "tensor, pipeline and data parallel",
+        "tensor and pipeline parallel",
+        "data parallel",
     ),
     "block size": ("any that divides the chunk length (messages name those that do)",),
 }
