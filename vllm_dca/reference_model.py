@@ -89,13 +89,16 @@ def forward(
         inv_freq, mscale = torch.zeros(1), 1.0
         if rotary_call is not None:
             inv_freq, mscale = _frequencies(model.model.rotary_emb, module)
+        # What is not rotated keeps its length.
+        length = torch.ones(query.shape[-1], dtype=dtype)
+        length[: 2 * len(inv_freq)] = mscale
         output = dual_chunk_attention(
-            *(t[0].transpose(0, 1) for t in (query, key, value)),
+            *(t[0].transpose(0, 1) for t in (query * length, key * length, value)),
             chunk_size=chunk_size,
             local_size=local_size,
             inv_freq=inv_freq,
             is_neox=is_neox,
-            scale=scaling * mscale**2,
+            scale=scaling,
             original_max_position_embeddings=original_max_position_embeddings,
             dtype=dtype,
         )
