@@ -46,6 +46,14 @@ def test_the_first_that_speaks(
     assert resolve(options, checkpoint) == expected
 
 
+def test_a_checkpoint_for_dca_claims_more_than_it_was_trained_on() -> None:
+    claimed = 1_010_000
+    for options in ({}, {"chunk_size": 4096}):
+        settings = resolve_settings(validate_options(options), QWEN, claimed, 128)
+        assert settings.window == 262144
+    assert resolve_settings({}, None, claimed, 128).window == claimed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -182,10 +182,10 @@ def _print_explanation(found: Explanation) -> None:
         "temperature",
         "none" if temperature is None else f"grows from {temperature} tokens on",
     )
-    _line("trained window", f"{found.window} tokens")
+    _line("trained window", f"{settings.window} tokens")
     _line(
         "max_model_len",
-        f"{found.max_model_len} tokens, {found.max_model_len / found.window:.1f} times the "
+        f"{found.max_model_len} tokens, {found.max_model_len / settings.window:.1f} times the "
         "window",
     )
     total = len(found.dca_layers) + len(found.other_layers)

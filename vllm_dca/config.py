@@ -37,6 +37,7 @@ class DcaSettings:
         original_max_position_embeddings: length from which the temperature grows, tokens;
             None for no temperature.
         source: where the sizes came from, for people to read.
+        window: what the model was trained on, tokens.
         prefill_provider: who computes the prefill's passes, see `vllm_dca.providers.choice`;
             None for the first that can.
     """
@@ -45,6 +46,7 @@ class DcaSettings:
     local_size: int
     original_max_position_embeddings: int | None
     source: str
+    window: int
     prefill_provider: str | None = None
 
     @property
@@ -102,7 +104,8 @@ def resolve_settings(
     Args:
         options: as `validate_options` returns them.
         checkpoint: the checkpoint's dual_chunk_attention_config, if it has one.
-        window: the longest context that the model takes without DCA, tokens.
+        window: the longest context that the model takes without DCA, tokens; a checkpoint made
+            for DCA claims what it reaches with it, and was trained on what its sizes say.
         block_size: tokens in a page of the KV cache.
 
     Raises:
@@ -110,6 +113,8 @@ def resolve_settings(
     """
     checkpoint = checkpoint or {}
     named = {key: _positive(key, checkpoint[key]) for key in SIZE_KEYS if key in checkpoint}
+    if trained := named.get("chunk_size"):
+        window = min(window, max(trained, checkpoint.get(TEMPERATURE_KEY) or 0))
     source = "the checkpoint's dual_chunk_attention_config"
     if any(key in options for key in SIZE_KEYS):
         named = {key: options[key] for key in SIZE_KEYS if key in options}
@@ -129,7 +134,7 @@ def resolve_settings(
     elif temperature is not None:
         temperature = _positive(TEMPERATURE_KEY, temperature)
     provider = options.get(PROVIDER_KEY)
-    return DcaSettings(chunk_size, local_size, temperature, source, provider)
+    return DcaSettings(chunk_size, local_size, temperature, source, window, provider)
 
 
 def _fraction(of: int, fraction: tuple[int, int]) -> int:

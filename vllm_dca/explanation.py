@@ -18,7 +18,6 @@ class Explanation:
 
     Attributes:
         settings: DCA's.
-        window: tokens that the model takes without DCA.
         max_model_len: tokens that a request may have.
         block_size: tokens in a page of the KV cache.
         device_type: of this machine, which chose the block size and the provider.
@@ -32,7 +31,6 @@ class Explanation:
     """
 
     settings: DcaSettings
-    window: int
     max_model_len: int
     block_size: int
     device_type: str
@@ -67,7 +65,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from vllm_dca.backend import DcaBackend
-    from vllm_dca.startup import settings_of, trained_window
+    from vllm_dca.startup import settings_of
 
     parsed = {
         name: json.loads(value) if name in ("additional_config", "hf_overrides") else value
@@ -88,10 +86,9 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
             specs[name] = dataclasses.replace(spec, num_kv_heads=heads)
     devices = [layers[name].impl.device for name in dca]
     model_config = vllm_config.model_config
-    settings, window = settings_of(vllm_config), trained_window(model_config)
+    settings = settings_of(vllm_config)
     return Explanation(
         settings=settings,
-        window=window,
         max_model_len=model_config.max_model_len,
         block_size=vllm_config.cache_config.block_size,
         device_type=current_platform.device_type,
@@ -104,7 +101,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         warnings=[
             *warnings,
             *unchecked,
-            *_length_warnings(settings, window, model_config.max_model_len),
+            *_length_warnings(settings, model_config.max_model_len),
         ],
     )
 
@@ -150,8 +147,9 @@ def _build(vllm_config: Any) -> list[str]:
     return []
 
 
-def _length_warnings(settings: DcaSettings, window: int, max_model_len: int) -> list[str]:
-    chunk_len, times = settings.geometry.chunk_len, max_model_len / window
+def _length_warnings(settings: DcaSettings, max_model_len: int) -> list[str]:
+    chunk_len, window = settings.geometry.chunk_len, settings.window
+    times = max_model_len / window
     if max_model_len <= chunk_len:
         return [
             f"{max_model_len} tokens are within one chunk, where DCA is ordinary attention; "

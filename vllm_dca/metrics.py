@@ -13,7 +13,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from vllm_dca.compat import NAME
-from vllm_dca.startup import settings_of, trained_window
+from vllm_dca.startup import settings_of
 
 LABELS = ["model_name", "engine"]
 
@@ -64,8 +64,8 @@ class DcaStatLogger(StatLoggerBase):
         if not self.active:
             return
         model_config = vllm_config.model_config
-        self.chunk_len = settings_of(vllm_config).geometry.chunk_len
-        self.window = trained_window(model_config)
+        settings = settings_of(vllm_config)
+        self.chunk_len, self.window = settings.geometry.chunk_len, settings.window
         labels = (model_config.served_model_name, str(engine_index))
         metrics = _registered()
         metrics.chunk_len.labels(*labels).set(self.chunk_len)

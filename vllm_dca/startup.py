@@ -49,7 +49,7 @@ def settings_of(vllm_config: VllmConfig) -> DcaSettings:
         ) from error
 
 
-def trained_window(model_config: ModelConfig) -> int:
+def _own_window(model_config: ModelConfig) -> int:
     """Tokens that vLLM takes without DCA, dynamic NTK's stretch apart: its table has no rows
     for that.
     """
@@ -75,8 +75,10 @@ def configure(vllm_config: VllmConfig) -> None:
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
     checkpoint = _take_checkpoint_config(model_config)
-    window = trained_window(model_config)
-    settings = resolve_settings(options, checkpoint, window, cache_config.block_size)
+    settings = resolve_settings(
+        options, checkpoint, _own_window(model_config), cache_config.block_size
+    )
+    window = settings.window
     # A new dictionary: the old one is the user's EngineArgs, which may be used again.
     vllm_config.additional_config = {
         **vllm_config.additional_config,
@@ -150,7 +152,7 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
         return
     draft = speculative.draft_model_config
     _take_checkpoint_config(draft)
-    window = trained_window(draft)
+    window = _own_window(draft)
     if settings.chunk_size > window:
         logger.warning(
             "DCA: chunk_size %d is over the drafter's window of %d tokens, so few of its "
