@@ -29,11 +29,12 @@ SIZES = {"chunk_size": 96, "local_size": 32}
         # One KV head, replicated; each rank has its own query heads.
         ({"tensor_parallel_size": 2, "enforce_eager": True}, {"num_key_value_heads": 1}),
         # vLLM 0.32 has no eager pipelines on the CPU.
-        ({"pipeline_parallel_size": 2}, {}),
+        pytest.param({"pipeline_parallel_size": 2}, {}, marks=pytest.mark.nightly),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, {}),
     ],
-    ids=["TP", "TP, MQA", "PP"],
+    ids=["TP", "TP, MQA", "PP", "TP x PP"],
 )
-def test_two_ranks_agree_with_reference(
+def test_ranks_agree_with_reference(
     options: dict[str, Any],
     changes: dict[str, Any],
     tmp_path: Path,
@@ -43,6 +44,9 @@ def test_two_ranks_agree_with_reference(
 
     for name, value in ONE_CORE_EACH.items():
         monkeypatch.setenv(name, value)
+    if len(options) > 1 and "pipeline_parallel_size" in options:
+        cores = ONE_CORE_EACH["VLLM_CPU_OMP_THREADS_BIND"]
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores}|{cores}")
     model = checkpoints.write(tmp_path, "LlamaConfig", **changes)
     prompt = checkpoints.tokens(300)
     llm = LLM(

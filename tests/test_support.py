@@ -42,7 +42,8 @@ PROOFS = {
     "reloading weights": "test_features::test_weights_reloaded_in_place",
     "KV connectors": "test_features::test_a_kv_connector_brings_keys_from_another_engine",
     "speculative decoding": "test_features::test_a_draft_model_drafts_past_its_window",
-    "tensor and pipeline": "test_parallel::test_two_ranks_agree_with_reference",
+    "tensor and pipeline": "test_parallel::test_ranks_agree_with_reference",
+    "Ray": "test_ray::test_an_engine_over_two_nodes_agrees_with_the_reference",
     "data parallel": "test_parallel::test_data_parallel_engines_answer_alike",
     "any that divides": "test_models::test_any_block_size_that_divides_the_chunk_length",
 }

@@ -82,6 +82,7 @@ SUPPORTED: dict[str, tuple[str, ...]] = {
         f"{', '.join(DRAFTERS_ON_THE_CPU)})",
         "tensor and pipeline parallel",
         "data parallel",
+        "Ray's executor",
     ),
     "block size": ("any that divides the chunk length (messages name those that do)",),
 }
