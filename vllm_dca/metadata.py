@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_dca.planning import PrefillPlan, plan_prefill
 from vllm_dca.startup import settings_of
+from vllm_dca.support import DRAFTERS_ON_THE_CPU
 
 
 @dataclass
@@ -46,6 +47,10 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.settings = settings_of(vllm_config)
+        speculative = vllm_config.speculative_config
+        self.host_lengths_are_short = (
+            speculative is not None and speculative.method in DRAFTERS_ON_THE_CPU
+        )
         self.block_size = kv_cache_spec.block_size
         if self.settings.geometry.chunk_len % self.block_size:
             raise ValueError(
@@ -98,10 +103,9 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             )
         if num_prefills:
             requests = slice(num_decodes, num_decodes + num_prefills)
-            # Exact for prefills, and no copy from a device. Where there is none, the lengths
-            # themselves: vLLM's are one short where a draft model reads a verified batch.
+            # Exact for prefills, and no copy from a device.
             seq_lens = common.seq_lens_cpu_upper_bound
-            if common.seq_lens.device.type == "cpu":
+            if self.host_lengths_are_short:
                 seq_lens = common.seq_lens
             assert seq_lens is not None
             query_start_loc = common.query_start_loc_cpu[num_decodes:].numpy()
