@@ -1,6 +1,7 @@
 """`python -m vllm_dca`: what it prints against independent arithmetic and real engines."""
 
 import importlib.util
+import json
 import logging
 import re
 import shlex
@@ -220,6 +221,19 @@ def test_the_printed_command_starts_the_same(llama: str) -> None:
     assert (settings["chunk_size"], settings["local_size"]) == (96, 32)
 
 
+# A scaling that DCA does not know.
+DEEPSEEK = json.dumps(
+    {
+        "rope_parameters": {
+            "rope_type": "deepseek_yarn",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "original_max_position_embeddings": 64,
+        }
+    }
+)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -228,8 +242,8 @@ def test_the_printed_command_starts_the_same(llama: str) -> None:
         (("--tensor-parallel-size", "3"), "must be divisible by tensor parallel size"),
         (("--dtype", "float7"), "Input should be 'auto', 'half'"),
         (
-            ("--hf-overrides", '{"rope_parameters": {"rope_type": "dynamic", "factor": 2}}'),
-            "its rotary embedding is a DynamicNTKScalingRotaryEmbedding",
+            ("--hf-overrides", DEEPSEEK),
+            "its rotary embedding is a DeepseekScalingRotaryEmbedding",
         ),
     ],
 )

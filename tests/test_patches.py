@@ -40,6 +40,7 @@ SETTINGS = {
     "local_size": 128,
     "original_max_position_embeddings": None,
     "source": f"derived from the trained window of {WINDOW} tokens",
+    "window": WINDOW,
     "prefill_provider": None,
 }
 DCA_PATH = "vllm_dca.backend.DcaBackend"
