@@ -81,7 +81,7 @@ SUPPORTED: dict[str, tuple[str, ...]] = {
         f"speculative decoding by {', '.join(DRAFTERS)} (on the CPU only: "
         f"{', '.join(DRAFTERS_ON_THE_CPU)})",
         "tensor and pipeline parallel",
-        "data parallel",
+        "data parallel for dense models",
         "Ray's executor",
     ),
     "block size": ("any that divides the chunk length (messages name those that do)",),
