@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layer import Layer
 from triton.testing import do_bench
 
 from vllm_dca.geometry import ChunkGeometry
@@ -29,13 +30,9 @@ from vllm_dca.kernels.decode import decode_attention
 from vllm_dca.kernels.merge import merge_parts
 from vllm_dca.kernels.plan_decode import DecodePlanner, spare_slots
 from vllm_dca.kernels.turn import turn_queries
-from vllm_dca.kv_cache import split_kv
-from vllm_dca.planning import plan_prefill
-from vllm_dca.prefill import PrefillOperations, prefill_attention
+from vllm_dca.prefill import PrefillOperations
 from vllm_dca.providers import Needs
 from vllm_dca.providers.choice import choose
-from vllm_dca.reference import dual_chunk_attention, key_positions, rotate
-from vllm_dca.rotary import QueryRotation
 
 ROOT = Path(__file__).parents[1]
 # Name, query heads, KV heads, head size, chunk_size, local_size.
@@ -49,28 +46,9 @@ DEVICE = "cuda"
 K = 1024
 
 
-class Layer:
-    """A layer's paged cache and queries, random, the pages of each request scattered."""
-
-    def __init__(self, shape: tuple[Any, ...], batch: int, context: int, new: int) -> None:
-        self.name, heads, self.kv_heads, self.head_size, *sizes = shape
-        self.geometry = ChunkGeometry(*sizes)
-        self.context, self.new, self.group = context, new, heads // self.kv_heads
-        torch.manual_seed(0)
-        pages = -(-context // PAGE)
-        size = (batch * pages, self.kv_heads, PAGE, 2 * self.head_size)
-        self.kv_cache = torch.randn(size, dtype=DTYPE, device=DEVICE)
-        table = torch.randperm(batch * pages, device=DEVICE).int()
-        self.block_table = table.view(batch, pages)
-        self.query = torch.randn(batch * new, heads, self.head_size, dtype=DTYPE, device=DEVICE)
-        self.output = torch.empty_like(self.query)
-        self.inv_freq = 1e6 ** -(torch.arange(0, self.head_size, 2) / self.head_size).double()
-        angle = torch.arange(sizes[0] + 1)[:, None] * self.inv_freq
-        table = torch.cat([angle.cos(), angle.sin()], -1).float().to(DEVICE)
-        self.rotation = QueryRotation(table, True)
-        self.starts = torch.arange(batch + 1, dtype=torch.int32) * new
-        self.seq_lens = torch.full((batch,), context, dtype=torch.int32)
-        self.scale = self.head_size**-0.5
+class DecodingLayer(Layer):
+    def __init__(self, shape: tuple[Any, ...], batch: int, context: int) -> None:
+        super().__init__(shape, batch, context, new=1, dtype=DTYPE, page=PAGE, device=DEVICE)
 
     def plan_decode(self) -> Any:
         spare = spare_slots(multiprocessors(), self.kv_heads)
@@ -87,51 +65,6 @@ class Layer:
             rotation=self.rotation,
             softmax_scale=self.scale,
         )
-
-    def plan_prefill(self, geometry: ChunkGeometry) -> Any:
-        lengths = self.starts.numpy(), self.seq_lens.numpy()
-        return plan_prefill(*lengths, self.block_table, PAGE, geometry)
-
-    def prefill(self, plan: Any, operations: PrefillOperations) -> None:
-        prefill_attention(
-            self.query,
-            *split_kv(self.kv_cache),
-            self.output,
-            plan=plan,
-            rotation=self.rotation,
-            softmax_scale=self.scale,
-            operations=operations,
-        )
-
-    def check(self) -> None:
-        """The last token of the first request, the first KV head, against fp64."""
-        pages = self.kv_cache[self.block_table[0].long(), :1].transpose(1, 2)
-        key, value = pages.flatten(0, 1)[: self.context].cpu().double().chunk(2, -1)
-        c, w = self.geometry.chunk_size, self.geometry.local_size
-        standing = key_positions(torch.arange(self.context), c, w)
-        query = self.query[self.new - 1 : self.new, : self.group].cpu().double()
-        query, key = (rotate(x, -p, self.inv_freq) for x, p in
-                      ((query, standing[-1:]), (key, standing)))  # fmt: skip
-
-        def reference(dtype: torch.dtype) -> torch.Tensor:
-            return dual_chunk_attention(
-                query.to(dtype),
-                key.to(dtype),
-                value.to(dtype),
-                chunk_size=c,
-                local_size=w,
-                inv_freq=self.inv_freq,
-                scale=self.scale,
-                dtype=dtype,
-            )[0].double()
-
-        exact = reference(torch.float64)
-        found = self.output[self.new - 1, : self.group].cpu().double()
-        # As in the tests: twice the error of an ordinary computation in the same dtype.
-        allowed = 2 * (reference(DTYPE) - exact).abs().max().item()
-        allowed += 2 * torch.finfo(DTYPE).eps * exact.abs().max().item()
-        error = (found - exact).abs().max().item()
-        assert error <= allowed, f"{self.name}, {self.context} tokens: {error} > {allowed}"
 
 
 def multiprocessors() -> int:
@@ -165,7 +98,7 @@ def bench_decode(provider: str, operations: PrefillOperations, bandwidth: float,
                 size = batch * context * kv_heads * 2 * head_size * DTYPE.itemsize
                 if size > 0.4 * torch.cuda.get_device_properties(0).total_memory:
                     continue
-                layer = Layer(shape, batch, context, new=1)
+                layer = DecodingLayer(shape, batch, context)
                 plan = layer.plan_decode()
                 layer.decode(plan)
                 layer.check()
@@ -190,7 +123,7 @@ def bench_decode(provider: str, operations: PrefillOperations, bandwidth: float,
 def bench_prefill(provider: str, operations: PrefillOperations, rate: float, quick: bool):
     for shape in SHAPES:
         for context in [32 * K] if quick else [32 * K, 64 * K, 128 * K, 256 * K]:
-            layer = Layer(shape, 1, context, new=context)
+            layer = Layer(shape, 1, context, context, DTYPE, PAGE, DEVICE)
             dca_plan = layer.plan_prefill(layer.geometry)
             plain_plan = layer.plan_prefill(ChunkGeometry(2 * context + PAGE, PAGE))
             layer.prefill(dca_plan, operations)

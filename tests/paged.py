@@ -1,10 +1,13 @@
 """Random batches in a paged cache, with what the reference says of them."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from vllm_dca import attention_compiled
 from vllm_dca.decode_cpu import DecodePlan, decode_attention
 from vllm_dca.geometry import ChunkGeometry
 from vllm_dca.kv_cache import split_kv, write_kv
@@ -209,18 +212,34 @@ class Batch:
         return output.cpu()
 
     def decode(self) -> torch.Tensor:
-        """The CPU's paged decode."""
-        shape = self.shape
-        query = self.rotated_query()
+        """The CPU's paged decode, in torch."""
+        return self._planned(DecodePlan, decode_attention)
+
+    def compiled(
+        self, query: torch.Tensor | None = None, rows: slice = slice(None)
+    ) -> torch.Tensor:
+        """The CPU's compiled kernel, for any rows."""
+        plan, attention = attention_compiled.CompiledPlan, attention_compiled.load()
+        return self._planned(plan, attention, query, rows)
+
+    def _planned(
+        self,
+        plan: Callable[..., Any],
+        attention: Callable[..., None],
+        query: torch.Tensor | None = None,
+        rows: slice = slice(None),
+    ) -> torch.Tensor:
+        shape, lengths = self.shape, self.shape.lengths[rows]
+        query = self.rotated_query() if query is None else query
         output = torch.full_like(query, torch.nan)
-        decode_attention(
+        attention(
             query,
             self.kv_cache,
             output,
-            plan=DecodePlan(
-                query_start_loc(shape.lengths),
-                torch.tensor([total for total, _ in shape.lengths], dtype=torch.int32),
-                self.block_table,
+            plan=plan(
+                query_start_loc(lengths),
+                torch.tensor([total for total, _ in lengths], dtype=torch.int32),
+                self.block_table[rows],
                 shape.block_size,
                 shape.geometry,
                 shape.original_max_position_embeddings,

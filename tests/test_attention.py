@@ -1,6 +1,7 @@
 """The attention function against the reference, over batches of every shape."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -63,17 +64,40 @@ def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
         batch.assert_close(batch.decode())
 
 
-LENGTHS = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(shapes(), shapes(decode=True)), st.booleans())
+def test_compiled_agrees_with_reference(shape: Shape, tokens_first: bool) -> None:
+    batch = Batch.random(dataclasses.replace(shape, tokens_first=tokens_first))
+    batch.assert_close(batch.compiled())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "head_size"), [(1, 64), (3, 64), (4, 128), (9, 80)])
+def test_compiled_takes_many_tiles_runs_and_panels(
+    dtype: torch.dtype, group: int, head_size: int
+) -> None:
+    """More rows than a tile has, more keys than a run; pages that are read in place."""
+    sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size, "dtype": dtype}
+    lengths = [(1600, 0), (1500, 1499), (1100, 1098), (300, 0)]
+    batch = Batch.random(Shape(lengths, 512, 128, block_size=64, num_kv_heads=1, **sizes))
+    batch.assert_close(batch.compiled())
+
+
+LENGTHS = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]
+
+
+PREFILLS = pytest.mark.parametrize("prefill", [Batch.prefill, Batch.compiled])
+
+
+@PREFILLS
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [None, 20])
 def test_every_split_of_a_prefill_equals_the_whole(
-    dtype: torch.dtype, temperature: int | None
+    dtype: torch.dtype, temperature: int | None, prefill: Callable[..., torch.Tensor]
 ) -> None:
     shape = Shape([(100, 0)], dtype=dtype, original_max_position_embeddings=temperature)
     batch = Batch.random(shape)
-    whole = batch.prefill()
+    whole = prefill(batch)
     for cut in range(1, 100):
         tail = dataclasses.replace(
             batch, shape=dataclasses.replace(shape, lengths=[(100, cut)])
@@ -83,19 +107,22 @@ def test_every_split_of_a_prefill_equals_the_whole(
         head.queries, head.keys, head.values = (
             [t[0][:cut]] for t in (batch.queries, batch.keys, batch.values)
         )
-        split = torch.cat([head.prefill(), tail.prefill()])
+        split = torch.cat([prefill(head), prefill(tail)])
         assert (split - whole).abs().max() <= batch.tolerance(), cut
 
 
+@PREFILLS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_batched_equals_single(dtype: torch.dtype) -> None:
+def test_batched_equals_single(
+    dtype: torch.dtype, prefill: Callable[..., torch.Tensor]
+) -> None:
     batch = Batch.random(Shape(LENGTHS, dtype=dtype))
     query = batch.rotated_query()
-    together, start = batch.prefill(), 0
+    together, start = prefill(batch), 0
     for row, (total, _) in enumerate(LENGTHS):
         rows = slice(start, start + total)
-        alone = batch.prefill(query[rows], rows=slice(row, row + 1))
-        # Segments are computed one by one, so not a bit may differ.
+        alone = prefill(batch, query[rows], rows=slice(row, row + 1))
+        # Requests are computed one by one, so not a bit may differ.
         torch.testing.assert_close(together[rows], alone, rtol=0, atol=0)
         start += total
 
@@ -106,7 +133,9 @@ def test_decode_row_equals_prefill_row(dtype: torch.dtype, temperature: int | No
     lengths = [(total, total - 1) for total in range(1, 101)]
     shape = Shape(lengths, dtype=dtype, original_max_position_embeddings=temperature)
     batch = Batch.random(shape)
-    assert (batch.decode() - batch.prefill()).abs().max() <= batch.tolerance()
+    prefill = batch.prefill()
+    for decode in (batch.decode(), batch.compiled()):
+        assert (decode - prefill).abs().max() <= batch.tolerance()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,8 +147,13 @@ def test_below_one_chunk_dca_is_ordinary_attention(dtype: torch.dtype) -> None:
         batch.kv_cache[batch.block_table[0].long()].transpose(0, 1).flatten(1, 2).chunk(2, -1)
     )
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    ordinary, _ = op(query[None], key[None], value[None], 0.0, True, scale=shape.scale)
-    torch.testing.assert_close(batch.prefill(), ordinary[0].transpose(0, 1), rtol=0, atol=0)
+    # The provider gives torch fp32 but where the processor has half precision's tiles.
+    wide = dtype if torch.cpu._is_amx_tile_supported() else torch.float32
+    query, key, value = (tensor[None].to(wide) for tensor in (query, key, value))
+    ordinary, _ = op(query, key, value, 0.0, True, scale=shape.scale)
+    ordinary = ordinary[0].transpose(0, 1).to(dtype)
+    torch.testing.assert_close(batch.prefill(), ordinary, rtol=0, atol=0)
+    assert (batch.compiled() - ordinary).abs().max() <= batch.tolerance()
 
 
 def test_tolerance_would_catch_a_wrong_region() -> None:

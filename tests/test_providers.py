@@ -127,7 +127,7 @@ def unusable(reason: str) -> Callable[[Needs], Any]:
 
 def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(PROVIDERS["cuda"]) == ["vllm_flash_attn", "flash_attn", "triton"]
-    assert choose("cpu", None, NEEDS)[0] == "torch"
+    assert choose("cpu", None, NEEDS)[0] == "compiled"
     # Without vLLM's CUDA build and the flash-attn package.
     assert choose("cuda", None, NEEDS)[0] == "triton"
     for name in ("vllm_flash_attn", "flash_attn"):

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_kernels
 import pytest
+import torch
+from layer import Layer
 
-from scripts import bench_kernels
 from tests import interpreter
 from tests.paged import DEVICE
 from vllm_dca.kernels.attention import attention
@@ -24,14 +26,14 @@ def test_benchmark_checks_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_kernels, "DEVICE", str(DEVICE))
     monkeypatch.setattr(bench_kernels, "multiprocessors", lambda: 1)
     shape = ("tiny", 4, 2, 32, 48, 16)
-    layer = bench_kernels.Layer(shape, batch=2, context=150, new=1)
+    layer = bench_kernels.DecodingLayer(shape, batch=2, context=150)
     layer.decode(layer.plan_decode())
     layer.check()
     layer.output.mul_(1.1)
     with pytest.raises(AssertionError, match="tiny, 150 tokens"):
         layer.check()
 
-    layer = bench_kernels.Layer(shape, batch=1, context=100, new=100)
+    layer = Layer(shape, 1, 100, 100, torch.bfloat16, bench_kernels.PAGE, str(DEVICE))
     operations = PrefillOperations(turn_queries, attention, merge_parts)
     layer.prefill(layer.plan_prefill(layer.geometry), operations)
     layer.check()

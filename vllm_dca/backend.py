@@ -243,6 +243,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
                 **scales,
             )
         if attn_metadata.prefill is not None:
+            assert self.device.prefill is not None
             key_cache, value_cache = split_kv(kv_cache)
             prefill_attention(
                 query[decode_tokens:all_tokens],

@@ -10,6 +10,7 @@ import torch
 
 from vllm_dca.geometry import ChunkGeometry
 from vllm_dca.rotary import QueryRotation, turn_queries
+from vllm_dca.rows import Rows
 
 # Keys and values gathered at a time, in elements: bounds the memory that a step takes, however
 # long the contexts.
@@ -50,33 +51,27 @@ class DecodePlan:
             geometry: the chunk sizes.
             original_max_position_embeddings: switches the temperature on.
         """
-        starts = query_start_loc.long()
-        request = torch.arange(len(seq_lens)).repeat_interleave(starts.diff())
-        self.num_rows = len(request)
+        found = Rows.of(query_start_loc, seq_lens, geometry, original_max_position_embeddings)
+        position = found.position
+        self.num_rows = len(position)
         row = torch.arange(self.num_rows)
-        position = seq_lens.long()[request] - (starts[request + 1] - row)
-        chunk, offset = position // geometry.chunk_len, position % geometry.chunk_len
-
         last = position // block_size
         full_rows = row.repeat_interleave(last)
         full = torch.arange(len(full_rows)) - (last.cumsum(0) - last)[full_rows]
         index = torch.cat([full, last])
         self.rows = torch.cat([full_rows, row])
-        self.pages = block_table[request[self.rows], index].long()
+        self.pages = block_table[found.request[self.rows], index].long()
         self.unseen = torch.arange(block_size) > (position % block_size)[:, None]
         # 0, 1, 2: intra, succ, inter.
+        chunk = position // geometry.chunk_len
         region = (chunk[self.rows] - index * block_size // geometry.chunk_len).clamp(max=2)
         self.copies = region * self.num_rows + self.rows
 
         self.tokens = row.repeat(3)
-        succ = (offset + geometry.chunk_len).clamp(max=geometry.chunk_size) - offset
-        self.turn = torch.cat(
-            [torch.zeros_like(offset), succ, geometry.inter_position - offset]
-        )
+        self.turn = found.turn.flatten()
         self.temperature = None
-        if original_max_position_embeddings is not None:
-            growth = ((position + 1) / original_max_position_embeddings).log()
-            self.temperature = ((0.1 * growth + 1).clamp(min=1) ** 2).repeat(3).float()
+        if found.temperature is not None:
+            self.temperature = found.temperature.repeat(3)
 
     def parts(self, elements_per_page: int) -> Iterator[tuple[slice, torch.Tensor | None]]:
         """Pages that fit the workspace, and what is unseen of them if anything may be."""

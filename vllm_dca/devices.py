@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionLayer
 
-from vllm_dca import decode_cpu
+from vllm_dca import attention_compiled, decode_cpu
 from vllm_dca.config import DcaSettings
 from vllm_dca.kv_cache import split_kv, write_kv
 from vllm_dca.merge import merge_parts
@@ -15,6 +16,9 @@ from vllm_dca.prefill import PrefillOperations
 from vllm_dca.providers import Needs
 from vllm_dca.providers.choice import choose
 from vllm_dca.rotary import turn_queries
+
+# vLLM's logger is set up for its own package only.
+logger = init_logger("vllm.plugins.dca")
 
 # From query_start_loc, seq_lens, block_table and the number of rows to a plan for `decode`.
 DecodePlanner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Any]
@@ -25,7 +29,8 @@ class Device(NamedTuple):
 
     Attributes:
         provider: name of the prefill's attention provider, for people to read.
-        prefill: the prefill's operations.
+        prefill: the prefill's operations; None if `decode` takes any number of new tokens, so
+            that prefills are planned and run as decodes are.
         write_kv: stores new keys and values, given the layer, key, value, KV cache, slot
             mapping and KV-cache dtype of vLLM's `AttentionImpl.do_kv_cache_update`.
         decode_planner: makes a planner from the settings, the block size, the most rows that
@@ -34,7 +39,7 @@ class Device(NamedTuple):
     """
 
     provider: str
-    prefill: PrefillOperations
+    prefill: PrefillOperations | None
     write_kv: Callable[..., None]
     decode_planner: Callable[[DcaSettings, int, int, int], DecodePlanner]
     decode: Callable[..., None]
@@ -58,6 +63,13 @@ def current_device(needs: Needs, prefill_provider: str | None) -> Device:
 
 def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
     provider, attend = choose("cpu", prefill_provider, needs)
+    compiled = provider == "compiled"
+    if not (compiled or prefill_provider):
+        logger.warning_once(
+            "DCA attends by torch, which takes twice as long as its own kernel; "
+            "`python -m vllm_dca doctor` says why that cannot be compiled here"
+        )
+    plan_of = attention_compiled.CompiledPlan if compiled else decode_cpu.DecodePlan
 
     def store(
         layer: AttentionLayer,
@@ -79,19 +91,17 @@ def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
             seq_lens: torch.Tensor,
             block_table: torch.Tensor,
             num_rows: int,
-        ) -> decode_cpu.DecodePlan:
-            return decode_cpu.DecodePlan(
-                query_start_loc, seq_lens, block_table, block_size, geometry, length
-            )
+        ) -> Any:
+            return plan_of(query_start_loc, seq_lens, block_table, block_size, geometry, length)
 
         return plan
 
     return Device(
         provider,
-        PrefillOperations(turn_queries, attend, merge_parts),
+        None if compiled else PrefillOperations(turn_queries, attend, merge_parts),
         store,
         decode_planner,
-        decode_cpu.decode_attention,
+        attend if compiled else decode_cpu.decode_attention,
     )
 
 

@@ -68,7 +68,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             )
         scheduler = vllm_config.scheduler_config
         assert self.reorder_batch_threshold is not None
-        self.plan_decode = layers[layer_names[0]].impl.device.decode_planner(
+        device_of_dca = layers[layer_names[0]].impl.device
+        self.plan_decode = device_of_dca.decode_planner(
             self.settings,
             self.block_size,
             max(
@@ -77,6 +78,9 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             ),
             kv_cache_spec.num_kv_heads,
         )
+        self.decode_threshold = self.reorder_batch_threshold
+        if device_of_dca.prefill is None:
+            self.decode_threshold = scheduler.max_num_batched_tokens
 
     def build(
         self,
@@ -89,7 +93,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         if common.causal is not True:
             raise NotImplementedError("DCA attends causally only.")
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
-            common, decode_threshold=self.reorder_batch_threshold
+            common, decode_threshold=self.decode_threshold
         )
         geometry = self.settings.geometry
         length = self.settings.original_max_position_embeddings

@@ -1,10 +1,20 @@
-"""Which attention provider a device uses: the user's, else the first that can serve."""
+"""Who computes the prefill on a device: the user's choice, else the first that can serve."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from vllm_dca.providers import AttentionProvider, Needs, UnusableProviderError, flash_attn
+
+
+def _compiled(needs: Needs) -> Callable[..., None]:
+    from vllm_dca import attention_compiled
+
+    try:
+        return attention_compiled.load()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnusableProviderError(f"it cannot be compiled here ({error})") from error
 
 
 def _torch(needs: Needs) -> AttentionProvider:
@@ -24,9 +34,10 @@ def _triton(needs: Needs) -> AttentionProvider:
     return attention
 
 
-# In order of preference.
-PROVIDERS: dict[str, dict[str, Callable[[Needs], AttentionProvider]]] = {
-    "cpu": {"torch": _torch},
+# In order of preference. All are providers of one pass but the compiled kernel, which takes all
+# of DCA at once, `vllm_dca.attention_compiled`.
+PROVIDERS: dict[str, dict[str, Callable[[Needs], Callable[..., Any]]]] = {
+    "cpu": {"compiled": _compiled, "torch": _torch},
     "cuda": {
         "vllm_flash_attn": flash_attn.bundled_with_vllm,
         "flash_attn": flash_attn.package,
@@ -35,7 +46,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Needs], AttentionProvider]]] = {
 }
 
 
-def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, AttentionProvider]:
+def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Callable[..., Any]]:
     """A provider and its name.
 
     Args:

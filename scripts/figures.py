@@ -1,0 +1,143 @@
+"""Draw the figures in docs/figures from the records in docs/results.
+
+Usage: figures.py [RESULTS [FIGURES]]
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from record import ROOT
+
+# Okabe and Ito's, told apart without colour vision; a method has the same one everywhere.
+COLOURS = {
+    "plain": "#000000",
+    "yarn": "#E69F00",
+    "dynamic": "#CC79A7",
+    "dca": "#0072B2",
+    "dca+yarn": "#009E73",
+}
+NAMES = {
+    "plain": "plain RoPE",
+    "yarn": "YaRN",
+    "dynamic": "dynamic NTK",
+    "dca": "DCA",
+    "dca+yarn": "DCA on YaRN",
+}
+WINDOW = 8192
+
+
+def name_of(label: str) -> str:
+    method, _, options = label.partition(":")
+    return NAMES[method] + (f" ({options})" if options else "")
+
+
+def thousands(tokens: float) -> str:
+    return f"{tokens / 1024:g}k"
+
+
+def perplexity_by_length(results: dict[str, Any]) -> Figure:
+    """Perplexity of the tokens before each length, one line a method."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, found in results.items():
+        lengths = [int(length) for length in found["perplexity"]]
+        colour = COLOURS[label.partition(":")[0]]
+        axes.plot(
+            lengths,
+            list(found["perplexity"].values()),
+            "o-",
+            color=colour,
+            label=name_of(label),
+        )
+    _lengths(axes, lengths)
+    axes.set_yscale("log")
+    axes.set_ylabel("perplexity")
+    axes.set_yticks([20, 30, 50, 100, 300, 1000], minor=False)
+    axes.set_yticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False)
+    return figure
+
+
+def perplexity_by_position(results: dict[str, Any], bucket: int, work: str) -> Figure:
+    """The curve along one text, smoothed over 1,024 tokens."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    width = 1024 // bucket
+    for label, found in results.items():
+        curve = np.mean(found["nll"][work], axis=0)
+        smooth = np.convolve(curve, np.ones(width) / width, "valid")
+        positions = (np.arange(len(smooth)) + width) * bucket
+        colour = COLOURS[label.partition(":")[0]]
+        axes.plot(positions, np.exp(smooth), color=colour, label=name_of(label), linewidth=1.2)
+    _lengths(axes, [4096, 8192, 16384, 24576, 32768])
+    axes.set_xlabel("position")
+    axes.set_yscale("log")
+    axes.set_ylabel("perplexity of the last 1,024 tokens")
+    axes.set_title(work.replace("-", " "), fontsize="medium")
+    axes.legend(frameon=False)
+    return figure
+
+
+def retrieval(results: dict[str, Any]) -> Figure:
+    """A heat map a method: length by depth."""
+    figure = Figure(figsize=(2.4 * len(results) + 0.8, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    deep = 5
+    for axes, (label, found) in zip(panels, results.items(), strict=True):
+        lengths = [int(length) for length in found["accuracy"]]
+        cells: list[list[list[bool]]] = [[[] for _ in lengths] for _ in range(deep)]
+        for answers in found["answers"].values():
+            for answer in answers:
+                depth = min(int(deep * answer["position"] / answer["length"]), deep - 1)
+                cells[depth][lengths.index(answer["length"])].append(answer["right"])
+        share = [[np.mean(c) if c else math.nan for c in row] for row in cells]
+        image = axes.imshow(share, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        axes.set_xticks(range(len(lengths)), [thousands(length) for length in lengths])
+        axes.set_yticks(
+            np.arange(deep + 1) - 0.5, [f"{100 * i // deep}%" for i in range(deep + 1)]
+        )
+        axes.set_title(name_of(label), fontsize="medium")
+        inside = sum(length <= WINDOW for length in lengths)
+        axes.axvline(inside - 0.5, color="white", linestyle="--", linewidth=1)
+        axes.set_xlabel("tokens")
+    panels[0].set_ylabel("depth of the code word")
+    figure.colorbar(image, ax=panels, label="found", format=lambda x, _: f"{x:.0%}")
+    return figure
+
+
+def _lengths(axes: Any, lengths: list[int]) -> None:
+    axes.axvline(WINDOW, color="grey", linestyle="--", linewidth=1)
+    axes.text(WINDOW, axes.get_ylim()[1], " trained window", va="top", color="grey")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [thousands(length) for length in lengths])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("tokens read")
+
+
+def main() -> None:
+    folders = [Path(argument) for argument in sys.argv[1:]]
+    results = folders[0] if folders else ROOT / "docs/results"
+    target = folders[1] if folders[1:] else ROOT / "docs/figures"
+    target.mkdir(parents=True, exist_ok=True)
+
+    def save(figure: Figure, name: str) -> None:
+        figure.savefig(target / f"{name}.png", dpi=130)
+
+    record = json.loads((results / "perplexity.json").read_text())
+    save(perplexity_by_length(record["results"]), "perplexity")
+    for work in record["works"]:
+        curves = perplexity_by_position(record["results"], record["bucket"], work)
+        save(curves, f"perplexity-{work}")
+    save(
+        retrieval(json.loads((results / "retrieval.json").read_text())["results"]), "retrieval"
+    )
+
+
+if __name__ == "__main__":
+    main()
