@@ -7,7 +7,7 @@
     dca+yarn    Dual Chunk Attention over a window that YaRN doubles
 
 Options follow a colon: `yarn:factor=8`, `dca:chunk_size=4096,local_size=512`. Without a factor,
-yarn and dynamic take what reaches the length asked for.
+yarn takes what reaches the length asked for, dynamic 2, the usual one.
 """
 
 import contextlib
@@ -59,15 +59,26 @@ class Method:
         """What `LLM` takes for it: a model of this Hugging Face config, to this length."""
         window = config.max_position_embeddings
         options = dict(self.options)
-        factor = options.pop("factor", 2.0 if self.is_dca else max(length / window, 1.0))
+        usual = {"yarn": max(length / window, 1.0), "dynamic": 2.0, "dca+yarn": 2.0}
+        factor = options.pop("factor", usual.get(self.name))
         given: dict[str, Any] = {}
-        if scaling := SCALINGS.get(self.name):
+        if self.name in SCALINGS:
             given["rope_parameters"] = {
                 **config.rope_parameters,
-                "rope_type": scaling,
+                "rope_type": SCALINGS[self.name],
                 "factor": factor,
-                "original_max_position_embeddings": window,
             }
+        if SCALINGS.get(self.name) == "yarn":
+            # vLLM, as transformers, takes the length that YaRN reaches for the model's own.
+            given["rope_parameters"]["original_max_position_embeddings"] = window
+            given["max_position_embeddings"] = int(window * factor)
+        elif self.name == "dynamic":
+            # vLLM makes the table once, for this length.
+            given["rope_parameters"]["max_trained_positions"] = window
+            given["max_position_embeddings"] = max(length, window)
+        elif self.name == "plain":
+            # Nothing but a rotary table that is long enough.
+            given["max_position_embeddings"] = max(length, window)
         if self.is_dca:
             return {
                 "attention_backend": "DCA",
@@ -76,9 +87,6 @@ class Method:
             }
         if options:
             raise ValueError(f"{self.label!r}: {self.name} has no {', '.join(options)}")
-        if not given:
-            # Nothing but a rotary table that is long enough.
-            given["max_position_embeddings"] = max(length, window)
         return {"hf_overrides": given}
 
 
