@@ -186,7 +186,8 @@ def main(
         console.print(*cells)
     console.print(table)
     if output:
-        record.write(output, {**record.provenance(), "context": context, "results": rows})
+        facts = record.provenance("vllm", "vllm-dca")
+        record.write(output, {**facts, "context": context, "results": rows})
 
 
 if __name__ == "__main__":

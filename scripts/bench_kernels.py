@@ -13,14 +13,11 @@ faster than its products at the rate of a matrix product; both are measured firs
 import argparse
 import functools
 import itertools
-import json
-import platform
-import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from layer import Layer
 from triton.testing import do_bench
@@ -34,7 +31,6 @@ from vllm_dca.prefill import PrefillOperations
 from vllm_dca.providers import Needs
 from vllm_dca.providers.choice import choose
 
-ROOT = Path(__file__).parents[1]
 # Name, query heads, KV heads, head size, chunk_size, local_size.
 SHAPES = [
     ("Llama-3-8B", 32, 8, 128, 6144, 1024),
@@ -185,22 +181,15 @@ def main() -> None:
             flush=True,
         )
     if args.output:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, capture_output=True
-        )
-        record = {
-            "command": "scripts/bench_kernels.py",
-            "commit": commit.stdout.strip() or None,
+        found = {
             "device": torch.cuda.get_device_name(),
-            "machine": platform.machine(),
-            "versions": {"torch": torch.__version__, "triton": version("triton")},
             "copy_bytes_per_second": bandwidth,
             "product_operations_per_second": rate,
             "provider": provider,
             "dtype": str(DTYPE),
             "results": results,
         }
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        record.write(args.output, {**record.provenance("triton"), **found})
 
 
 if __name__ == "__main__":

@@ -85,28 +85,26 @@ def perplexity_by_position(results: dict[str, Any], bucket: int, work: str) -> F
 
 
 def retrieval(results: dict[str, Any]) -> Figure:
-    """A heat map a method: length by depth."""
-    figure = Figure(figsize=(2.4 * len(results) + 0.8, 3.2), layout="constrained")
+    """A heat map a method: how much was read, by where the number stood."""
+    figure = Figure(figsize=(2.4 * len(results) + 0.8, 3.4), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    deep = 5
     for axes, (label, found) in zip(panels, results.items(), strict=True):
-        lengths = [int(length) for length in found["accuracy"]]
-        cells: list[list[list[bool]]] = [[[] for _ in lengths] for _ in range(deep)]
-        for answers in found["answers"].values():
-            for answer in answers:
-                depth = min(int(deep * answer["position"] / answer["length"]), deep - 1)
-                cells[depth][lengths.index(answer["length"])].append(answer["right"])
-        share = [[np.mean(c) if c else math.nan for c in row] for row in cells]
+        answers = [answer for given in found["answers"].values() for answer in given]
+        lengths = sorted({answer["length"] for answer in answers})
+        places = sorted({round(answer["position"] / 512) * 512 for answer in answers})
+        cells: list[list[list[bool]]] = [[[] for _ in lengths] for _ in places]
+        for answer in answers:
+            place = places.index(round(answer["position"] / 512) * 512)
+            cells[place][lengths.index(answer["length"])].append(answer["right"])
+        share = [[np.mean(cell) if cell else math.nan for cell in row] for row in cells]
         image = axes.imshow(share, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [thousands(length) for length in lengths])
-        axes.set_yticks(
-            np.arange(deep + 1) - 0.5, [f"{100 * i // deep}%" for i in range(deep + 1)]
-        )
-        axes.set_title(name_of(label), fontsize="medium")
+        axes.set_xticks(range(len(lengths)), map(thousands, lengths))
+        axes.set_yticks(range(len(places)), [f"{place:,}" for place in places])
+        axes.set_title(f"{name_of(label)}", fontsize="medium")
         inside = sum(length <= WINDOW for length in lengths)
-        axes.axvline(inside - 0.5, color="white", linestyle="--", linewidth=1)
-        axes.set_xlabel("tokens")
-    panels[0].set_ylabel("depth of the code word")
+        axes.axvline(inside - 0.5, color="red", linestyle="--", linewidth=1)
+        axes.set_xlabel("tokens read")
+    panels[0].set_ylabel("where the number stood")
     figure.colorbar(image, ax=panels, label="found", format=lambda x, _: f"{x:.0%}")
     return figure
 

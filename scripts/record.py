@@ -12,20 +12,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def provenance() -> dict[str, Any]:
-    """The facts of this run, to stand before its results."""
+def provenance(*packages: str) -> dict[str, Any]:
+    """The facts of this run, to stand before its results; versions of the packages too."""
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
     git = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     commit = subprocess.run(git, cwd=ROOT, text=True, capture_output=True)
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
-    names = ("vllm", "torch", "transformers", "vllm-dca")
     return {
-        "command": shlex.join([str(script), *map(_from_root, sys.argv[1:])]),
+        "command": command(str(script), *sys.argv[1:]),
         "commit": commit.stdout.strip() or None,
         "machine": f"{platform.machine()}, {len(cpu)} x {cpu[0] if cpu else 'unknown'}",
-        "versions": {name: version(name) for name in names},
+        "versions": {name: version(name) for name in ("torch", *packages)},
     }
+
+
+def command(*words: str) -> str:
+    """As one would type it in the project's folder."""
+    return shlex.join([word.replace(f"{ROOT}/", "") for word in words])
 
 
 def write(output: Path, record: dict[str, Any]) -> None:
@@ -34,7 +38,3 @@ def write(output: Path, record: dict[str, Any]) -> None:
     unfinished = output.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(output)
-
-
-def _from_root(argument: str) -> str:
-    return argument.replace(f"{ROOT}/", "")

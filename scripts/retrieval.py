@@ -1,9 +1,10 @@
 """Passkey retrieval by length and depth, by several ways to read past the trained window.
 
-Code words, each for a place of its own, are hidden in a long text, one after every SPACING
-tokens. The model gets the text up to a length and completes "The code word for the harbour
-is": once for every place so far. All questions of a text share its start, so the engine reads
-the text once, and its prefix cache does the rest. An answer counts if it has the code word.
+Numbers of five digits, each of another thing, are hidden in a long text, one after every
+SPACING tokens. The model gets the text up to a length and completes "The code word for the
+vault is": once for every thing so far. All questions of a text share its start, so the engine
+reads the text once, and its prefix cache does the rest. An answer counts if it has the number.
+Each text is read several times, with the things in another order.
 
 Methods are NAME or NAME:OPTION=NUMBER,...: plain, yarn, dynamic, dca, dca+yarn; see methods.py.
 With --output, what is there already is kept, and methods that are not there are added.
@@ -24,42 +25,48 @@ from rich.table import Table
 from study import K
 
 LENGTHS = (2 * K, 4 * K, 8 * K, 12 * K, 16 * K, 24 * K, 32 * K)
-FIRST = ("north", "south", "east", "west", "old", "new", "upper", "lower")
-SECOND = ("harbour", "library", "museum", "station", "castle", "market", "garden", "tower")
+# Unlike one another: a small model mixes up the two gardens of a house.
+THINGS = (
+    "The code word for the vault is",
+    "The telephone number of the doctor is",
+    "The weight of the golden statue in grams is",
+    "The password of the old computer is",
+    "The number of the secret bank account is",
+    "The combination of the kitchen safe is",
+    "The licence plate of the red lorry is",
+    "The serial number of the broken clock is",
+)
 ANSWER = 8  # tokens
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A code word, and the position of the first token of the sentence that says it."""
+    """A number, the sentence's start that asks for it, and where the sentence stands."""
 
-    place: str
-    code: str
+    question: str
+    number: str
     position: int
-
-
-def question(place: str) -> str:
-    # A model this small completes a sentence it has read more surely than it answers.
-    return f"The code word for the {place} is"
 
 
 def haystack(
     tokens: list[int], tokenizer: Any, length: int, spacing: int, seed: int
 ) -> tuple[list[int], list[Needle]]:
     """The text with its needles, cut to `length` tokens."""
-    places = [f"{first} {second}" for first in FIRST for second in SECOND]
     chosen = random.Random(seed)
-    chosen.shuffle(places)
-    text, needles = list(tokens[: spacing // 2]), []
+    things = list(THINGS)
+    chosen.shuffle(things)
+    read = spacing // 8  # of the text
+    text, needles = list(tokens[:read]), []
     while len(text) < length:
-        if len(needles) == len(places):
-            raise typer.BadParameter(f"there are {len(places)} places: take a larger --spacing")
-        needle = Needle(places[len(needles)], str(chosen.randrange(10000, 100000)), len(text))
+        if not things:
+            raise typer.BadParameter(f"there are {len(THINGS)} things: take a larger --spacing")
+        needle = Needle(things.pop(), str(chosen.randrange(10000, 100000)), len(text))
         needles.append(needle)
-        sentence = f"\n\n{question(needle.place)} {needle.code}. Remember it.\n\n"
+        # A model this small completes a sentence it has read more surely than it answers.
+        sentence = f"\n\n{needle.question} {needle.number}. Remember it.\n\n"
         text += tokenizer(sentence, add_special_tokens=False)["input_ids"]
-        read = spacing // 2 + (len(needles) - 1) * spacing
         text += tokens[read : read + spacing]
+        read += spacing
     return text[:length], needles
 
 
@@ -74,7 +81,7 @@ def ask(
     hidden = [needle for needle in needles if needle.position < length - 3 * room]
     prompts = [
         {"prompt_token_ids": start + tokenizer(end, add_special_tokens=False)["input_ids"]}
-        for end in (f"\n\n{question(needle.place)}" for needle in hidden)
+        for end in (f"\n\n{needle.question}" for needle in hidden)
     ]
     parameters = SamplingParams(temperature=0, max_tokens=ANSWER)
     # The first one alone: the others find its blocks.
@@ -85,9 +92,10 @@ def ask(
         {
             "length": length,
             "position": needle.position,
-            "code": needle.code,
+            "question": needle.question,
+            "number": needle.number,
             "answer": answer,
-            "right": needle.code in answer,
+            "right": needle.number in answer,
         }
         for needle, answer in zip(hidden, answers, strict=True)
     ]
@@ -97,9 +105,9 @@ def main(
     model: Annotated[Path, typer.Argument(help="A directory.")] = study.DEMO_MODEL,
     method: Annotated[str, typer.Option(help="Methods, spaces between.")] = methods.DEFAULT,
     lengths: Annotated[str, typer.Option(help="Tokens.")] = " ".join(map(str, LENGTHS)),
-    spacing: Annotated[int, typer.Option(help="Tokens between two code words.")] = 512,
+    spacing: Annotated[int, typer.Option(help="Tokens between two numbers.")] = 4 * K,
     text: Annotated[str, typer.Option(help="Works, or text files.")] = " ".join(corpus.WORKS),
-    seed: int = 0,
+    orders: Annotated[int, typer.Option(help="Times that each text is read.")] = 2,
     dtype: str = "float32",
     engine_option: Annotated[str, typer.Option(help="JSON: other EngineArgs of vLLM.")] = "{}",
     output: Annotated[Path | None, typer.Option(help="A record as JSON.")] = None,
@@ -108,8 +116,9 @@ def main(
     methods.prepare_environment()
     tokenizer = study.tokenizer_of(model)
     haystacks = {
-        work: haystack(tokens, tokenizer, ends[-1], spacing, seed + number)
-        for number, (work, tokens) in enumerate(study.works(text, tokenizer).items())
+        f"{work}, order {seed}": haystack(tokens, tokenizer, ends[-1], spacing, seed)
+        for work, tokens in study.works(text, tokenizer).items()
+        for seed in range(orders)
     }
 
     def measure(label: str, llm: Any) -> dict[str, Any]:
@@ -133,7 +142,7 @@ def main(
         model,
         ends[-1] + K,
         {"dtype": dtype, "enforce_eager": True, **json.loads(engine_option)},
-        {"works": list(haystacks), "spacing": spacing, "seed": seed},
+        {"works": list(haystacks), "spacing": spacing},
         output,
         measure,
     )

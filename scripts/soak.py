@@ -21,10 +21,8 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -33,7 +31,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +38,7 @@ import aiohttp
 import corpus
 import demo_model
 import psutil
+import record
 import typer
 from demo import CACHE, ROOT, console, is_up, working
 from rich.table import Table
@@ -104,7 +102,7 @@ class Soak:
     session: aiohttp.ClientSession
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
-    memory: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[tuple[float, list[float]]] = field(default_factory=list)
     difference: float = 0.0
 
     def expect(self, met: bool, otherwise: str) -> None:
@@ -197,8 +195,8 @@ class Soak:
         start = time.monotonic()
         processes = [self.process, *self.process.children(recursive=True)]
         while True:
-            resident = sum(process.memory_info().rss for process in processes)
-            self.memory.append((time.monotonic() - start, resident / 2**20))
+            resident = [process.memory_info().rss / 2**20 for process in processes]
+            self.memory.append((time.monotonic() - start, resident))
             await asyncio.sleep(1)
 
     async def bench(self, plan: Round, seed: int, url: str, model: Path) -> dict[str, Any]:
@@ -263,7 +261,7 @@ class Soak:
 
     def memory_of_halves(self, middle: int) -> dict[str, Any]:
         """Peaks before and after a sample's number."""
-        curve = [mib for _, mib in self.memory]
+        curve = [sum(mib) for _, mib in self.memory]
         first, second = max(curve[:middle]), max(curve[middle:])
         growth = second - first
         self.expect(growth <= GROWTH_MIB, f"the peak of memory grew by {growth:.0f} MiB")
@@ -271,8 +269,8 @@ class Soak:
             "first_peak_mib": round(first),
             "second_peak_mib": round(second),
             "bound_of_growth_mib": GROWTH_MIB,
-            "curve_s_mib": [
-                [round(t), round(mib)] for t, mib in self.memory[:: len(curve) // 60 + 1]
+            "curve_s_mib_of_each_process": [
+                [round(t), *map(round, mib)] for t, mib in self.memory[:: len(curve) // 60 + 1]
             ],
         }
 
@@ -435,21 +433,14 @@ def main(
     show(result)
 
     if output:
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
-        cpus = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
-        record = {
-            "command": shlex.join(["scripts/soak.py", *sys.argv[1:]]),
-            "server": shlex.join(["vllm", *command[1:]]),
-            "commit": commit.strip(),
-            "machine": f"{platform.machine()}, {len(cpu)} x {cpu[0]}",
-            "versions": {name: version(name) for name in ("vllm", "torch", "vllm-dca")},
+        found = {
+            "server": record.command("vllm", *command[1:]),
             "backend": attends and attends[0],
             "seconds_to_start": round(ready - started),
             "seconds": round(seconds),
             **result,
         }
-        output.write_text(json.dumps(record, indent=1) + "\n")
+        record.write(output, {**record.provenance("vllm", "vllm-dca"), **found})
     if result["violations"]:
         raise typer.Exit(1)
 

@@ -73,7 +73,8 @@ def compare(
         with methods.engine(model, method, length, **engine_options) as (llm, backend):
             found = measure(method.label, llm)
         seconds = round(time.perf_counter() - started)
-        run = {**record.provenance(), "backend": backend, "seconds": seconds}
+        facts = record.provenance("vllm", "vllm-dca", "transformers")
+        run = {**facts, "backend": backend, "seconds": seconds}
         results[method.label] = {**found, "run": run}
         if output:
             record.write(output, {**asked, "results": results})

@@ -8,22 +8,19 @@ times worse on the last 2,048 tokens. Takes some 15 minutes on two cores.
 
 import argparse
 import gc
-import json
 import os
-import platform
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import backends
+import record
 import torch
 from corpus import load
+from methods import prepare_environment
 from rich.console import Console
 from rich.table import Table
 
 TAIL = 2048
-ROOT = Path(__file__).parents[1]
 console = Console()
 
 
@@ -77,16 +74,11 @@ def perplexity(logprobs: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "demo-model")
+    parser.add_argument("--model", type=Path, default=record.ROOT / ".cache" / "demo-model")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # apply_model sends a function to the worker.
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    prepare_environment()
 
     from transformers import AutoTokenizer
     from vllm.platforms import current_platform
@@ -124,20 +116,14 @@ def main() -> None:
 
     dca, plain, reference = (results[name] for name in runs)
     if args.output:
-        cpus = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = [line for line in cpus if line.startswith("model name")]
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
-        record = {
-            "command": f"scripts/twice_the_window.py --tokens {args.tokens}",
-            "commit": commit.strip(),
+        found = {
             "text": "Jane Austen, Pride and Prejudice (scripts/corpus.py)",
             "tokens": args.tokens,
             "tail": TAIL,
-            "machine": f"{platform.machine()}, {len(cpu)} x {cpu[0].split(':')[1].strip()}",
-            "versions": {name: version(name) for name in ("vllm", "torch", "transformers")},
             "results": results,
         }
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
+        facts = record.provenance("vllm", "vllm-dca", "transformers")
+        record.write(args.output, {**facts, **found})
     for key in ("perplexity", "perplexity_tail"):
         ratio = dca[key] / reference[key]
         assert abs(ratio - 1) <= 0.02, f"{key}: engine over reference is {ratio:.4f}"

@@ -442,6 +442,23 @@ def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(found["problem"]) == 1
 
 
+def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dca import attention_compiled
+
+    def load() -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(attention_compiled, "load", load)
+    result = run("doctor")
+    assert result.exit_code == 0
+    found = findings(result)
+    [note] = found["note"]
+    assert (
+        note == "prefill by compiled: no, because it cannot be compiled here (no C++ compiler)"
+    )
+    assert any(line.startswith("prefill by torch") for line in found["ok"])
+
+
 def test_doctor_where_vllm_selects_another(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.attention import selector
 

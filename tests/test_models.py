@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests import checkpoints
-from tests.answers import assert_same_answer, drafted, generate, of_prompt
+from tests.answers import assert_same_answer, drafted, generate, of_answer, of_prompt
 from tests.inprocess import engine, in_a_child
+from vllm_dca import attention_compiled
 from vllm_dca.reference_model import prompt_logprobs
 
 # What the project promises for fp32.
@@ -78,6 +79,29 @@ def test_llama(changes: dict[str, Any], tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path, "LlamaConfig", **changes)
     with engine(model, additional_config={"dca": SIZES}) as llm:
         assert_agrees(llm, model, SIZES)
+
+
+def test_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dca_log: list[str]
+) -> None:
+    """By torch: whole and in pieces, and decode rows as prefill rows."""
+    monkeypatch.setattr(attention_compiled, "load", no_compiler)
+    model = checkpoints.write(tmp_path, "LlamaConfig")
+    options = {"max_num_batched_tokens": 90, "max_num_seqs": 90}
+    with engine(model, additional_config={"dca": SIZES}, **options) as llm:
+        assert_agrees(llm, model, SIZES)
+        assert_agrees(llm, model, SIZES)
+        prompt = checkpoints.tokens(60)
+        [output] = generate(llm, [prompt], max_tokens=12)
+        answer, logprobs = of_answer(output)
+        expected = prompt_logprobs(model, prompt + answer, **SIZES)[-12:]
+        torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+    assert any("prefill by torch" in line for line in dca_log)
+    assert sum("DCA attends by torch, which takes twice as long" in line for line in dca_log)
+
+
+def no_compiler() -> None:
+    raise RuntimeError("no C++ compiler")
 
 
 @pytest.mark.parametrize("family", OTHER_FAMILIES)

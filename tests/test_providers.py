@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.paged import Batch, Shape
+from vllm_dca import attention_compiled
 from vllm_dca.merge import merge_parts
 from vllm_dca.prefill import PrefillOperations
 from vllm_dca.providers import (
@@ -140,6 +141,16 @@ def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROVIDERS["cuda"], "triton", unusable("no Triton"))
     with pytest.raises(ValueError, match=r"vllm_flash_attn: .*; flash_attn: .*; triton: no T"):
         choose("cuda", None, NEEDS)
+
+
+def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(attention_compiled, "load", load)
+    assert choose("cpu", None, NEEDS)[0] == "torch"
+    with pytest.raises(ValueError, match=r"compiled: it cannot be compiled here \(no C\+\+"):
+        choose("cpu", "compiled", NEEDS)
 
 
 @pytest.mark.parametrize(
