@@ -27,14 +27,13 @@ from vllm_dca.prefill import PrefillOperations
 from vllm_dca.providers import torch_cpu
 from vllm_dca.rotary import turn_queries
 
-# Name, query heads, KV heads, head size, chunk_size, local_size.
-SHAPES = {
-    "SmolLM2-135M": ("SmolLM2-135M", 9, 3, 64, 6144, 1024),
-    "Llama-3-8B": ("Llama-3-8B", 32, 8, 128, 6144, 1024),
-}
+# Query heads, KV heads, head size.
+SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
+LOCAL_SIZE = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PAGE = 128
 OPERATIONS = PrefillOperations(turn_queries, torch_cpu.attention, merge_parts)
+SECONDS = 20
 PREFILL = 2048  # new tokens of a prefill, at the end of the context
 
 
@@ -108,11 +107,17 @@ class BothLayers(Layer):
 
 
 def alternate(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each, run by turns: median, and the quartiles."""
+    """Milliseconds of each, run by turns: median, and the quartiles.
+
+    There are fewer turns, but three, where they take longer than SECONDS.
+    """
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    began = time.perf_counter()
+    for turn in range(repeats):
+        if turn >= 3 and time.perf_counter() - began > SECONDS:
+            break
         for name, run in runs.items():
             start = time.perf_counter()
             run()
@@ -126,18 +131,26 @@ def alternate(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, di
 
 
 def measure(
-    step: str, shape: str, dtype: str, batch: int, context: int, repeats: int
+    step: str,
+    shape: str,
+    dtype: str,
+    batch: int,
+    context: int,
+    chunk_len: int = 5120,
+    repeats: int = 15,
 ) -> dict[str, Any]:
     """One row: a step of the layer by CPU_ATTN and by DCA."""
     new = 1 if step == "decode" else min(PREFILL, context)
     kernel = attention_compiled.CompiledPlan, attention_compiled.load()
-    layer = BothLayers(SHAPES[shape], batch, context, new, dtype)
+    sizes = shape, *SHAPES[shape], chunk_len + LOCAL_SIZE, LOCAL_SIZE
+    layer = BothLayers(sizes, batch, context, new, dtype)
     layer.own()
     layer.check(layer.own_output, ChunkGeometry(2 * context + PAGE, PAGE))
     runs = {"DCA": layer.planned(*kernel)}
-    if step == "decode":
+    # By torch a batch takes as much longer than one request as it is larger.
+    if batch == 1 and step == "decode":
         runs["DCA by torch"] = layer.planned(decode_cpu.DecodePlan, decode_cpu.decode_attention)
-    else:
+    elif batch == 1:
         plan = layer.plan_prefill(layer.geometry)
         runs["DCA by torch"] = lambda: layer.prefill(plan, OPERATIONS)
     for run in runs.values():
@@ -145,6 +158,8 @@ def measure(
         run()
         layer.check()
     times = alternate({"CPU_ATTN": layer.own, **runs}, repeats)
+    arguments = layer.starts, layer.seq_lens, layer.block_table, PAGE, layer.geometry
+    planning = alternate({"plan": lambda: kernel[0](*arguments)}, 20)["plan"]["median"]
     read = layer.kv_cache.numel() * layer.kv_cache.element_size()
     return {
         "step": step,
@@ -152,16 +167,19 @@ def measure(
         "dtype": dtype,
         "batch": batch,
         "context": context,
+        "chunk_len": chunk_len,
         "new": new,
         "ratio": times["DCA"]["median"] / times["CPU_ATTN"]["median"],
         "milliseconds": times,
+        "plan_milliseconds_a_step": planning,
         "dca_gigabytes_per_second": read / times["DCA"]["median"] / 1e6,
     }
 
 
 def main(
-    context: int = 16384,
     repeats: int = 15,
+    context: Annotated[str, typer.Option(help="Spaces between.")] = "16384",
+    chunk_len: Annotated[str, typer.Option(help="Spaces between.")] = "5120",
     shape: Annotated[str, typer.Option(help="Spaces between.")] = " ".join(SHAPES),
     dtype: Annotated[str, typer.Option(help="Spaces between.")] = " ".join(DTYPES),
     batch: Annotated[str, typer.Option(help="Spaces between.")] = "1 8",
@@ -170,24 +188,24 @@ def main(
 ) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     console = Console()
-    table_columns = ("DCA", "CPU_ATTN", "DCA by torch")
-    of_times = (f"{name}, ms" for name in table_columns)
-    table = Table("step", "shape", "dtype", "batch", "DCA / CPU_ATTN", *of_times)
+    names = ("DCA", "CPU_ATTN", "DCA by torch")
+    of_times = (f"{name}, ms" for name in names)
+    columns = ("step", "shape", "dtype", "batch", "context", "chunk_len")
+    table = Table(*columns, "DCA / CPU_ATTN", *of_times)
     rows = []
-    asked = itertools.product(
-        step.split(), shape.split(), dtype.split(), map(int, batch.split())
-    )
-    for each in asked:
-        row = measure(*each, context, repeats)
+    numbers = (map(int, words.split()) for words in (batch, context, chunk_len))
+    for each in itertools.product(step.split(), shape.split(), dtype.split(), *numbers):
+        row = measure(*each, repeats)
         rows.append(row)
-        medians = (row["milliseconds"][name]["median"] for name in table_columns)
+        times = row["milliseconds"]
+        medians = [f"{times[name]['median']:.2f}" if name in times else "" for name in names]
         cells = [*map(str, each), f"{row['ratio']:.2f}"]
-        table.add_row(*cells, *(f"{median:.2f}" for median in medians))
+        table.add_row(*cells, *medians)
         console.print(*cells)
     console.print(table)
     if output:
         facts = record.provenance("vllm", "vllm-dca")
-        record.write(output, {**facts, "context": context, "results": rows})
+        record.write(output, {**facts, "results": rows})
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
 // a KV head and a run of keys. It reads each key and value once for all the tile's queries, and
 // turns these where the keys' region changes. Queries lie along the lanes of vectors, in panels;
 // keys and values are scalars, so that nothing is packed and both products are the same few
-// lines. Tiles of few rows split their keys into several runs, whose partial results a second
-// loop merges. Tiles and runs depend on their own request only. Everything is computed in fp32,
-// and no key past a tile's last row is read.
+// lines; but the entries of a head lie along the lanes where a tile has few queries, as in decode.
+// Tiles of few rows split their keys into several runs, whose partial results a second loop
+// merges. Tiles and runs depend on their own request only. Everything is computed in fp32, and no
+// key past a tile's last row is read.
 
 #include <algorithm>
 #include <cmath>
@@ -27,8 +28,10 @@ constexpr int kLanes = 8, kHeight = 4;  // it has half as many registers
 constexpr int kLanes = 4, kHeight = 8;
 #endif
 constexpr int kWidth = 3;          // kHeight * kWidth vectors of sums stay in registers
+constexpr int64_t kFew = 8;        // queries of a tile, or less
 constexpr int64_t kQueries = 384;  // of a tile, those of all heads that share keys
 constexpr int64_t kKeys = 128;     // taken at a time
+constexpr int64_t kFewKeys = 32;   // with few queries
 constexpr int64_t kRun = 1024;      // keys a run of a tile with one row
 constexpr float kLowest = -1e30f;
 
@@ -51,7 +54,7 @@ struct Arguments {
 };
 
 // Rows first .. first + count - 1, with keys begin .. end - 1 of their request. Their
-// count * group queries are in `panels` panels of `lanes` lanes.
+// count * group queries are in `panels` panels of `lanes` lanes; few, in panels of one.
 struct Run {
   int64_t first, count, begin, end, lanes, panels;
 };
@@ -60,6 +63,9 @@ struct Run {
 struct Workspace {
   std::vector<float> queries, scores, keys, values;
 };
+
+// Entries of a head, with zeros up to whole vectors.
+inline int64_t padded(int64_t head_size) { return (head_size + kLanes - 1) / kLanes * kLanes; }
 
 // e^x for x <= 0 (e^-87 below that) to some units in the last place, vectorised: x = n ln 2 + r,
 // and a polynomial for e^r (Cephes).
@@ -86,18 +92,17 @@ inline Vector load(const float* from) {
   return vector;
 }
 
-// c[i, j] (+)= sum over l of a[i, l] b[l, j], for kTall rows and W columns; a by its strides.
-template <int kTall, int W>
-inline void multiply_rows(const float* a, int64_t a_row, int64_t a_column, const float* b,
-                          float* c, int64_t depth, bool add) {
-  constexpr int kVectors = W / kLanes;
+// c[i, j] (+)= sum over l of a[i, l] b[l, j], for kTall rows and kVectors vectors of columns.
+template <int kTall, int kVectors>
+inline void multiply_tile(const float* a, int64_t a_row, int64_t a_column, const float* b,
+                          int64_t b_row, float* c, int64_t c_row, int64_t depth, bool add) {
   Vector sum[kTall][kVectors] = {};
   if (add)
     for (int i = 0; i < kTall; ++i)
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = load(c + i * W + j * kLanes);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = load(c + i * c_row + j * kLanes);
   for (int64_t l = 0; l < depth; ++l) {
     Vector right[kVectors];
-    for (int j = 0; j < kVectors; ++j) right[j] = load(b + l * W + j * kLanes);
+    for (int j = 0; j < kVectors; ++j) right[j] = load(b + l * b_row + j * kLanes);
     for (int i = 0; i < kTall; ++i) {
       const float left = a[i * a_row + l * a_column];
       for (int j = 0; j < kVectors; ++j) sum[i][j] += left * right[j];
@@ -105,22 +110,23 @@ inline void multiply_rows(const float* a, int64_t a_row, int64_t a_column, const
   }
   for (int i = 0; i < kTall; ++i)
     for (int j = 0; j < kVectors; ++j)
-      std::memcpy(c + i * W + j * kLanes, &sum[i][j], sizeof(Vector));
+      std::memcpy(c + i * c_row + j * kLanes, &sum[i][j], sizeof(Vector));
 }
 
 // The same for any number of rows.
-template <int W>
+template <int kTall, int kVectors>
 void multiply(int64_t rows, const float* a, int64_t a_row, int64_t a_column, const float* b,
-              float* c, int64_t depth, bool add) {
-  constexpr int kTall = W == kLanes ? 2 * kHeight : kHeight;
+              int64_t b_row, float* c, int64_t c_row, int64_t depth, bool add) {
   int64_t i = 0;
   for (; i + kTall <= rows; i += kTall)
-    multiply_rows<kTall, W>(a + i * a_row, a_row, a_column, b, c + i * W, depth, add);
+    multiply_tile<kTall, kVectors>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row,
+                                   c_row, depth, add);
   for (; i < rows; ++i)
-    multiply_rows<1, W>(a + i * a_row, a_row, a_column, b, c + i * W, depth, add);
+    multiply_tile<1, kVectors>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row,
+                               depth, add);
 }
 
-// queries[panels, head_size, lanes]: those of a tile, turned for a region, and scaled.
+// queries[panels, size, lanes], size as padded: those of a tile, turned for a region, and scaled.
 template <typename T>
 void turn_queries(const Arguments& a, const Run& run, int64_t head, int64_t region,
                   float* queries) {
@@ -132,7 +138,7 @@ void turn_queries(const Arguments& a, const Run& run, int64_t head, int64_t regi
     const float* sin = cos + pairs;
     const T* from = static_cast<const T*>(a.query) + row * a.query_stride[0] +
                     (head * a.group + m % a.group) * a.query_stride[1];
-    float* to = queries + m / lanes * a.head_size * lanes + m % lanes;
+    float* to = queries + m / lanes * padded(a.head_size) * lanes + m % lanes;
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const int64_t first = a.is_neox ? pair : 2 * pair;
       const int64_t second = a.is_neox ? pair + pairs : 2 * pair + 1;
@@ -148,9 +154,10 @@ void turn_queries(const Arguments& a, const Run& run, int64_t head, int64_t regi
 // hidden(t) is how many of the panel's first lanes must not see key t.
 template <int W, typename F>
 void attend_panel(const float* queries, const float* keys, const float* values, int64_t stride,
-                  int64_t n, int64_t size, float* scores, float* partial, F hidden) {
-  float *best = partial, *total = best + W, *sum = total + W;
-  multiply<W>(n, keys, stride, 1, queries, scores, size, false);
+                  int64_t n, int64_t size, float* scores, float* best, F hidden) {
+  constexpr int kTall = W == kLanes ? 2 * kHeight : kHeight;
+  float *total = best + W, *sum = total + W;
+  multiply<kTall, W / kLanes>(n, keys, stride, 1, queries, W, scores, W, size, false);
   for (int64_t t = n - 1; t >= 0 && hidden(t) > 0; --t)
     std::fill(scores + t * W, scores + t * W + std::min<int64_t>(hidden(t), W), kLowest);
   float top[W], shrink[W], added[W] = {};
@@ -171,21 +178,63 @@ void attend_panel(const float* queries, const float* keys, const float* values, 
   for (int64_t d = 0; d < size; ++d)
 #pragma omp simd
     for (int m = 0; m < W; ++m) sum[d * W + m] *= shrink[m];
-  multiply<W>(size, values, 1, stride, scores, sum, n, true);
+  multiply<kTall, W / kLanes>(size, values, 1, stride, scores, W, sum, W, n, true);
 }
 
-// A run for one KV head; partial[panels, 2 + head_size, lanes].
+// The same for few queries, a multiple of four, each with its partial[2 + size]; query m sees the
+// first visible(m) keys.
+template <typename F>
+void attend_few(int64_t count, const float* queries, const float* keys, const float* values,
+                int64_t stride, int64_t n, int64_t size, float* scores, float* partial,
+                F visible) {
+  for (int64_t m = 0; m < count; m += 4)
+    for (int64_t t = 0; t < n; ++t) {
+      Vector product[4] = {};
+      for (int64_t d = 0; d < size; d += kLanes) {
+        const Vector key = load(keys + t * stride + d);
+        for (int i = 0; i < 4; ++i) product[i] += key * load(queries + (m + i) * size + d);
+      }
+      for (int i = 0; i < 4; ++i) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int lane = 0; lane < kLanes; ++lane) sum += product[i][lane];
+        scores[(m + i) * kKeys + t] = sum;
+      }
+    }
+  for (int64_t m = 0; m < count; ++m) {
+    float *own = scores + m * kKeys, *best = partial + m * (2 + size);
+    std::fill(own + std::clamp<int64_t>(visible(m), 0, n), own + n, kLowest);
+    float top = *best, added = 0.0f;
+#pragma omp simd reduction(max : top)
+    for (int64_t t = 0; t < n; ++t) top = std::max(top, own[t]);
+#pragma omp simd reduction(+ : added)
+    for (int64_t t = 0; t < n; ++t) added += own[t] = exponential(own[t] - top);
+    const float shrink = exponential(*best - top);
+    *best = top;
+    best[1] = best[1] * shrink + added;
+    for (int64_t d = 0; d < size; ++d) best[2 + d] *= shrink;
+  }
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= size; d += 4 * kLanes)
+    multiply<4, 4>(count, scores, kKeys, 1, values + d, stride, partial + 2 + d, 2 + size, n,
+                   true);
+  for (; d < size; d += kLanes)
+    multiply<4, 1>(count, scores, kKeys, 1, values + d, stride, partial + 2 + d, 2 + size, n,
+                   true);
+}
+
+// A run for one KV head; partials[panels, 2 + size, W], size as padded.
 template <typename T, int W>
 void attend(const Arguments& a, const Run& run, int64_t head, Workspace& memory,
             float* partials) {
-  const int64_t size = a.head_size, block = a.block_size, panel_size = (2 + size) * W;
+  const int64_t size = padded(a.head_size), block = a.block_size, panel_size = (2 + size) * W;
   for (int64_t panel = 0; panel < run.panels; ++panel) {
     float* best = partials + panel * panel_size;
     std::fill(best, best + W, kLowest);
     std::fill(best + W, best + panel_size, 0.0f);
   }
   memory.queries.assign(run.panels * size * W, 0.0f);
-  memory.scores.resize(kKeys * W);
+  memory.scores.resize(kKeys * std::max<int64_t>(W, kFew));
   memory.keys.resize(kKeys * size);
   memory.values.resize(kKeys * size);
   const int32_t* pages = a.block_table + a.request[run.first] * a.table_stride;
@@ -194,13 +243,16 @@ void attend(const Arguments& a, const Run& run, int64_t head, Workspace& memory,
     return static_cast<const T*>(a.kv_cache) + pages[token / block] * a.cache_stride[0] +
            head * a.cache_stride[1] + token % block * a.cache_stride[2];
   };
-  // Long pages of fp32 are read in place.
-  const bool in_place = std::is_same_v<T, float> && block >= kKeys / 2;
+  // Long pages of fp32 are read in place, but not for so few queries that a copy, which reads
+  // memory in order, costs less than it saves.
+  const bool in_place =
+      W > 1 && std::is_same_v<T, float> && block >= kKeys / 2 && size == a.head_size;
+  const int64_t step = W > 1 ? kKeys : kFewKeys;
   int64_t turned_for = -1;
 
   for (int64_t begin = run.begin, end; begin < run.end; begin = end) {
     const int64_t key_chunk = begin / a.chunk_len;
-    end = std::min({begin + kKeys, run.end, (key_chunk + 1) * a.chunk_len});
+    end = std::min({begin + step, run.end, (key_chunk + 1) * a.chunk_len});
     if (in_place) end = std::min(end, (begin / block + 1) * block);
     const int64_t n = end - begin, region = std::min<int64_t>(chunk - key_chunk, 2);
     if (region != turned_for)
@@ -215,19 +267,27 @@ void attend(const Arguments& a, const Run& run, int64_t head, Workspace& memory,
     } else {
       for (int64_t t = 0; t < n; ++t) {
         const T* from = slot(begin + t);
-        std::copy(from, from + size, memory.keys.data() + t * size);
-        std::copy(from + size, from + 2 * size, memory.values.data() + t * size);
+        std::copy(from, from + a.head_size, memory.keys.data() + t * size);
+        from += a.head_size;
+        std::copy(from, from + a.head_size, memory.values.data() + t * size);
       }
     }
     // What comes next is fetched while this is multiplied.
-    for (int64_t t = end; t < std::min(end + kKeys, run.end); ++t)
-      for (int64_t d = 0; d < 2 * size; d += 64 / sizeof(T)) __builtin_prefetch(slot(t) + d, 0, 2);
+    for (int64_t t = end; t < std::min(end + step, run.end); ++t)
+      for (int64_t d = 0; d < 2 * a.head_size; d += 64 / sizeof(T))
+        __builtin_prefetch(slot(t) + d);
 
-    for (int64_t panel = 0; panel < run.panels; ++panel)
-      attend_panel<W>(memory.queries.data() + panel * size * W, keys, values, stride, n, size,
-                      memory.scores.data(), partials + panel * panel_size, [&](int64_t t) {
-                        return (begin + t - position) * a.group - panel * W;
-                      });
+    float *queries = memory.queries.data(), *scores = memory.scores.data();
+    if constexpr (W == 1) {
+      attend_few(run.panels, queries, keys, values, stride, n, size, scores, partials,
+                 [&](int64_t m) { return position + m / a.group + 1 - begin; });
+    } else {
+      for (int64_t panel = 0; panel < run.panels; ++panel)
+        attend_panel<W>(queries + panel * size * W, keys, values, stride, n, size, scores,
+                        partials + panel * panel_size, [&](int64_t t) {
+                          return (begin + t - position) * a.group - panel * W;
+                        });
+    }
   }
 }
 
@@ -242,8 +302,10 @@ void plan(const Arguments& a, std::vector<Run>& runs, std::vector<int64_t>& star
            a.position[next] / a.chunk_len == chunk)
       ++next;
     const int64_t count = next - first, keys = a.position[next - 1] + 1;
-    const int64_t lanes = count * a.group <= kLanes ? kLanes : kWidth * kLanes;
-    const int64_t panels = (count * a.group + lanes - 1) / lanes;
+    const int64_t queries = count * a.group;
+    const int64_t lanes = queries <= kFew ? 1 : queries <= kLanes ? kLanes : kWidth * kLanes;
+    const int64_t panels =
+        lanes == 1 ? (queries + 3) / 4 * 4 : (queries + lanes - 1) / lanes;
     const int64_t length = kRun * count * count;
     for (int64_t begin = 0; begin < keys; begin += length)
       runs.push_back({first, count, begin, std::min(begin + length, keys), lanes, panels});
@@ -253,7 +315,7 @@ void plan(const Arguments& a, std::vector<Run>& runs, std::vector<int64_t>& star
 
 template <typename T>
 void attend_all(const Arguments& a) {
-  const int64_t size = a.head_size, kv_heads = a.kv_heads;
+  const int64_t size = padded(a.head_size), kv_heads = a.kv_heads;
   std::vector<Run> runs;
   std::vector<int64_t> start, place{0};  // place: of each run's partial results
   plan(a, runs, start);
@@ -270,9 +332,10 @@ void attend_all(const Arguments& a) {
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < int64_t(runs.size()) * kv_heads; ++task) {
       const int64_t run = task / kv_heads, head = task % kv_heads;
-      auto narrow = attend<T, kLanes>, wide = attend<T, kWidth * kLanes>;
-      (runs[run].lanes == kLanes ? narrow : wide)(a, runs[run], head, memory,
-                                                  partial(run, head));
+      auto one = runs[run].lanes == 1        ? attend<T, 1>
+                 : runs[run].lanes == kLanes ? attend<T, kLanes>
+                                             : attend<T, kWidth * kLanes>;
+      one(a, runs[run], head, memory, partial(run, head));
     }
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < int64_t(start.size() - 1) * kv_heads; ++task) {
@@ -296,7 +359,7 @@ void attend_all(const Arguments& a) {
         T* output = static_cast<T*>(a.output) +
                     (tile.first + m / a.group) * a.output_stride[0] +
                     (head * a.group + m % a.group) * a.output_stride[1];
-        for (int64_t d = 0; d < size; ++d) output[d] = T(sum[d] / total);
+        for (int64_t d = 0; d < a.head_size; ++d) output[d] = T(sum[d] / total);
       }
     }
   }
