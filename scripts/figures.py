@@ -42,7 +42,7 @@ def thousands(tokens: float) -> str:
 
 def perplexity_by_length(results: dict[str, Any]) -> Figure:
     """Perplexity of the tokens before each length, one line a method."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for label, found in results.items():
         lengths = [int(length) for length in found["perplexity"]]
@@ -54,19 +54,16 @@ def perplexity_by_length(results: dict[str, Any]) -> Figure:
             color=colour,
             label=name_of(label),
         )
+    _cut(axes, {label: max(of["perplexity"].values()) for label, of in results.items()})
     _lengths(axes, lengths)
-    axes.set_yscale("log")
     axes.set_ylabel("perplexity")
-    axes.set_yticks([20, 30, 50, 100, 300, 1000], minor=False)
-    axes.set_yticks([], minor=True)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
 def perplexity_by_position(results: dict[str, Any], bucket: int, work: str) -> Figure:
     """The curve along one text, smoothed over 1,024 tokens."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     width = 1024 // bucket
     for label, found in results.items():
@@ -75,12 +72,14 @@ def perplexity_by_position(results: dict[str, Any], bucket: int, work: str) -> F
         positions = (np.arange(len(smooth)) + width) * bucket
         colour = COLOURS[label.partition(":")[0]]
         axes.plot(positions, np.exp(smooth), color=colour, label=name_of(label), linewidth=1.2)
-    _lengths(axes, [4096, 8192, 16384, 24576, 32768])
+    most = {label: math.exp(max(map(max, of["nll"][work]))) for label, of in results.items()}
+    _cut(axes, most)
+    _lengths(axes, [2048, 4096, 8192, 16384, 32768])
+    axes.set_xlim(1024)
     axes.set_xlabel("position")
-    axes.set_yscale("log")
     axes.set_ylabel("perplexity of the last 1,024 tokens")
     axes.set_title(work.replace("-", " "), fontsize="medium")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
@@ -109,9 +108,21 @@ def retrieval(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def _cut(axes: Any, most: dict[str, float]) -> None:
+    """End the picture where lines that go far beyond the others leave it, and say how far."""
+    top = 1.15 * min(most.values())
+    staying = [value for value in most.values() if value < 3 * top]
+    lowest = min(min(line.get_ydata()) for line in axes.lines)
+    axes.set_ylim(0.93 * lowest, 1.15 * max(staying))
+    leaving = [label for label, value in most.items() if value >= 3 * top]
+    for row, label in enumerate(leaving):
+        text = f"↑ {name_of(label)}: up to {most[label]:,.0f}"
+        axes.text(0.99, 0.97 - 0.07 * row, text, ha="right", va="top", transform=axes.transAxes)
+
+
 def _lengths(axes: Any, lengths: list[int]) -> None:
     axes.axvline(WINDOW, color="grey", linestyle="--", linewidth=1)
-    axes.text(WINDOW, axes.get_ylim()[1], " trained window", va="top", color="grey")
+    axes.text(WINDOW, axes.get_ylim()[0], " trained window", va="bottom", color="grey")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [thousands(length) for length in lengths])
     axes.set_xticks([], minor=True)

@@ -1,6 +1,7 @@
 """The attention function against the reference, over batches of every shape."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.paged import Batch, Shape
-from vllm_dca import decode_cpu
+from vllm_dca import attention_compiled, decode_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -64,23 +65,55 @@ def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
         batch.assert_close(batch.decode())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.one_of(shapes(), shapes(decode=True)), st.booleans())
 def test_compiled_agrees_with_reference(shape: Shape, tokens_first: bool) -> None:
     batch = Batch.random(dataclasses.replace(shape, tokens_first=tokens_first))
     batch.assert_close(batch.compiled())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("group", "head_size"), [(1, 64), (3, 64), (4, 128), (9, 80)])
-def test_compiled_takes_many_tiles_runs_and_panels(
-    dtype: torch.dtype, group: int, head_size: int
+@pytest.mark.parametrize(
+    ("group", "head_size", "dtype", "tokens_first"),
+    [
+        (1, 64, torch.float32, False),
+        (3, 64, torch.float16, True),
+        (4, 128, torch.bfloat16, False),
+        (9, 80, torch.float32, True),
+    ],
+)
+def test_compiled_takes_many_tiles_splits_and_panels(
+    group: int, head_size: int, dtype: torch.dtype, tokens_first: bool
 ) -> None:
-    """More rows than a tile has, more keys than a run; pages that are read in place."""
+    """More rows than a tile has, more keys than a split."""
     sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size, "dtype": dtype}
-    lengths = [(1600, 0), (1500, 1499), (1100, 1098), (300, 0)]
-    batch = Batch.random(Shape(lengths, 512, 128, block_size=64, num_kv_heads=1, **sizes))
+    lengths = [(900, 0), (1500, 1499), (1100, 1098), (300, 0)]
+    shape = Shape(lengths, 512, 128, block_size=64, tokens_first=tokens_first, **sizes)
+    batch = Batch.random(shape)
     batch.assert_close(batch.compiled())
+
+
+def test_compiled_split_of_which_a_row_sees_nothing() -> None:
+    """Two rows split their keys at 4,096: the second split holds the second row's key only."""
+    sizes = {"num_kv_heads": 1, "group": 1, "head_size": 16, "rotary_dim": 16}
+    batch = Batch.random(Shape([(4097, 4095)], 2048, 128, block_size=64, **sizes))
+    batch.assert_close(batch.compiled())
+
+
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2")])
+def test_compiled_for_lesser_processors(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they exist: other processors than x86 have no such flags."""
+    if not torch.cpu._is_avx2_supported():
+        flags = ()
+    monkeypatch.setattr(attention_compiled, "FLAGS", (*attention_compiled.FLAGS, *flags))
+    monkeypatch.setattr(
+        attention_compiled, "load", functools.cache(attention_compiled.load.__wrapped__)
+    )
+    for group, head_size in ((3, 40), (9, 64)):
+        sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size}
+        batch = Batch.random(Shape([(200, 0), (90, 89)], dtype=torch.bfloat16, **sizes))
+        batch.assert_close(batch.compiled())
 
 
 LENGTHS = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]
@@ -162,5 +195,5 @@ def test_tolerance_would_catch_a_wrong_region() -> None:
     wrong = dataclasses.replace(
         batch, shape=dataclasses.replace(batch.shape, local_size=batch.shape.local_size - 1)
     )
-    error = (wrong.prefill().double() - batch.reference()).abs().max()
-    assert error > 100 * batch.tolerance()
+    for output in (wrong.prefill(), wrong.compiled()):
+        assert (output.double() - batch.reference()).abs().max() > 100 * batch.tolerance()

@@ -70,6 +70,7 @@ class CompiledPlan:
         self.chunk_len = geometry.chunk_len
         assert block_table.dtype == torch.int32
         assert block_table.stride(1) == 1
+        assert bool((self.rows.position >= 0).all())
 
 
 @functools.cache
@@ -80,10 +81,10 @@ def load() -> Callable[..., None]:
         A function like `vllm_dca.decode_cpu.decode_attention`, for a `CompiledPlan`.
 
     torch's builder for its own compiled CPU code does it: it finds the compiler, names the
-    instruction set, links the OpenMP that torch runs on, and keeps the result on disk.
+    instruction set, links OpenMP, and keeps the result on disk, under a lock.
 
     Raises:
-        RuntimeError, ImportError, OSError: there is no compiler that can.
+        Exception: of many kinds; there is no compiler that can.
     """
     from torch._inductor.codecache import CppCodeCache
 
@@ -109,6 +110,7 @@ def load() -> Callable[..., None]:
         _, num_kv_heads, block_size, width = kv_cache.shape
         num_rows, num_heads, head_size = query.shape
         rows = plan.rows
+        assert len(rows.position) == num_rows
         assert query.dtype == kv_cache.dtype == output.dtype
         assert rotation.cos_sin.dtype == torch.float32
         assert rotation.cos_sin.is_contiguous()

@@ -35,7 +35,8 @@ class Device(NamedTuple):
             mapping and KV-cache dtype of vLLM's `AttentionImpl.do_kv_cache_update`.
         decode_planner: makes a planner from the settings, the block size, the most rows that
             a step has, and the number of KV heads.
-        decode: attends from a few new tokens a request; see `vllm_dca.decode_cpu`.
+        decode: attends from a few new tokens a request, or from any where `prefill` is None;
+            see `vllm_dca.decode_cpu`.
     """
 
     provider: str

@@ -1,5 +1,6 @@
 """vLLM's metadata builder: a step's batch becomes a decode plan and a prefill plan."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         )
         self.decode_threshold = self.reorder_batch_threshold
         if device_of_dca.prefill is None:
-            self.decode_threshold = scheduler.max_num_batched_tokens
+            self.decode_threshold = sys.maxsize
 
     def build(
         self,
