@@ -12,24 +12,18 @@ text is at least ten times DCA's.
 import argparse
 import contextlib
 import math
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import corpus
 import demo_model
 from openai import OpenAI
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from serving import CACHE, ROOT, console, is_up, server, working
 from tokenizers import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / ".cache"
 WINDOW = 8192
 TAIL = 1024
 CODE = "48213"
@@ -41,8 +35,6 @@ PLAIN = (
     # The rotary table must be as long as the text: vLLM would read past its end.
     *("--hf-overrides", '{"max_position_embeddings": 32768}'),
 )
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -56,45 +48,13 @@ class Measured:
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[Progress]:
-    """Show a spinner and the time so far; at the end the line stays."""
-    columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description}")
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(what, total=1)
-        yield progress
-        progress.update(task, completed=1)
-
-
-def is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2):
-            return True
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def server(port: int, *arguments: str) -> Iterator[str]:
-    """Start a server, give its URL, and stop it at the end."""
+def serve(port: int, *arguments: str) -> Iterator[str]:
+    """scripts/serve at this port: its URL."""
     url = f"http://localhost:{port}"
-    if is_up(url):
-        sys.exit(f"Another server runs at {url}: stop it, or choose another --port.")
-    CACHE.mkdir(exist_ok=True)
-    log = CACHE / f"server-{port}.log"
     # Compiling would take longer than the two requests that this server gets.
-    command = [ROOT / "scripts" / "serve", "--port", str(port), "--enforce-eager", *arguments]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        with working(f"starting a server (log: {log.relative_to(ROOT)})"):
-            while not is_up(url):
-                if process.poll() is not None:
-                    sys.exit(f"The server did not start: see {log}")
-                time.sleep(1)
+    command = [ROOT / "scripts/serve", "--port", str(port), "--enforce-eager", *arguments]
+    with server(command, url, CACHE / f"server-{port}.log"):
         yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def ask(client: OpenAI, prompt: list[int]) -> tuple[str, float]:
@@ -165,10 +125,13 @@ def main() -> None:
     )
     console.rule("Dual Chunk Attention")
     running = f"http://localhost:{options.port}"
-    with contextlib.nullcontext(running) if is_up(running) else server(options.port) as url:
-        dca = measure(url, tokens, prompt)
+    if is_up(running):
+        dca = measure(running, tokens, prompt)
+    else:
+        with serve(options.port) as url:
+            dca = measure(url, tokens, prompt)
     console.rule("Plain RoPE")
-    with server(options.port + 1, *PLAIN) as url:
+    with serve(options.port + 1, *PLAIN) as url:
         plain = measure(url, tokens, prompt)
 
     table = Table("", "plain RoPE", "DCA")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from methods import name_of
 from record import ROOT
 
 # Okabe and Ito's, told apart without colour vision; a method has the same one everywhere.
@@ -21,19 +22,7 @@ COLOURS = {
     "dca": "#0072B2",
     "dca+yarn": "#009E73",
 }
-NAMES = {
-    "plain": "plain RoPE",
-    "yarn": "YaRN",
-    "dynamic": "dynamic NTK",
-    "dca": "DCA",
-    "dca+yarn": "DCA on YaRN",
-}
 WINDOW = 8192
-
-
-def name_of(label: str) -> str:
-    method, _, options = label.partition(":")
-    return NAMES[method] + (f" ({options})" if options else "")
 
 
 def thousands(tokens: float) -> str:

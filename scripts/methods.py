@@ -23,8 +23,20 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 SCALINGS = {"yarn": "yarn", "dynamic": "dynamic", "dca+yarn": "yarn"}
-NAMES = ("plain", "yarn", "dynamic", "dca", "dca+yarn")
+NAMES = {
+    "plain": "plain RoPE",
+    "yarn": "YaRN",
+    "dynamic": "dynamic NTK",
+    "dca": "DCA",
+    "dca+yarn": "DCA on YaRN",
+}
 DEFAULT = " ".join(NAMES)
+
+
+def name_of(label: str) -> str:
+    """As people read it."""
+    name, _, options = label.partition(":")
+    return NAMES[name] + (f" ({options})" if options else "")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,8 +39,8 @@ import demo_model
 import psutil
 import record
 import typer
-from demo import CACHE, ROOT, console, is_up, working
 from rich.table import Table
+from serving import CACHE, console, server, working
 from tokenizers import Tokenizer
 
 NAME = "soaked"
@@ -295,24 +294,6 @@ def arguments(options: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-@contextlib.contextmanager
-def server(command: list[str], url: str, log: Path) -> Iterator[psutil.Process]:
-    if is_up(url):
-        sys.exit(f"Another server runs at {url}: stop it, or choose another --port.")
-    with log.open("w") as output:
-        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        with working(f"starting a server (log: {log.relative_to(ROOT)})"):
-            while not is_up(url):
-                if process.poll() is not None:
-                    sys.exit(f"The server did not start: see {log}")
-                time.sleep(1)
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
-
-
 async def soak(size: Size, url: str, process: psutil.Process, model: Path) -> dict[str, Any]:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     prose = tokenizer.encode(corpus.load()).ids
@@ -428,7 +409,6 @@ def main(
         "port": port,
     }
     command = [VLLM, "serve", str(model), *arguments(options), *context.args]
-    CACHE.mkdir(exist_ok=True)
     url, log = f"http://localhost:{port}", CACHE / f"soak-{port}.log"
     started = time.monotonic()
     with server(command, url, log) as process:

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests import checkpoints
+from tests.conftest import DEMO_MODEL
 from tests.inprocess import engine, in_a_child
 from vllm_dca.cli import app
 from vllm_dca.geometry import ChunkGeometry
@@ -68,6 +69,14 @@ def test_sizes_of_a_derived_geometry(llama: str) -> None:
     assert said["max_model_len"] == ["1024 tokens, 8.0 times the window"]
     assert said["DCA attends"] == ["2 of 2 layers: 0-1"]
     assert "warning" not in said
+
+
+def test_readme_shows_what_is_said() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    command, _, shown = readme.partition("$ python -m vllm_dca ")[2].partition("\n")
+    arguments = command.replace(".cache/demo-model", str(DEMO_MODEL)).split()
+    said = run(*arguments).stdout.replace(str(DEMO_MODEL), ".cache/demo-model")
+    assert shown.startswith(f"{said}```")
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import ast
 from pathlib import Path
 
+import pytest
+import tables
 import transformers
 
-from scripts.support_table import README, rewritten
 from tests import checkpoints
 from vllm_dca.support import (
     PROVED_MODELS,
@@ -84,8 +85,9 @@ def assert_proved(claims: list[str], proofs: dict[str, str]) -> None:
     assert used == set(proofs)
 
 
-def test_readme_has_the_table() -> None:
-    assert rewritten(README.read_text()) == README.read_text()
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_those_of_the_records(document: Path) -> None:
+    assert tables.rewritten(document.read_text()) == document.read_text()
 
 
 def test_every_claim_has_a_test() -> None:
