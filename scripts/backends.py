@@ -7,7 +7,14 @@ import torch
 
 
 def of_layers(model: torch.nn.Module) -> list[str]:
+    """The backends of a worker's layers, DCA's with who computes it: "DCA (compiled)"."""
     from vllm.model_executor.layers.attention import Attention
 
     layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
-    return sorted({layer.attn_backend.get_name() for layer in layers})
+    devices = [getattr(layer.impl, "device", None) for layer in layers]
+    return sorted(
+        {
+            layer.attn_backend.get_name() + (f" ({device.provider})" if device else "")
+            for layer, device in zip(layers, devices, strict=True)
+        }
+    )

@@ -11,6 +11,7 @@ yarn takes what reaches the length asked for, dynamic 2, the usual one.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Method:
         if SCALINGS.get(self.name) == "yarn":
             # vLLM, as transformers, takes the length that YaRN reaches for the model's own.
             given["rope_parameters"]["original_max_position_embeddings"] = window
-            given["max_position_embeddings"] = int(window * factor)
+            given["max_position_embeddings"] = math.ceil(window * factor)
         elif self.name == "dynamic":
             # vLLM makes the table once, for this length.
             given["rope_parameters"]["max_trained_positions"] = window
@@ -116,16 +117,17 @@ def prepare_environment() -> None:
 def engine(
     model: Path, method: Method, length: int, **options: Any
 ) -> Iterator["tuple[LLM, str]"]:
-    """An engine, and the backend that it runs; it stops if that is not the method's."""
+    """An engine, and the backends that it runs; it stops if they are not the method's."""
     from transformers import AutoConfig
     from vllm import LLM
 
     chosen = method.engine_options(AutoConfig.from_pretrained(model), length)
     llm = LLM(str(model), max_model_len=length, **chosen, **options)
     try:
-        [[backend]] = llm.apply_model(backends.of_layers)
-        if (backend == "DCA") != method.is_dca:
-            raise RuntimeError(f"{method.label}: the layers run {backend}")
-        yield llm, backend
+        workers = llm.apply_model(backends.of_layers)
+        ran = sorted({backend for worker in workers for backend in worker})
+        if any(backend.startswith("DCA") for backend in ran) != method.is_dca:
+            raise RuntimeError(f"{method.label}: the layers run {', '.join(ran)}")
+        yield llm, ", ".join(ran)
     finally:
         llm.llm_engine.engine_core.shutdown()

@@ -70,6 +70,8 @@ def main(
     ends = [int(length) for length in lengths.split()]
     if any(at % BUCKET for at in [*ends, stride]):
         raise typer.BadParameter(f"lengths and stride must be multiples of {BUCKET}")
+    if min(ends) < stride:
+        raise typer.BadParameter(f"{min(ends)} tokens are less than the stride, {stride}")
     methods.prepare_environment()
     longest = max(ends)
     cut = {
@@ -91,7 +93,13 @@ def main(
         model,
         longest + K,  # a token is generated, too
         {"dtype": dtype, "enforce_eager": True, **json.loads(engine_option)},
-        {"works": list(cut), "windows": count, "bucket": BUCKET, "stride": stride},
+        {
+            "works": list(cut),
+            "lengths": ends,
+            "windows": count,
+            "bucket": BUCKET,
+            "stride": stride,
+        },
         output,
         measure,
     )

@@ -113,6 +113,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="A record as JSON.")] = None,
 ) -> None:
     ends = sorted(int(length) for length in lengths.split())
+    if ends[0] < spacing // 8 + 128:
+        raise typer.BadParameter(f"with numbers {spacing} apart, {ends[0]} tokens hide none")
     methods.prepare_environment()
     tokenizer = study.tokenizer_of(model)
     haystacks = {
@@ -142,7 +144,7 @@ def main(
         model,
         ends[-1] + K,
         {"dtype": dtype, "enforce_eager": True, **json.loads(engine_option)},
-        {"works": list(haystacks), "spacing": spacing},
+        {"works": list(haystacks), "lengths": ends, "spacing": spacing},
         output,
         measure,
     )

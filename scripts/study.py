@@ -69,11 +69,11 @@ def compare(
     for method in chosen:
         if method.label in results:
             continue
+        facts = record.provenance("vllm", "vllm-dca", "transformers")
         started = time.perf_counter()
         with methods.engine(model, method, length, **engine_options) as (llm, backend):
             found = measure(method.label, llm)
         seconds = round(time.perf_counter() - started)
-        facts = record.provenance("vllm", "vllm-dca", "transformers")
         run = {**facts, "backend": backend, "seconds": seconds}
         results[method.label] = {**found, "run": run}
         if output:

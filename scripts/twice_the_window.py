@@ -34,7 +34,7 @@ def through_engine(model: Path, prompt: list[int], backend: str) -> torch.Tensor
         options["hf_overrides"] = {"max_position_embeddings": length}
     llm = LLM(str(model), dtype="float32", max_model_len=length, enforce_eager=True, **options)
     ran = llm.apply_model(backends.of_layers)
-    assert ran == [[backend]], f"asked for {backend}, ran {ran}"
+    assert all(found.startswith(backend) for [found] in ran), f"asked for {backend}, ran {ran}"
     [output] = llm.generate(
         [{"prompt_token_ids": prompt}],
         SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
