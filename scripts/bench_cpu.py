@@ -141,7 +141,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: a step of the layer by CPU_ATTN and by DCA."""
     new = 1 if step == "decode" else min(PREFILL, context)
-    kernel = attention_compiled.CompiledPlan, attention_compiled.load()
+    kernel = attention_compiled.CompiledPlan, attention_compiled.attention
     sizes = shape, *SHAPES[shape], chunk_len + LOCAL_SIZE, LOCAL_SIZE
     layer = BothLayers(sizes, batch, context, new, dtype)
     layer.own()

@@ -150,7 +150,7 @@ def main() -> None:
 
     capability = torch.cuda.get_device_capability()
     needs = Needs(128, DTYPE, DTYPE, PAGE, capability)
-    provider, attend = choose("cuda", args.provider, needs)
+    provider, attend, _ = choose("cuda", args.provider, needs)
     operations = PrefillOperations(turn_queries, attend, merge_parts)
     bandwidth, rate = copy_bandwidth(), product_rate()
     print(

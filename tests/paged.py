@@ -219,8 +219,8 @@ class Batch:
         self, query: torch.Tensor | None = None, rows: slice = slice(None)
     ) -> torch.Tensor:
         """The CPU's compiled kernel, for any rows."""
-        plan, attention = attention_compiled.CompiledPlan, attention_compiled.load()
-        return self._planned(plan, attention, query, rows)
+        plan = attention_compiled.CompiledPlan
+        return self._planned(plan, attention_compiled.attention, query, rows)
 
     def _planned(
         self,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.paged import Batch, Shape
 from vllm_dca import attention_compiled, decode_cpu
+from vllm_dca.kv_cache import write_kv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -92,6 +93,14 @@ def test_compiled_takes_many_tiles_splits_and_panels(
     batch.assert_close(batch.compiled())
 
 
+@pytest.mark.parametrize(("group", "lengths"), [(20, (3000, 2999)), (9, (5000, 4998))])
+def test_compiled_takes_panels_in_splits(group: int, lengths: tuple[int, int]) -> None:
+    """More queries than lie along a head's entries, and keys for several splits."""
+    sizes = {"num_kv_heads": 1, "group": group, "head_size": 16, "rotary_dim": 16}
+    batch = Batch.random(Shape([lengths, (30, 29)], 2048, 128, block_size=64, **sizes))
+    batch.assert_close(batch.compiled())
+
+
 def test_compiled_split_of_which_a_row_sees_nothing() -> None:
     """Two rows split their keys at 4,096: the second split holds the second row's key only."""
     sizes = {"num_kv_heads": 1, "group": 1, "head_size": 16, "rotary_dim": 16}
@@ -99,21 +108,46 @@ def test_compiled_split_of_which_a_row_sees_nothing() -> None:
     batch.assert_close(batch.compiled())
 
 
-@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2")])
+@pytest.mark.parametrize(
+    ("flags", "lanes"), [(("-mno-avx512f",), 8), (("-mno-avx512f", "-mno-avx2"), 4)]
+)
 def test_compiled_for_lesser_processors(
-    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where they exist: other processors than x86 have no such flags."""
     if not torch.cpu._is_avx2_supported():
-        flags = ()
+        flags, lanes = (), 4
     monkeypatch.setattr(attention_compiled, "FLAGS", (*attention_compiled.FLAGS, *flags))
-    monkeypatch.setattr(
-        attention_compiled, "load", functools.cache(attention_compiled.load.__wrapped__)
-    )
+    library = functools.cache(attention_compiled.library.__wrapped__)
+    monkeypatch.setattr(attention_compiled, "library", library)
+    assert library().lanes() == lanes
     for group, head_size in ((3, 40), (9, 64)):
         sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size}
         batch = Batch.random(Shape([(200, 0), (90, 89)], dtype=torch.bfloat16, **sizes))
         batch.assert_close(batch.compiled())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 700])
+def test_compiled_stores_as_torch_does(
+    dtype: torch.dtype, tokens_first: bool, num_tokens: int
+) -> None:
+    """Any order in memory, keys and values that lie in a wider tensor, padding at the end."""
+    blocks, heads, block_size, head_size = 100, 3, 8, 40
+    size = [blocks, block_size, heads] if tokens_first else [blocks, heads, block_size]
+    empty = torch.full([*size, 2 * head_size], torch.nan, dtype=dtype)
+    wide = torch.randn(num_tokens + 2, heads, 3 * head_size).to(dtype)
+    key, value = wide[..., :head_size], wide[..., head_size : 2 * head_size]
+    slots = torch.randperm(blocks * block_size)[: num_tokens + 1]
+    slots[num_tokens // 2 :: 3] = -1
+    stored = []
+    for write in (write_kv, attention_compiled.write_kv):
+        cache = empty.clone()
+        write(key, value, cache.transpose(1, 2) if tokens_first else cache, slots)
+        stored.append(cache)
+    torch.testing.assert_close(*stored, rtol=0, atol=0, equal_nan=True)
+    assert stored[0].isfinite().any() == (num_tokens > 0)
 
 
 LENGTHS = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]

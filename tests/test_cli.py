@@ -454,10 +454,10 @@ def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> No
 def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dca import attention_compiled
 
-    def load() -> None:
+    def library() -> None:
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(attention_compiled, "load", load)
+    monkeypatch.setattr(attention_compiled, "library", library)
     result = run("doctor")
     assert result.exit_code == 0
     found = findings(result)

@@ -144,10 +144,10 @@ def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load() -> None:
+    def library() -> None:
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(attention_compiled, "load", load)
+    monkeypatch.setattr(attention_compiled, "library", library)
     assert choose("cpu", None, NEEDS)[0] == "torch"
     with pytest.raises(ValueError, match=r"compiled: it cannot be compiled here \(no C\+\+"):
         choose("cpu", "compiled", NEEDS)

@@ -6,13 +6,14 @@
 // panels, while keys and values are scalars, so that nothing is packed; with few, as in decode,
 // the entries of a head lie along the lanes. Tiles of few rows have several splits, which a second
 // loop merges. Tiles and splits depend on their own request only. Everything is computed in fp32,
-// and no key past a tile's last row is read.
+// and no key past a tile's last row is read. Beside it, how new keys and values are stored.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include <c10/util/BFloat16.h>
@@ -83,6 +84,28 @@ inline float exponential(float x) {
   return p * power;
 }
 
+// One of two vectors' even lanes (odd = 0) or odd ones, the first's before the second's.
+template <int odd, size_t... i>
+inline Vector every_other(Vector a, Vector b, std::index_sequence<i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (2 * i + odd)...);
+#else
+  typedef int Lanes __attribute__((vector_size(kLanes * sizeof(int))));
+  return __builtin_shuffle(a, b, Lanes{int(2 * i + odd)...});
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of vector i.
+template <int kCount = kLanes>
+inline Vector sums(const Vector* of) {
+  if constexpr (kCount == 1) return *of;
+  else {
+    const Vector a = sums<kCount / 2>(of), b = sums<kCount / 2>(of + kCount / 2);
+    constexpr auto lanes = std::make_index_sequence<kLanes>();
+    return every_other<0>(a, b, lanes) + every_other<1>(a, b, lanes);
+  }
+}
+
 // c[i, j] (+)= sum over l of a[i, l] b[l, j] for any rows i, kTall at a time, and kVectors
 // vectors of columns j; a by both its strides, b and c by the stride of their rows.
 template <int kTall, int kVectors>
@@ -150,18 +173,19 @@ struct Workspace {
   // The same for few queries, a multiple of four, each with its partial[2 + size]; query m sees
   // the first seen + m / group keys.
   void attend_few(int64_t count, float* partial, int64_t n, int64_t seen, int64_t group) {
+    constexpr int kTogether = kLanes / 4;  // keys whose products with four queries fill a vector
     for (int64_t m = 0; m < count; m += 4)
-      for (int64_t t = 0; t < n; ++t) {
-        Vector product[4] = {};
+      for (int64_t t = 0; t < n; t += kTogether) {
+        Vector product[kLanes] = {};
         for (int64_t d = 0; d < size; d += kLanes)
-          for (int i = 0; i < 4; ++i)
-            product[i] += at(keys.data() + t * size + d) * at(queries.data() + (m + i) * size + d);
-        for (int i = 0; i < 4; ++i) {
-          float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-          for (int lane = 0; lane < kLanes; ++lane) sum += product[i][lane];
-          scores[(m + i) * kFewKeys + t] = sum;
-        }
+          for (int i = 0; i < kLanes; ++i)
+            product[i] += at(queries.data() + (m + i / kTogether) * size + d) *
+                          at(keys.data() + (t + i % kTogether) * size + d);
+        const Vector sum = sums(product);
+        for (int i = 0; i < 4; ++i)
+          std::memcpy(scores.data() + (m + i) * kFewKeys + t,
+                      reinterpret_cast<const float*>(&sum) + i * kTogether,
+                      kTogether * sizeof(float));
       }
     for (int64_t m = 0; m < count; ++m) {
       float *score = scores.data() + m * kFewKeys, *row_max = partial + m * (2 + size);
@@ -171,10 +195,12 @@ struct Workspace {
       for (int64_t t = 0; t < n; ++t) top = std::max(top, score[t]);
 #pragma omp simd reduction(+ : added)
       for (int64_t t = 0; t < n; ++t) added += score[t] = exponential(score[t] - top);
-      const float rescale = exponential(*row_max - top);
-      *row_max = top;
-      row_max[1] = row_max[1] * rescale + added;
-      for (int64_t d = 0; d < size; ++d) row_max[2 + d] *= rescale;
+      if (top > *row_max) {
+        const float rescale = exponential(*row_max - top);
+        for (int64_t d = 0; d < 1 + size; ++d) row_max[1 + d] *= rescale;
+        *row_max = top;
+      }
+      row_max[1] += added;
     }
     int64_t d = 0;
     for (; d + 4 * kLanes <= size; d += 4 * kLanes)
@@ -218,9 +244,13 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
   const int64_t panel_size = (2 + size) * lanes, step = lanes == 1 ? kFewKeys : kKeys;
   const int64_t position = a.position[split.first], chunk = position / a.chunk_len;
   const int32_t* pages = a.block_table + a.request[split.first] * a.table_stride;
-  auto slot = [&](int64_t token) {
-    return static_cast<const T*>(a.kv_cache) + pages[token / block] * a.cache_stride[0] +
-           kv_head * a.cache_stride[1] + token % block * a.cache_stride[2];
+  auto for_each_slot = [&](int64_t token, int64_t end, auto use) {
+    while (token < end) {
+      const int64_t page = token / block, stop = std::min(end, (page + 1) * block);
+      const T* from = static_cast<const T*>(a.kv_cache) + pages[page] * a.cache_stride[0] +
+                      kv_head * a.cache_stride[1] + (token - page * block) * a.cache_stride[2];
+      for (; token < stop; ++token, from += a.cache_stride[2]) use(token, from);
+    }
   };
   std::fill(partial, partial + split.panels * panel_size, 0.0f);
   for (int64_t panel = 0; panel < split.panels; ++panel)
@@ -234,15 +264,14 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
     end = std::min({begin + step, split.end, (key_chunk + 1) * a.chunk_len});
     if (region != turned_for)
       turn_queries<T>(a, split, kv_head, turned_for = region, work.queries.data());
-    for (int64_t t = begin; t < end; ++t) {
-      const T* from = slot(t);
+    for_each_slot(begin, end, [&](int64_t t, const T* from) {
       std::copy_n(from, a.head_size, work.keys.data() + (t - begin) * size);
       std::copy_n(from + a.head_size, a.head_size, work.values.data() + (t - begin) * size);
-    }
+    });
     // What comes next is fetched while this is multiplied.
-    for (int64_t t = end; t < std::min(end + step, split.end); ++t)
-      for (int64_t d = 0; d < 2 * a.head_size; d += 64 / sizeof(T))
-        __builtin_prefetch(slot(t) + d);
+    for_each_slot(end, std::min(end + step, split.end), [&](int64_t, const T* from) {
+      for (int64_t d = 0; d < 2 * a.head_size; d += 64 / sizeof(T)) __builtin_prefetch(from + d);
+    });
     if (lanes == 1)
       work.attend_few(split.panels, partial, end - begin, position + 1 - begin, a.group);
     else
@@ -268,7 +297,7 @@ int64_t plan(const Arguments& a, std::vector<Split>& splits, std::vector<int64_t
     const int64_t queries = count * a.group, lanes = queries <= kFew ? 1 : kWidth;
     const int64_t panels = lanes == 1 ? (queries + 3) / 4 * 4 : (queries + lanes - 1) / lanes;
     // The more rows, the longer: a tile of many rows is work enough, and its partials are large.
-    const int64_t length = kSplit * count * count;
+    const int64_t length = count > 1 && count == most ? keys : kSplit * count * count;
     for (int64_t begin = 0; begin < keys; begin += length) {
       splits.push_back({first, count, begin, std::min(begin + length, keys), lanes, panels, offset});
       offset += a.kv_heads * panels * (2 + padded(a.head_size)) * lanes;
@@ -323,8 +352,33 @@ void attend_all(const Arguments& a) {
   }
 }
 
+// New keys and values, and where they go. Strides are in bytes.
+struct Tokens {
+  const char *key, *value;   // [tokens, kv_heads, head_size]
+  char* kv_cache;            // as above
+  const int64_t* slots;      // [tokens], block * block_size + offset; less than 0, none
+  int64_t tokens, kv_heads, head_bytes, block_size;
+  int64_t key_stride[2], value_stride[2], cache_stride[3];
+};
+
+void store(const Tokens& a) {
+#pragma omp parallel for if (a.tokens * a.kv_heads * a.head_bytes > 32768)
+  for (int64_t token = 0; token < a.tokens; ++token) {
+    const int64_t slot = a.slots[token];
+    for (int64_t head = 0; slot >= 0 && head < a.kv_heads; ++head) {
+      char* to = a.kv_cache + slot / a.block_size * a.cache_stride[0] +
+                 head * a.cache_stride[1] + slot % a.block_size * a.cache_stride[2];
+      std::memcpy(to, a.key + token * a.key_stride[0] + head * a.key_stride[1], a.head_bytes);
+      std::memcpy(to + a.head_bytes, a.value + token * a.value_stride[0] + head * a.value_stride[1],
+                  a.head_bytes);
+    }
+  }
+}
+
 }  // namespace
 
+extern "C" int lanes() { return kLanes; }
+extern "C" void write_kv(const Tokens* a) { store(*a); }
 extern "C" void attend_float32(const Arguments* a) { attend_all<float>(*a); }
 extern "C" void attend_bfloat16(const Arguments* a) { attend_all<c10::BFloat16>(*a); }
 extern "C" void attend_float16(const Arguments* a) { attend_all<c10::Half>(*a); }

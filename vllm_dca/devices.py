@@ -63,13 +63,14 @@ def current_device(needs: Needs, prefill_provider: str | None) -> Device:
 
 
 def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
-    provider, attend = choose("cpu", prefill_provider, needs)
+    provider, attend, reasons = choose("cpu", prefill_provider, needs)
     compiled = provider == "compiled"
-    if not (compiled or prefill_provider):
+    if reasons:
         logger.warning_once(
-            "DCA attends by torch, which takes twice as long as its own kernel; "
-            "`python -m vllm_dca doctor` says why that cannot be compiled here"
+            "DCA attends by torch, which takes two to four times as long as its own kernel. %s",
+            "; ".join(reasons),
         )
+    store_tokens = attention_compiled.write_kv if compiled else write_kv
     plan_of = attention_compiled.CompiledPlan if compiled else decode_cpu.DecodePlan
 
     def store(
@@ -80,7 +81,7 @@ def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
         slot_mapping: torch.Tensor,
         kv_cache_dtype: str,
     ) -> None:
-        write_kv(key, value, kv_cache, slot_mapping)
+        store_tokens(key, value, kv_cache, slot_mapping)
 
     def decode_planner(
         settings: DcaSettings, block_size: int, max_rows: int, num_kv_heads: int
@@ -111,7 +112,7 @@ def _cuda(needs: Needs, prefill_provider: str | None) -> Device:
 
     from vllm_dca.kernels import decode, merge, plan_decode, turn
 
-    provider, attend = choose("cuda", prefill_provider, needs)
+    provider, attend, _ = choose("cuda", prefill_provider, needs)
     device = torch.device(current_platform.device_type)
 
     def store(

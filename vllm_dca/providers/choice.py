@@ -12,9 +12,10 @@ def _compiled(needs: Needs) -> Callable[..., None]:
     from vllm_dca import attention_compiled
 
     try:
-        return attention_compiled.load()
+        attention_compiled.library()
     except Exception as error:  # no compiler, no place to write, another torch
         raise UnusableProviderError(f"it cannot be compiled here ({error})") from error
+    return attention_compiled.attention
 
 
 def _torch(needs: Needs) -> AttentionProvider:
@@ -46,8 +47,10 @@ PROVIDERS: dict[str, dict[str, Callable[[Needs], Callable[..., Any]]]] = {
 }
 
 
-def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Callable[..., Any]]:
-    """A provider and its name.
+def choose(
+    device_type: str, asked: str | None, needs: Needs
+) -> tuple[str, Callable[..., Any], list[str]]:
+    """A provider's name, the provider, and why those before it cannot serve.
 
     Args:
         device_type: "cpu" or "cuda".
@@ -63,10 +66,10 @@ def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Call
             f"DCA's prefill_provider {asked!r} is not known on this device; choose from "
             f"{', '.join(known)}, or leave it out."
         )
-    reasons = []
+    reasons: list[str] = []
     for name in known if asked is None else [asked]:
         try:
-            return name, known[name](needs)
+            return name, known[name](needs), reasons
         except UnusableProviderError as error:
             reasons.append(f"{name}: {error}")
     raise ValueError(f"DCA has no attention provider for prefill here. {'; '.join(reasons)}.")
