@@ -124,7 +124,8 @@ def alternate(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, di
             times[name].append((time.perf_counter() - start) * 1e3)
     return {
         name: dict(
-            zip(("low", "median", "high"), statistics.quantiles(found, n=4), strict=True)
+            zip(("low", "median", "high"), statistics.quantiles(found, n=4), strict=True),
+            turns=len(found),
         )
         for name, found in times.items()
     }
@@ -160,7 +161,6 @@ def measure(
     times = alternate({"CPU_ATTN": layer.own, **runs}, repeats)
     arguments = layer.starts, layer.seq_lens, layer.block_table, PAGE, layer.geometry
     planning = alternate({"plan": lambda: kernel[0](*arguments)}, 20)["plan"]["median"]
-    read = layer.kv_cache.numel() * layer.kv_cache.element_size()
     return {
         "step": step,
         "shape": shape,
@@ -172,12 +172,11 @@ def measure(
         "ratio": times["DCA"]["median"] / times["CPU_ATTN"]["median"],
         "milliseconds": times,
         "plan_milliseconds_a_step": planning,
-        "dca_gigabytes_per_second": read / times["DCA"]["median"] / 1e6,
     }
 
 
 def main(
-    repeats: int = 15,
+    repeats: Annotated[int, typer.Option(min=3)] = 15,
     context: Annotated[str, typer.Option(help="Spaces between.")] = "16384",
     chunk_len: Annotated[str, typer.Option(help="Spaces between.")] = "5120",
     shape: Annotated[str, typer.Option(help="Spaces between.")] = " ".join(SHAPES),
@@ -187,6 +186,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="A record as JSON.")] = None,
 ) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    facts = record.provenance("vllm", "vllm-dca")
     console = Console()
     names = ("DCA", "CPU_ATTN", "DCA by torch")
     of_times = (f"{name}, ms" for name in names)
@@ -204,7 +204,6 @@ def main(
         console.print(*cells)
     console.print(table)
     if output:
-        facts = record.provenance("vllm", "vllm-dca")
         record.write(output, {**facts, "results": rows})
 
 

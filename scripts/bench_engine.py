@@ -33,8 +33,14 @@ class Engine:
         self.llm, self.backend = llm, backend
         self.times: dict[str, list[float]] = {}
 
-    def time(self, what: str, prompts: list[list[int]], tokens: int, salt: str) -> list[str]:
-        """Answers of `tokens` tokens; the seconds that they took are kept under `what`."""
+    def time(
+        self, what: str, prompts: list[list[int]], tokens: int, salt: str, cached: bool = False
+    ) -> list[str]:
+        """Answers of `tokens` tokens; the seconds that they took are kept under `what`.
+
+        Raises:
+            RuntimeError: a prompt was in the cache and should not be, or the other way round.
+        """
         from vllm import SamplingParams
 
         parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -42,6 +48,10 @@ class Engine:
         start = time.perf_counter()
         outputs = self.llm.generate(asked, parameters, use_tqdm=False)
         self.times.setdefault(what, []).append(time.perf_counter() - start)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            least = len(prompt) * 3 // 4 if cached else 0
+            if not least <= output.num_cached_tokens <= (len(prompt) if cached else 0):
+                raise RuntimeError(f"{what}: {output.num_cached_tokens} tokens were cached")
         return [output.outputs[0].text for output in outputs]
 
 
@@ -49,9 +59,10 @@ def measure(
     engine: Engine, length: int, prompt: list[int], number: str | None, salt: str
 ) -> None:
     """One turn of an engine: a prompt afresh, the same again, and once more with an answer."""
+    salt += f", {length}"  # the prompts share their first tokens
     engine.time(f"first token, {length}", [prompt], 1, salt)
-    engine.time(f"first token, {length} cached", [prompt], 1, salt)
-    [answer] = engine.time(f"answer, {length} cached", [prompt], 1 + DECODED, salt)
+    engine.time(f"first token, {length} cached", [prompt], 1, salt, cached=True)
+    [answer] = engine.time(f"answer, {length}", [prompt], 1 + DECODED, salt, cached=True)
     if number is not None and number not in answer:
         raise RuntimeError(f"{engine.backend}, {length} tokens: {answer!r}, not {number}")
 
@@ -64,7 +75,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def main(
     model: Annotated[Path, typer.Argument(help="A directory.")] = study.DEMO_MODEL,
     lengths: Annotated[str, typer.Option(help="Tokens.")] = f"{2 * K} {8 * K} {16 * K}",
-    repeats: int = 5,
+    repeats: Annotated[int, typer.Option(min=2)] = 5,
     dtype: str = "auto",
     engine_option: Annotated[str, typer.Option(help="JSON: other EngineArgs of vLLM.")] = "{}",
     output: Annotated[Path | None, typer.Option(help="A record as JSON.")] = None,
@@ -84,6 +95,7 @@ def main(
     batch = [text[at : at + K] for at in range(0, BATCH * K, K)]
     options = {"dtype": dtype, "max_num_seqs": BATCH, **json.loads(engine_option)}
     longest = max(ends) + K
+    facts = record.provenance("vllm", "vllm-dca", "transformers")
 
     with (
         methods.engine(model, Method.parse("dca"), longest, **options) as dca,
@@ -95,7 +107,7 @@ def main(
                 for length, (prompt, number) in prompts.items():
                     knows = name == "DCA" or length <= window
                     measure(engine, length, prompt, number if knows else None, f"{turn}")
-                engine.time(f"batch of {BATCH}", batch, DECODED, f"{turn}")
+                engine.time(f"batch of {BATCH}", batch, DECODED, f"{turn}, batch")
                 if turn < 0:
                     engine.times.clear()
 
@@ -117,7 +129,7 @@ def main(
             name: [
                 (whole - first) / DECODED
                 for whole, first in zip(
-                    of_name[f"answer, {length} cached"],
+                    of_name[f"answer, {length}"],
                     of_name[f"first token, {length} cached"],
                     strict=True,
                 )
@@ -129,7 +141,6 @@ def main(
     add(what, {name: of_name[what] for name, of_name in times.items()})
     study.console.print(table)
     if output:
-        facts = record.provenance("vllm", "vllm-dca", "transformers")
         found = {
             "model": model.name,
             "engine": options,

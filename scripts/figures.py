@@ -55,13 +55,14 @@ def perplexity_by_position(results: dict[str, Any], bucket: int, work: str) -> F
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     width = 1024 // bucket
+    most = {}
     for label, found in results.items():
         curve = np.mean(found["nll"][work], axis=0)
         smooth = np.convolve(curve, np.ones(width) / width, "valid")
         positions = (np.arange(len(smooth)) + width) * bucket
         colour = COLOURS[label.partition(":")[0]]
         axes.plot(positions, np.exp(smooth), color=colour, label=name_of(label), linewidth=1.2)
-    most = {label: math.exp(max(map(max, of["nll"][work]))) for label, of in results.items()}
+        most[label] = math.exp(max(smooth))
     _cut(axes, most)
     _lengths(axes, [2048, 4096, 8192, 16384, 32768])
     axes.set_xlim(1024)

@@ -67,7 +67,9 @@ class Layer:
     def check(
         self, output: torch.Tensor | None = None, geometry: ChunkGeometry | None = None
     ) -> None:
-        """The last token of the first request, the first KV head, against fp64.
+        """First, middle and last tokens of the first and last request against fp64.
+
+        Each is checked for one KV head, the first or the last; all others must be finite.
 
         Args:
             output: another than the layer's own.
@@ -75,11 +77,26 @@ class Layer:
         """
         output = self.output if output is None else output
         geometry = geometry or self.geometry
-        pages = self.kv_cache[self.block_table[0].long(), :1].transpose(1, 2)
-        key, value = pages.flatten(0, 1)[: self.context].cpu().double().chunk(2, -1)
+        assert output.isfinite().all(), self.name
+        requests, heads, last = len(self.seq_lens), self.kv_heads, self.new - 1
+        for request, row, head in (
+            (0, last, 0),
+            (0, 0, heads - 1),
+            (requests - 1, last // 2, 0),
+            (requests - 1, last, heads - 1),
+        ):
+            self._check_row(output, geometry, request, row, head)
+
+    def _check_row(
+        self, output: torch.Tensor, geometry: ChunkGeometry, request: int, row: int, head: int
+    ) -> None:
+        tokens = self.context - self.new + row + 1
+        pages = self.kv_cache[self.block_table[request].long(), head : head + 1]
+        key, value = pages.transpose(1, 2).flatten(0, 1)[:tokens].cpu().double().chunk(2, -1)
         c, w = geometry.chunk_size, geometry.local_size
-        standing = key_positions(torch.arange(self.context), c, w)
-        query = self.query[self.new - 1 : self.new, : self.group].cpu().double()
+        standing = key_positions(torch.arange(tokens), c, w)
+        which = request * self.new + row, slice(head * self.group, (head + 1) * self.group)
+        query = self.query[which][None].cpu().double()
         query, key = (
             rotate(x, -p, self.inv_freq) for x, p in ((query, standing[-1:]), (key, standing))
         )
@@ -97,10 +114,9 @@ class Layer:
             )[0].double()
 
         exact = reference(torch.float64)
-        found = output[self.new - 1, : self.group].cpu().double()
         # As in the tests: twice the error of an ordinary computation in the same dtype.
         ordinary = self.query.dtype
         allowed = 2 * (reference(ordinary) - exact).abs().max().item()
         allowed += 2 * torch.finfo(ordinary).eps * exact.abs().max().item()
-        error = (found - exact).abs().max().item()
-        assert error <= allowed, f"{self.name}, {self.context} tokens: {error} > {allowed}"
+        error = (output[which].cpu().double() - exact).abs().max().item()
+        assert error <= allowed, f"{self.name}, {tokens} tokens: {error} > {allowed}"

@@ -98,7 +98,7 @@ def cpu() -> str:
 
 def cpu_growth() -> str:
     return markdown(
-        ("tokens", "requests", "chunk_len", "DCA / CPU_ATTN", "DCA, ms", "GB/s", "plan, ms"),
+        ("tokens", "requests", "chunk_len", "DCA / CPU_ATTN", "DCA, ms", "plan, ms"),
         *(
             (
                 f"{row['context']:,}",
@@ -106,7 +106,6 @@ def cpu_growth() -> str:
                 row["chunk_len"],
                 f"**{row['ratio']:.2f}**",
                 _medians(row)["DCA"],
-                f"{row['dca_gigabytes_per_second']:.1f}",
                 f"{row['plan_milliseconds_a_step']:.3f}",
             )
             for row in load("cpu-growth")["results"]

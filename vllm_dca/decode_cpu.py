@@ -12,8 +12,7 @@ from vllm_dca.geometry import ChunkGeometry
 from vllm_dca.rotary import QueryRotation, turn_queries
 from vllm_dca.rows import Rows
 
-# Keys and values gathered at a time, in elements: bounds the memory that a step takes, however
-# long the contexts.
+# Keys and values gathered at a time, in elements.
 WORKSPACE_ELEMENTS = 1 << 22
 
 

@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from vllm_dca.geometry import ChunkGeometry
+from vllm_dca.planning import query_temperature
 
 
 class Rows(NamedTuple):
@@ -35,11 +37,12 @@ class Rows(NamedTuple):
         request = torch.arange(len(seq_lens)).repeat_interleave(starts.diff())
         row = torch.arange(len(request))
         position = seq_lens.long()[request] - (starts[request + 1] - row)
-        offset = position % geometry.chunk_len
-        succ = (offset + geometry.chunk_len).clamp(max=geometry.chunk_size) - offset
-        turn = torch.stack([torch.zeros_like(offset), succ, geometry.inter_position - offset])
+        offset = (position % geometry.chunk_len).numpy()
+        further = geometry.succ_turn(offset), geometry.inter_turn(offset)
+        turn = torch.from_numpy(np.stack([np.zeros_like(offset), *further]))
         temperature = None
         if original_max_position_embeddings is not None:
-            growth = ((position + 1) / original_max_position_embeddings).log()
-            temperature = ((0.1 * growth + 1).clamp(min=1) ** 2).float()
+            temperature = torch.from_numpy(
+                query_temperature(position.numpy(), original_max_position_embeddings)
+            )
         return cls(request, position, turn, temperature)
