@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 CACHE = ROOT / ".cache"
+# More than any machine should take.
+STARTING_S = 1800
+ENDING_S = 120
 
 console = Console()
 
@@ -46,11 +49,15 @@ def server(command: Sequence[str | Path], url: str, log: Path) -> Iterator[psuti
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         with working(f"starting a server (log: {log.relative_to(ROOT)})"):
+            last = time.monotonic() + STARTING_S
             while not is_up(url):
-                if process.poll() is not None:
+                if process.poll() is not None or time.monotonic() > last:
                     sys.exit(f"The server did not start: see {log}")
                 time.sleep(1)
         yield process
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(ENDING_S)
+        except psutil.TimeoutExpired:
+            process.kill()
