@@ -9,7 +9,7 @@ up, send prompts that are too long, broken JSON and the name of no model. Fails 
 - every answer under load has the lone one's tokens, with its log-probabilities to 1e-3;
 - the bench's requests are all served, and the bad ones refused with the right status;
 - no more than a tenth of the answers that nobody waits for is generated;
-- the processes beside the worker need no more memory when the rounds are run a second time;
+- the processes need at most 64 MiB more when the rounds are run a second time;
 - in the end nothing runs or waits, no block of the KV cache is held, and it answers as before.
 
 Unknown arguments go to `vllm serve`. (With --dtype bfloat16 expect wrong answers that are none:
