@@ -32,8 +32,9 @@ constexpr int kWidth = 3 * kLanes;   // of a panel; kHeight * 3 vectors of sums 
 constexpr int64_t kFew = 16;         // queries of a tile
 constexpr int64_t kQueries = 384;    // at most, those of all heads that share keys
 constexpr int64_t kKeys = 128;       // taken at a time
-constexpr int64_t kFewKeys = 32;     // with few queries
+constexpr int64_t kFewKeys = 16;     // with few queries
 constexpr int64_t kSplit = 1024;     // keys a split of a tile with one row
+constexpr int64_t kHead = kLanes;    // before a partial result's values: a vector, to align them
 constexpr float kLowest = -1e30f;
 
 // At any address that holds floats.
@@ -60,7 +61,7 @@ struct Arguments {
 
 // Rows first .. first + count - 1 with keys begin .. end - 1 of their request. Their
 // count * group queries are in `panels` panels of `lanes` lanes; few, in panels of one lane.
-// The partial results, [kv_heads, panels, 2 + size, lanes], start at `offset`: the largest score,
+// The partial results, [kv_heads, panels, kHead + size, lanes], start at `offset`: the largest score,
 // the sum of the weights and the weighted values of each query.
 struct Split {
   int64_t first, count, begin, end, lanes, panels, offset;
@@ -131,11 +132,22 @@ void multiply(int64_t rows, const float* a, int64_t a_row, int64_t a_column, con
     multiply<1, kVectors>(rows, a, a_row, a_column, b, b_row, c, c_row, depth, add);
 }
 
+// Zeros at first, from the start of a cache line.
+struct Floats {
+  struct alignas(64) Line {
+    float entries[16];
+  };
+  std::vector<Line> lines;
+
+  explicit Floats(int64_t count = 0) : lines((count + 15) / 16) {}
+  float* data() { return lines.data()->entries; }
+};
+
 // What a thread works on: some keys and values, [keys, size], with the queries of a split,
 // [panels, size, lanes].
 struct Workspace {
   int64_t size;
-  std::vector<float> queries, scores = std::vector<float>(kKeys * kWidth), keys, values;
+  Floats queries, scores = Floats(kKeys * kWidth), keys, values;
 
   explicit Workspace(int64_t size) : size(size), keys(kKeys * size), values(kKeys * size) {}
 
@@ -143,7 +155,7 @@ struct Workspace {
   // hidden + t * group > m.
   void attend_panel(int64_t panel, float* row_max, int64_t n, int64_t hidden, int64_t group) {
     constexpr int W = kWidth;
-    float *row_sum = row_max + W, *acc = row_sum + W, *score = scores.data();
+    float *row_sum = row_max + W, *acc = row_max + kHead * W, *score = scores.data();
     multiply<kHeight, 3>(n, keys.data(), size, 1, queries.data() + panel * size * W, W, score, W,
                          size, false);
     for (int64_t t = 0; t < n; ++t)
@@ -170,7 +182,7 @@ struct Workspace {
     multiply<kHeight, 3>(size, values.data(), 1, size, score, W, acc, W, n, true);
   }
 
-  // The same for few queries, a multiple of four, each with its partial[2 + size]; query m sees
+  // The same for few queries, a multiple of four, each with its partial[kHead + size]; query m sees
   // the first seen + m / group keys.
   void attend_few(int64_t count, float* partial, int64_t n, int64_t seen, int64_t group) {
     constexpr int kTogether = kLanes / 4;  // keys whose products with four queries fill a vector
@@ -188,7 +200,7 @@ struct Workspace {
                       kTogether * sizeof(float));
       }
     for (int64_t m = 0; m < count; ++m) {
-      float *score = scores.data() + m * kFewKeys, *row_max = partial + m * (2 + size);
+      float *score = scores.data() + m * kFewKeys, *row_max = partial + m * (kHead + size);
       std::fill(score + std::clamp<int64_t>(seen + m / group, 0, n), score + n, kLowest);
       float top = *row_max, added = 0.0f;
 #pragma omp simd reduction(max : top)
@@ -197,7 +209,7 @@ struct Workspace {
       for (int64_t t = 0; t < n; ++t) added += score[t] = exponential(score[t] - top);
       if (top > *row_max) {
         const float rescale = exponential(*row_max - top);
-        for (int64_t d = 0; d < 1 + size; ++d) row_max[1 + d] *= rescale;
+        for (int64_t d = 1; d < kHead + size; ++d) row_max[d] *= rescale;
         *row_max = top;
       }
       row_max[1] += added;
@@ -205,10 +217,10 @@ struct Workspace {
     int64_t d = 0;
     for (; d + 4 * kLanes <= size; d += 4 * kLanes)
       multiply<kHeight / 2, 4>(count, scores.data(), kFewKeys, 1, values.data() + d, size,
-                               partial + 2 + d, 2 + size, n, true);
+                               partial + kHead + d, kHead + size, n, true);
     for (; d < size; d += kLanes)
-      multiply<4, 1>(count, scores.data(), kFewKeys, 1, values.data() + d, size, partial + 2 + d,
-                     2 + size, n, true);
+      multiply<4, 1>(count, scores.data(), kFewKeys, 1, values.data() + d, size, partial + kHead + d,
+                     kHead + size, n, true);
   }
 };
 
@@ -241,7 +253,7 @@ template <typename T>
 void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& work,
             float* partial) {
   const int64_t size = work.size, block = a.block_size, lanes = split.lanes;
-  const int64_t panel_size = (2 + size) * lanes, step = lanes == 1 ? kFewKeys : kKeys;
+  const int64_t panel_size = (kHead + size) * lanes, step = lanes == 1 ? kFewKeys : kKeys;
   const int64_t position = a.position[split.first], chunk = position / a.chunk_len;
   const int32_t* pages = a.block_table + a.request[split.first] * a.table_stride;
   auto for_each_slot = [&](int64_t token, int64_t end, auto use) {
@@ -255,7 +267,7 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
   std::fill(partial, partial + split.panels * panel_size, 0.0f);
   for (int64_t panel = 0; panel < split.panels; ++panel)
     std::fill_n(partial + panel * panel_size, lanes, kLowest);
-  work.queries.assign(split.panels * size * lanes, 0.0f);
+  work.queries = Floats(split.panels * size * lanes);
   int64_t turned_for = -1;
 
   for (int64_t begin = split.begin, end; begin < split.end; begin = end) {
@@ -300,7 +312,7 @@ int64_t plan(const Arguments& a, std::vector<Split>& splits, std::vector<int64_t
     const int64_t length = count > 1 && count == most ? keys : kSplit * count * count;
     for (int64_t begin = 0; begin < keys; begin += length) {
       splits.push_back({first, count, begin, std::min(begin + length, keys), lanes, panels, offset});
-      offset += a.kv_heads * panels * (2 + padded(a.head_size)) * lanes;
+      offset += a.kv_heads * panels * (kHead + padded(a.head_size)) * lanes;
     }
     start.push_back(splits.size());
   }
@@ -312,9 +324,10 @@ void attend_all(const Arguments& a) {
   const int64_t size = padded(a.head_size);
   std::vector<Split> splits;
   std::vector<int64_t> start;
-  const std::unique_ptr<float[]> partials(new float[plan(a, splits, start)]);
+  const std::unique_ptr<Floats::Line[]> partials(new Floats::Line[plan(a, splits, start) / 16 + 1]);
   auto partial = [&](const Split& split, int64_t kv_head) {
-    return partials.get() + split.offset + kv_head * split.panels * (2 + size) * split.lanes;
+    return partials[0].entries + split.offset +
+           kv_head * split.panels * (kHead + size) * split.lanes;
   };
 
 #pragma omp parallel
@@ -332,7 +345,7 @@ void attend_all(const Arguments& a) {
       const int64_t kv_head = task % a.kv_heads, lanes = splits[begin].lanes;
       std::vector<float> acc(size);
       for (int64_t m = 0; m < splits[begin].count * a.group; ++m) {
-        const int64_t query = m / lanes * (2 + size) * lanes + m % lanes;
+        const int64_t query = m / lanes * (kHead + size) * lanes + m % lanes;
         float row_max = kLowest, row_sum = 0.0f;
         for (int64_t i = begin; i < end; ++i)
           row_max = std::max(row_max, partial(splits[i], kv_head)[query]);
@@ -341,7 +354,7 @@ void attend_all(const Arguments& a) {
           const float* part = partial(splits[i], kv_head) + query;
           const float weight = exponential(part[0] - row_max);
           row_sum += part[lanes] * weight;
-          for (int64_t d = 0; d < size; ++d) acc[d] += part[(2 + d) * lanes] * weight;
+          for (int64_t d = 0; d < size; ++d) acc[d] += part[(kHead + d) * lanes] * weight;
         }
         T* output = static_cast<T*>(a.output) +
                     (splits[begin].first + m / a.group) * a.output_stride[0] +
