@@ -16,12 +16,18 @@ def provenance(*packages: str) -> dict[str, Any]:
     """The facts of this run, to stand before its results; versions of the packages too."""
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
-    git = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    commit = subprocess.run(git, cwd=ROOT, text=True, capture_output=True)
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, text=True, capture_output=True)
+
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    # Results that another command has just written are no other code.
+    if git("diff", "--quiet", "HEAD", "--", ".", ":!docs").returncode:
+        commit += "-dirty"
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     return {
         "command": command(str(script), *sys.argv[1:]),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "machine": f"{platform.machine()}, {len(cpu)} x {cpu[0] if cpu else 'unknown'}",
         "versions": {name: version(name) for name in ("torch", *packages)},
     }
