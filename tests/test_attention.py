@@ -102,7 +102,7 @@ def test_compiled_takes_panels_in_splits(group: int, lengths: tuple[int, int]) -
 
 
 def test_compiled_split_of_which_a_row_sees_nothing() -> None:
-    """Two rows split their keys at 4,096: the second split holds the second row's key only."""
+    """A split begins at 4,096: it holds the second row's key only."""
     sizes = {"num_kv_heads": 1, "group": 1, "head_size": 16, "rotary_dim": 16}
     batch = Batch.random(Shape([(4097, 4095)], 2048, 128, block_size=64, **sizes))
     batch.assert_close(batch.compiled())

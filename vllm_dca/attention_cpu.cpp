@@ -33,7 +33,8 @@ constexpr int64_t kFew = 16;         // queries of a tile
 constexpr int64_t kQueries = 384;    // at most, those of all heads that share keys
 constexpr int64_t kKeys = 128;       // taken at a time
 constexpr int64_t kFewKeys = 16;     // with few queries
-constexpr int64_t kSplit = 1024;     // keys a split of a tile with one row
+constexpr int64_t kSplit = 1024;     // keys of a split, at least,
+constexpr int64_t kRowKeys = 32;     // and this many for each row of its tile
 constexpr int64_t kHead = kLanes;    // before a partial result's values: a vector, to align them
 constexpr float kLowest = -1e30f;
 
@@ -308,8 +309,9 @@ int64_t plan(const Arguments& a, std::vector<Split>& splits, std::vector<int64_t
     const int64_t count = next - first, keys = a.position[next - 1] + 1;
     const int64_t queries = count * a.group, lanes = queries <= kFew ? 1 : kWidth;
     const int64_t panels = lanes == 1 ? (queries + 3) / 4 * 4 : (queries + lanes - 1) / lanes;
-    // The more rows, the longer: a tile of many rows is work enough, and its partials are large.
-    const int64_t length = count > 1 && count == most ? keys : kSplit * count * count;
+    // A full tile has others beside it. The more rows, the longer, as their partials are larger.
+    const bool full = count > 1 && count == most;
+    const int64_t length = full ? keys : std::max(kSplit, kRowKeys * count);
     for (int64_t begin = 0; begin < keys; begin += length) {
       splits.push_back({first, count, begin, std::min(begin + length, keys), lanes, panels, offset});
       offset += a.kv_heads * panels * (kHead + padded(a.head_size)) * lanes;

@@ -67,7 +67,7 @@ def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
     compiled = provider == "compiled"
     if reasons:
         logger.warning_once(
-            "DCA attends by torch, which takes two to four times as long as its own kernel. %s",
+            "DCA attends by torch, which takes two to nine times as long as its own kernel. %s",
             "; ".join(reasons),
         )
     store_tokens = attention_compiled.write_kv if compiled else write_kv
