@@ -4,9 +4,9 @@
 // split of the keys: it reads each key and value once for all the tile's queries, and turns these
 // where the keys' region changes. With many queries, these lie along the lanes of vectors, in
 // panels, while keys and values are scalars, so that nothing is packed; with few, as in decode,
-// the entries of a head lie along the lanes. Tiles of few rows have several splits, which a second
-// loop merges. Tiles and splits depend on their own request only. Everything is computed in fp32,
-// and no key past a tile's last row is read. Beside it, how new keys and values are stored.
+// the entries of a head lie along the lanes. Tiles that are not full have several splits, which a
+// second loop merges. Tiles and splits depend on their own request only. Everything is computed in
+// fp32, and no key past a tile's last row is read. Beside it, how new keys and values are stored.
 
 #include <algorithm>
 #include <cmath>
