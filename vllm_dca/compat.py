@@ -7,6 +7,7 @@ aside. Its twin is a diff in patches/ that adds the missing extension point to v
 import copyreg
 import functools
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -76,10 +77,11 @@ def pickle_by_name() -> None:
     copyreg.pickle(AttentionBackendEnum, _reduce)
 
 
-def _reduce(member: AttentionBackendEnum) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce(member: AttentionBackendEnum) -> str | tuple[Any, ...]:
     if member.name == NAME:
         return _restore, ()
-    return AttentionBackendEnum, (member.value,)
+    # As without the shim: Python 3.11's own versions differ in how.
+    return member.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def _restore() -> AttentionBackendEnum:
