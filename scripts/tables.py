@@ -127,7 +127,15 @@ def engine() -> str:
     )
 
 
-MADE_BY = (perplexity, retrieval, sizes, cpu, cpu_growth, engine)
+def linear_memory() -> str:
+    record = load("linear-memory")
+    return markdown(
+        ("", *(f"{number:,}" for number in record["numbers"])),
+        *((way, *(f"{mib:,}" for mib in of)) for way, of in record["mebibytes"].items()),
+    )
+
+
+MADE_BY = (perplexity, retrieval, sizes, cpu, cpu_growth, engine, linear_memory)
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
 TABLES["support"] = support.table
 
