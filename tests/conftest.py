@@ -21,7 +21,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     # What only hardware can show.
-    collect_ignore = ["test_gpu.py"]
+    collect_ignore = ["cuda/test_gpu.py"]
 
 DEMO_MODEL = Path(
     os.environ.get("DCA_DEMO_MODEL", Path(__file__).parents[1] / ".cache" / "demo-model")
@@ -35,7 +35,7 @@ def prose() -> list[int]:
     """The demo text in the demo model's tokens."""
     from transformers import AutoTokenizer
 
-    from scripts.corpus import load
+    from scripts.common.corpus import load
 
     return AutoTokenizer.from_pretrained(DEMO_MODEL)(load())["input_ids"]
 

@@ -9,11 +9,11 @@ def register() -> None:
     """
     from vllm.logger import init_logger
 
-    from vllm_dca import compat
+    from vllm_dca.engine import shims
 
     try:
-        compat.apply()
-    except compat.IncompatibleVllmError as error:
+        shims.apply()
+    except shims.IncompatibleVllmError as error:
         init_logger("vllm.plugins.dca").warning(
             "The attention backend DCA is not available: %s. Install a vLLM that vllm-dca "
             "supports, or a vllm-dca that supports this vLLM.",

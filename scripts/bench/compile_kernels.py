@@ -1,0 +1,180 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and report what they use.
+
+Usage: compile_kernels.py [--quick] [--output FILE]
+
+Fails if a kernel spills registers. The launches are the project's own, on meta data of the
+shapes that are common; only the last step, running them, is left out.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from vllm_dca.cuda.decode import decode_attention
+from vllm_dca.cuda.merge import merge_parts
+from vllm_dca.cuda.paged_pass import attention
+from vllm_dca.cuda.plan_decode import DecodePlanner
+from vllm_dca.cuda.turn import turn_queries
+from vllm_dca.method.device import Partial
+from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.kv_cache import split_kv
+from vllm_dca.method.planning import plan_prefill
+from vllm_dca.method.rotary import QueryRotation
+
+CAPABILITIES = (80, 90, 100)
+# Name, query heads, KV heads, head size.
+SHAPES = [
+    ("Llama-3-8B", 32, 8, 128),
+    ("Qwen2.5-7B", 28, 4, 128),
+    ("Llama-2-7B", 32, 32, 128),
+    ("SmolLM2-135M", 9, 3, 64),
+    ("Gemma-like", 8, 4, 256),
+    ("Phi-like", 32, 32, 80),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Compiler:
+    """Stands in for the driver of a card that is not there; launches compile and stop."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.kernels: dict[str, object] = {}
+        triton.runtime.driver.set_active(
+            SimpleNamespace(
+                get_current_target=lambda: self.target,
+                get_current_device=lambda: capability,
+                get_current_stream=lambda device: 0,
+            )
+        )
+
+    def __enter__(self) -> "Compiler":
+        self.run = run = JITFunction.run
+
+        def compile_only(function, *args, grid, warmup, **kwargs):
+            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
+            name = function.fn.__name__.strip("_")
+            causal = kwargs.get("CAUSAL")
+            self.kernels[name if causal is None else f"{name}, causal {causal}"] = kernel
+
+        JITFunction.run = compile_only
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        JITFunction.run = self.run
+
+
+def launch(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache: torch.dtype):
+    """Every kernel once, as the backend launches it."""
+    rows, page = 4, 16
+    query = torch.zeros(rows, heads, head_size, dtype=dtype)
+    rotation = QueryRotation(torch.zeros(64, head_size), True)
+    indices = torch.zeros(rows, dtype=torch.int32)
+    turn_queries(query, rotation, indices, indices)
+    lse = torch.zeros(heads, rows)
+    part = Partial(query, lse, indices, indices)
+    merge_parts(query, lse, [part, part])
+    kv_cache = torch.zeros(2, kv_heads, page, 2 * head_size, dtype=cache)
+    scale = torch.ones(1) if cache != dtype else None
+    key_cache, value_cache = split_kv(kv_cache)
+    geometry = ChunkGeometry(6144, 1024)
+    table = indices[:, None]
+    starts = torch.arange(rows + 1, dtype=torch.int32)
+    prefill = plan_prefill(starts.numpy(), starts[1:].numpy(), table, page, geometry)
+    for causal in (True, False):
+        attention(
+            query,
+            key_cache,
+            value_cache,
+            torch.empty_like(query),
+            segments=dataclasses.replace(prefill.passes[0], causal=causal),
+            softmax_scale=0.1,
+            k_scale=scale,
+            v_scale=scale,
+        )
+    planner = DecodePlanner(geometry, None, rows, 16, query.device)
+    decode_attention(
+        query,
+        kv_cache,
+        torch.empty_like(query),
+        plan=planner.plan(starts, starts[1:], table, rows),
+        rotation=rotation,
+        softmax_scale=0.1,
+        k_scale=scale,
+        v_scale=scale,
+    )
+
+
+def resources(kernel) -> dict[str, int]:
+    """What the machine code uses, as cuobjdump reads it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.check_output(
+            [BINARIES / "cuobjdump", "--dump-resource-usage", cubin.name], text=True
+        )
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(found["REG"]),
+        "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),
+        "shared_bytes": kernel.metadata.shared,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only the first shape")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    results = []
+    for capability in CAPABILITIES:
+        for name, heads, kv_heads, head_size in SHAPES[: 1 if args.quick else None]:
+            fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 90)
+            for dtype, cache in [(d, d) for d in DTYPES] + [(torch.bfloat16, c) for c in fp8]:
+                with Compiler(capability) as compiler:
+                    launch(heads, kv_heads, head_size, dtype, cache)
+                for kernel, compiled in compiler.kernels.items():
+                    results.append(
+                        {
+                            "capability": capability,
+                            "shape": name,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "kv_cache": str(cache).removeprefix("torch."),
+                            "kernel": kernel,
+                            **resources(compiled),
+                        }
+                    )
+    columns = list(results[0])
+    table = Table(*columns)
+    for row in results:
+        table.add_row(*map(str, row.values()))
+    Console(width=140).print(table)
+    if args.output:
+        kernels = ",\n".join(f"  {json.dumps(row)}" for row in results)
+        triton_version = json.dumps(version("triton"))
+        args.output.write_text(
+            f'{{\n "triton": {triton_version},\n "kernels": [\n{kernels}\n ]\n}}\n'
+        )
+    spilled = [row for row in results if row["spilled_bytes"]]
+    assert not spilled, f"registers spill: {spilled}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What DCA costs through vLLM's engine, beside vLLM's own attention with plain RoPE.
+
+Two engines stand side by side and take turns, so that both see the same machine. For prompts of
+each length: time to the first token, afresh and with the prompt cached, and the time between
+tokens; then tokens a second of a batch. What is printed first is the ratio of the medians, DCA
+over plain. Each prompt hides a number and asks for it; an engine that should know it and
+does not ends the run (plain RoPE is not asked past the trained window).
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from scripts.common import record
+from scripts.quality import methods, retrieval, study
+from scripts.quality.methods import Method
+from scripts.quality.study import K
+
+DECODED = 32  # tokens after the first
+BATCH = 8  # requests
+
+
+class Engine:
+    """One of the two, and its times in seconds."""
+
+    def __init__(self, llm: Any, backend: str) -> None:
+        self.llm, self.backend = llm, backend
+        self.times: dict[str, list[float]] = {}
+
+    def time(
+        self, what: str, prompts: list[list[int]], tokens: int, salt: str, cached: bool = False
+    ) -> list[str]:
+        """Answers of `tokens` tokens; the seconds that they took are kept under `what`.
+
+        Raises:
+            RuntimeError: a prompt was in the cache and should not be, or the other way round.
+        """
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        asked = [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in prompts]
+        start = time.perf_counter()
+        outputs = self.llm.generate(asked, parameters, use_tqdm=False)
+        self.times.setdefault(what, []).append(time.perf_counter() - start)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            least = len(prompt) * 3 // 4 if cached else 0
+            if not least <= output.num_cached_tokens <= (len(prompt) if cached else 0):
+                raise RuntimeError(f"{what}: {output.num_cached_tokens} tokens were cached")
+        return [output.outputs[0].text for output in outputs]
+
+
+def measure(
+    engine: Engine, length: int, prompt: list[int], number: str | None, salt: str
+) -> None:
+    """One turn of an engine: a prompt afresh, the same again, and once more with an answer."""
+    salt += f", {length}"  # the prompts share their first tokens
+    engine.time(f"first token, {length}", [prompt], 1, salt)
+    engine.time(f"first token, {length} cached", [prompt], 1, salt, cached=True)
+    [answer] = engine.time(f"answer, {length}", [prompt], 1 + DECODED, salt, cached=True)
+    if number is not None and number not in answer:
+        raise RuntimeError(f"{engine.backend}, {length} tokens: {answer!r}, not {number}")
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+    return dict(zip(("low", "median", "high"), quartiles, strict=True))
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A directory.")] = study.DEMO_MODEL,
+    lengths: Annotated[str, typer.Option(help="Tokens.")] = f"{2 * K} {8 * K} {16 * K}",
+    repeats: Annotated[int, typer.Option(min=2)] = 5,
+    dtype: str = "auto",
+    engine_option: Annotated[str, typer.Option(help="JSON: other EngineArgs of vLLM.")] = "{}",
+    output: Annotated[Path | None, typer.Option(help="A record as JSON.")] = None,
+) -> None:
+    from transformers import AutoConfig
+
+    methods.prepare_environment()
+    tokenizer = study.tokenizer_of(model)
+    [text] = study.works("pride-and-prejudice", tokenizer).values()
+    window = AutoConfig.from_pretrained(model).max_position_embeddings
+    ends = [int(length) for length in lengths.split()]
+    prompts: dict[int, tuple[list[int], str]] = {}
+    for length in ends:
+        start, [needle, *_] = retrieval.haystack(text, tokenizer, length - 64, length, seed=1)
+        end = tokenizer(f"\n\n{needle.question}", add_special_tokens=False)["input_ids"]
+        prompts[length] = start + end, needle.number
+    batch = [text[at : at + K] for at in range(0, BATCH * K, K)]
+    options = {"dtype": dtype, "max_num_seqs": BATCH, **json.loads(engine_option)}
+    longest = max(ends) + K
+    facts = record.provenance("vllm", "vllm-dca", "transformers")
+
+    with (
+        methods.engine(model, Method.parse("dca"), longest, **options) as dca,
+        methods.engine(model, Method.parse("plain"), longest, **options) as plain,
+    ):
+        engines = {"DCA": Engine(*dca), "plain": Engine(*plain)}
+        for turn in range(-1, repeats):  # the first one warms up
+            for name, engine in engines.items():
+                for length, (prompt, number) in prompts.items():
+                    knows = name == "DCA" or length <= window
+                    measure(engine, length, prompt, number if knows else None, f"{turn}")
+                engine.time(f"batch of {BATCH}", batch, DECODED, f"{turn}, batch")
+                if turn < 0:
+                    engine.times.clear()
+
+    table = Table("", "DCA / plain", "DCA", "plain")
+    results: dict[str, Any] = {}
+
+    def add(what: str, seconds: dict[str, list[float]]) -> None:
+        found = {name: summary(of_name) for name, of_name in seconds.items()}
+        ratio = found["DCA"]["median"] / found["plain"]["median"]
+        results[what] = {"ratio": ratio, "seconds": found}
+        medians = (f"{found[name]['median'] * 1e3:.1f} ms" for name in found)
+        table.add_row(what, f"{ratio:.2f}", *medians)
+
+    times = {name: engine.times for name, engine in engines.items()}
+    for length in ends:
+        for what in (f"first token, {length}", f"first token, {length} cached"):
+            add(what, {name: of_name[what] for name, of_name in times.items()})
+        between = {
+            name: [
+                (whole - first) / DECODED
+                for whole, first in zip(
+                    of_name[f"answer, {length}"],
+                    of_name[f"first token, {length} cached"],
+                    strict=True,
+                )
+            ]
+            for name, of_name in times.items()
+        }
+        add(f"between tokens, {length}", between)
+    what = f"batch of {BATCH}"
+    add(what, {name: of_name[what] for name, of_name in times.items()})
+    study.console.print(table)
+    if output:
+        found = {
+            "model": model.name,
+            "engine": options,
+            "backends": {name: engine.backend for name, engine in engines.items()},
+            "batch": f"{BATCH} prompts of {K} tokens, {DECODED} answered",
+            "repeats": repeats,
+            "results": results,
+        }
+        record.write(output, {**facts, **found})
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    app.command(help=__doc__)(main)
+    app()

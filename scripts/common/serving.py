@@ -1,0 +1,64 @@
+"""A server of its own for a script, and what is shown while one waits."""
+
+import contextlib
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from scripts.common.record import ROOT
+
+CACHE = ROOT / ".cache"
+# More than any machine should take.
+STARTING_S = 1800
+ENDING_S = 120
+
+console = Console()
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[Progress]:
+    """Show a spinner and the time so far; at the end the line stays."""
+    columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description}")
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task(what, total=1)
+        yield progress
+        progress.update(task, completed=1)
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def server(command: Sequence[str | Path], url: str, log: Path) -> Iterator[psutil.Process]:
+    """Start the server that will be at `url`, wait until it is, and stop it at the end."""
+    if is_up(url):
+        sys.exit(f"Another server runs at {url}: stop it, or choose another --port.")
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as output:
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        with working(f"starting a server (log: {log.relative_to(ROOT)})"):
+            last = time.monotonic() + STARTING_S
+            while not is_up(url):
+                if process.poll() is not None or time.monotonic() > last:
+                    sys.exit(f"The server did not start: see {log}")
+                time.sleep(1)
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(ENDING_S)
+        except psutil.TimeoutExpired:
+            process.kill()

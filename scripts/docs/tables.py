@@ -1,0 +1,149 @@
+"""Write the tables of README.md and docs/ anew, from the records and from what is declared.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from scripts.common.record import ROOT
+from scripts.quality.methods import name_of
+from vllm_dca.engine import support_table
+
+RESULTS = ROOT / "docs/results"
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TABLE = re.compile(r"(?<=<!-- table: )(\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def markdown(*rows: Iterable[object]) -> str:
+    """The first row is the head."""
+    head, *body = [[str(cell) for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def perplexity() -> str:
+    results = load("perplexity")["results"]
+    lengths = [int(length) for length in results["plain"]["perplexity"]]
+    return markdown(
+        ("tokens read", *(f"{length:,}" for length in lengths)),
+        *(
+            (name_of(label), *(f"{value:,.1f}" for value in found["perplexity"].values()))
+            for label, found in results.items()
+        ),
+    )
+
+
+def retrieval() -> str:
+    results = load("retrieval")["results"]
+    answers = [answer for of in results["plain"]["answers"].values() for answer in of]
+    lengths = [int(length) for length in results["plain"]["accuracy"]]
+    asked = (sum(answer["length"] == length for answer in answers) for length in lengths)
+    return markdown(
+        ("tokens read", *(f"{length:,}" for length in lengths)),
+        *(
+            (name_of(label), *(f"{share:.0%}" for share in found["accuracy"].values()))
+            for label, found in results.items()
+        ),
+        ("questions", *asked),
+    )
+
+
+def sizes() -> str:
+    prose, numbers = (load(f"sizes-{what}")["results"] for what in ("perplexity", "retrieval"))
+    read = [f"perplexity, {int(end):,}" for end in prose["dca"]["perplexity"]]
+    found = [f"found, {int(end):,}" for end in numbers["dca"]["accuracy"]]
+    return markdown(
+        ("", *read, *found),
+        *(
+            (
+                label.partition(":")[2].replace(",", ", ") or "derived: 6144 / 1024",
+                *(f"{value:.1f}" for value in prose[label]["perplexity"].values()),
+                *(f"{value:.0%}" for value in numbers[label]["accuracy"].values()),
+            )
+            for label in prose
+        ),
+    )
+
+
+def _medians(row: dict[str, Any]) -> dict[str, str]:
+    times = {name: f"{time['median']:.2f}" for name, time in row["milliseconds"].items()}
+    times["spread"] = "{low:.2f} to {high:.2f}".format(**row["milliseconds"]["DCA"])
+    return times
+
+
+def cpu() -> str:
+    names = ("DCA", "spread", "CPU_ATTN", "DCA by torch")
+    head = ("step", "shape", "dtype", "requests")
+    return markdown(
+        (*head, "DCA / CPU_ATTN", "DCA, ms", "quartiles", "CPU_ATTN, ms", "by torch, ms"),
+        *(
+            (
+                *(row[key] for key in ("step", "shape", "dtype", "batch")),
+                f"**{row['ratio']:.2f}**",
+                *(_medians(row).get(name, "") for name in names),
+            )
+            for row in load("cpu")["results"]
+        ),
+    )
+
+
+def cpu_growth() -> str:
+    return markdown(
+        ("tokens", "requests", "chunk_len", "DCA / CPU_ATTN", "DCA, ms", "plan, ms"),
+        *(
+            (
+                f"{row['context']:,}",
+                row["batch"],
+                row["chunk_len"],
+                f"**{row['ratio']:.2f}**",
+                _medians(row)["DCA"],
+                f"{row['plan_milliseconds_a_step']:.3f}",
+            )
+            for row in load("cpu-growth")["results"]
+        ),
+    )
+
+
+def engine() -> str:
+    def milliseconds(of: dict[str, float]) -> str:
+        median, low, high = (f"{of[key] * 1e3:.1f}" for key in ("median", "low", "high"))
+        return f"{median} ({low} to {high})"
+
+    return markdown(
+        ("", "DCA / CPU_ATTN", "DCA, ms (quartiles)", "CPU_ATTN, ms (quartiles)"),
+        *(
+            (what, f"**{of['ratio']:.2f}**", *map(milliseconds, of["seconds"].values()))
+            for what, of in load("engine-cpu")["results"].items()
+        ),
+    )
+
+
+def linear_memory() -> str:
+    record = load("linear-memory")
+    return markdown(
+        ("", *(f"{number:,}" for number in record["numbers"])),
+        *((way, *(f"{mib:,}" for mib in of)) for way, of in record["mebibytes"].items()),
+    )
+
+
+MADE_BY = (perplexity, retrieval, sizes, cpu, cpu_growth, engine, linear_memory)
+TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
+TABLES["support"] = support_table.table
+
+
+def rewritten(text: str) -> str:
+    """A document with the tables that are true now."""
+    return TABLE.sub(lambda found: f"{found[1]} -->\n{TABLES[found[1]]()}", text)
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(rewritten(document.read_text()))

@@ -1,0 +1,81 @@
+"""A measurement of several methods through the engine, kept as one JSON record."""
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from scripts.common import corpus, record
+from scripts.quality import methods
+from scripts.quality.methods import Method
+
+K = 1024
+DEMO_MODEL = record.ROOT / ".cache/demo-model"
+console = Console()
+
+
+def tokenizer_of(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def works(names: str, tokenizer: Any) -> dict[str, list[int]]:
+    """Tokens of the works of corpus.py, or of text files, that are named, spaces between."""
+    texts = {
+        name: corpus.load(name) if name in corpus.WORKS else Path(name).read_text()
+        for name in shlex.split(names)
+    }
+    return {
+        name: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for name, text in texts.items()
+    }
+
+
+def compare(
+    labels: str,
+    model: Path,
+    length: int,
+    engine_options: dict[str, Any],
+    asked: dict[str, Any],
+    output: Path | None,
+    measure: Callable[[str, Any], dict[str, Any]],
+) -> dict[str, Any]:
+    """Measure each method in an engine of its own.
+
+    Args:
+        labels: the methods, spaces between.
+        model: a directory.
+        length: tokens that the engine must take.
+        engine_options: `LLM`'s.
+        asked: what else makes the run what it is; kept in the record.
+        output: the record. What it has already is kept, if it was asked for in the same way.
+        measure: given a method's label and its engine, returns what is kept.
+
+    Returns:
+        For each method in the record what `measure` returned.
+    """
+    chosen = [Method.parse(label) for label in shlex.split(labels)]
+    asked = {"model": model.name, "engine": engine_options, **json.loads(json.dumps(asked))}
+    kept = json.loads(output.read_text()) if output and output.exists() else {}
+    if kept and {key: kept[key] for key in kept if key != "results"} != asked:
+        raise typer.BadParameter(f"{output} is of another run: name another file")
+    results: dict[str, Any] = kept.get("results", {})
+    for method in chosen:
+        if method.label in results:
+            continue
+        facts = record.provenance("vllm", "vllm-dca", "transformers")
+        started = time.perf_counter()
+        with methods.engine(model, method, length, **engine_options) as (llm, backend):
+            found = measure(method.label, llm)
+        seconds = round(time.perf_counter() - started)
+        run = {**facts, "backend": backend, "seconds": seconds}
+        results[method.label] = {**found, "run": run}
+        if output:
+            record.write(output, {**asked, "results": results})
+    return results

@@ -1,0 +1,233 @@
+"""The attention function against the reference, over batches of every shape."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.paged import Batch, Shape
+from vllm_dca.cpu import compiled, plan_decode
+from vllm_dca.method.kv_cache import write_kv
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def shapes(draw: st.DrawFn, decode: bool = False) -> Shape:
+    block_size = draw(st.sampled_from([1, 2, 4, 8, 16]))
+    chunk_len = block_size * draw(st.integers(1, 4))
+    longest = min(5 * chunk_len, 150)
+    # Chunk and block borders, and one to either side, more often than chance has it.
+    border = st.integers(0, longest // block_size).map(lambda n: n * block_size)
+    near = st.tuples(border, st.integers(-1, 1)).map(lambda pair: max(1, sum(pair)))
+    total = st.one_of(near, st.integers(1, longest))
+
+    def lengths() -> tuple[int, int]:
+        tokens = draw(total)
+        if decode:
+            return tokens, max(0, tokens - draw(st.integers(1, 3)))
+        return tokens, min(draw(st.one_of(st.just(0), total)), tokens - 1)
+
+    head_size = draw(st.sampled_from([8, 16, 40]))
+    return Shape(
+        lengths=[lengths() for _ in range(draw(st.integers(1, 4)))],
+        chunk_len=chunk_len,
+        local_size=draw(st.integers(1, 2 * chunk_len)),  # s < w too
+        block_size=block_size,
+        num_kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 4)),
+        head_size=head_size,
+        rotary_dim=draw(st.sampled_from([head_size, head_size // 2])),
+        is_neox=draw(st.booleans()),
+        original_max_position_embeddings=draw(st.sampled_from([None, 1, 20])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        mscale=draw(st.sampled_from([1.0, 1.2])),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(shapes())
+def test_prefill_agrees_with_reference(shape: Shape) -> None:
+    batch = Batch.random(shape)
+    batch.assert_close(batch.prefill())
+
+
+@settings(max_examples=150, deadline=None)
+@given(shapes(decode=True), st.sampled_from([1 << 22, 100]))
+def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
+    batch = Batch.random(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_decode, "WORKSPACE_ELEMENTS", workspace)
+        batch.assert_close(batch.decode())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(shapes(), shapes(decode=True)), st.booleans())
+def test_compiled_agrees_with_reference(shape: Shape, tokens_first: bool) -> None:
+    batch = Batch.random(dataclasses.replace(shape, tokens_first=tokens_first))
+    batch.assert_close(batch.compiled())
+
+
+@pytest.mark.parametrize(
+    ("group", "head_size", "dtype", "tokens_first"),
+    [
+        (1, 64, torch.float32, False),
+        (3, 64, torch.float16, True),
+        (4, 128, torch.bfloat16, False),
+        (9, 80, torch.float32, True),
+    ],
+)
+def test_compiled_takes_many_tiles_splits_and_panels(
+    group: int, head_size: int, dtype: torch.dtype, tokens_first: bool
+) -> None:
+    """More rows than a tile has, more keys than a split."""
+    sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size, "dtype": dtype}
+    lengths = [(900, 0), (1500, 1499), (1100, 1098), (300, 0)]
+    shape = Shape(lengths, 512, 128, block_size=64, tokens_first=tokens_first, **sizes)
+    batch = Batch.random(shape)
+    batch.assert_close(batch.compiled())
+
+
+@pytest.mark.parametrize(("group", "lengths"), [(20, (3000, 2999)), (9, (5000, 4998))])
+def test_compiled_takes_panels_in_splits(group: int, lengths: tuple[int, int]) -> None:
+    """More queries than lie along a head's entries, and keys for several splits."""
+    sizes = {"num_kv_heads": 1, "group": group, "head_size": 16, "rotary_dim": 16}
+    batch = Batch.random(Shape([lengths, (30, 29)], 2048, 128, block_size=64, **sizes))
+    batch.assert_close(batch.compiled())
+
+
+def test_compiled_split_of_which_a_row_sees_nothing() -> None:
+    """A split begins at 4,096: it holds the second row's key only."""
+    sizes = {"num_kv_heads": 1, "group": 1, "head_size": 16, "rotary_dim": 16}
+    batch = Batch.random(Shape([(4097, 4095)], 2048, 128, block_size=64, **sizes))
+    batch.assert_close(batch.compiled())
+
+
+@pytest.mark.parametrize(
+    ("flags", "lanes"), [(("-mno-avx512f",), 8), (("-mno-avx512f", "-mno-avx2"), 4)]
+)
+def test_compiled_for_lesser_processors(
+    flags: tuple[str, ...], lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they exist: other processors than x86 have no such flags."""
+    if not torch.cpu._is_avx2_supported():
+        flags, lanes = (), 4
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
+    library = functools.cache(compiled.library.__wrapped__)
+    monkeypatch.setattr(compiled, "library", library)
+    assert library().lanes() == lanes
+    for group, head_size in ((3, 40), (9, 64)):
+        sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size}
+        batch = Batch.random(Shape([(200, 0), (90, 89)], dtype=torch.bfloat16, **sizes))
+        batch.assert_close(batch.compiled())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 700])
+def test_compiled_stores_as_torch_does(
+    dtype: torch.dtype, tokens_first: bool, num_tokens: int
+) -> None:
+    """Any order in memory, keys and values that lie in a wider tensor, padding at the end."""
+    blocks, heads, block_size, head_size = 100, 3, 8, 40
+    size = [blocks, block_size, heads] if tokens_first else [blocks, heads, block_size]
+    empty = torch.full([*size, 2 * head_size], torch.nan, dtype=dtype)
+    wide = torch.randn(num_tokens + 2, heads, 3 * head_size).to(dtype)
+    key, value = wide[..., :head_size], wide[..., head_size : 2 * head_size]
+    slots = torch.randperm(blocks * block_size)[: num_tokens + 1]
+    slots[num_tokens // 2 :: 3] = -1
+    stored = []
+    for write in (write_kv, compiled.write_kv):
+        cache = empty.clone()
+        write(key, value, cache.transpose(1, 2) if tokens_first else cache, slots)
+        stored.append(cache)
+    torch.testing.assert_close(*stored, rtol=0, atol=0, equal_nan=True)
+    assert stored[0].isfinite().any() == (num_tokens > 0)
+
+
+LENGTHS = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]
+
+
+PREFILLS = pytest.mark.parametrize("prefill", [Batch.prefill, Batch.compiled])
+
+
+@PREFILLS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [None, 20])
+def test_every_split_of_a_prefill_equals_the_whole(
+    dtype: torch.dtype, temperature: int | None, prefill: Callable[..., torch.Tensor]
+) -> None:
+    shape = Shape([(100, 0)], dtype=dtype, original_max_position_embeddings=temperature)
+    batch = Batch.random(shape)
+    whole = prefill(batch)
+    for cut in range(1, 100):
+        tail = dataclasses.replace(
+            batch, shape=dataclasses.replace(shape, lengths=[(100, cut)])
+        )
+        tail.queries = [batch.queries[0][cut:]]
+        head = dataclasses.replace(batch, shape=dataclasses.replace(shape, lengths=[(cut, 0)]))
+        head.queries, head.keys, head.values = (
+            [t[0][:cut]] for t in (batch.queries, batch.keys, batch.values)
+        )
+        split = torch.cat([prefill(head), prefill(tail)])
+        assert (split - whole).abs().max() <= batch.tolerance(), cut
+
+
+@PREFILLS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batched_equals_single(
+    dtype: torch.dtype, prefill: Callable[..., torch.Tensor]
+) -> None:
+    batch = Batch.random(Shape(LENGTHS, dtype=dtype))
+    query = batch.rotated_query()
+    together, start = prefill(batch), 0
+    for row, (total, _) in enumerate(LENGTHS):
+        rows = slice(start, start + total)
+        alone = prefill(batch, query[rows], rows=slice(row, row + 1))
+        # Requests are computed one by one, so not a bit may differ.
+        torch.testing.assert_close(together[rows], alone, rtol=0, atol=0)
+        start += total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [None, 20])
+def test_decode_row_equals_prefill_row(dtype: torch.dtype, temperature: int | None) -> None:
+    lengths = [(total, total - 1) for total in range(1, 101)]
+    shape = Shape(lengths, dtype=dtype, original_max_position_embeddings=temperature)
+    batch = Batch.random(shape)
+    prefill = batch.prefill()
+    for decode in (batch.decode(), batch.compiled()):
+        assert (decode - prefill).abs().max() <= batch.tolerance()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_below_one_chunk_dca_is_ordinary_attention(dtype: torch.dtype) -> None:
+    shape = Shape([(16, 0)], dtype=dtype)
+    batch = Batch.random(shape)
+    query = batch.rotated_query().transpose(0, 1)
+    key, value = (
+        batch.kv_cache[batch.block_table[0].long()].transpose(0, 1).flatten(1, 2).chunk(2, -1)
+    )
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # The provider gives torch fp32 but where the processor has half precision's tiles.
+    wide = dtype if torch.cpu._is_amx_tile_supported() else torch.float32
+    query, key, value = (tensor[None].to(wide) for tensor in (query, key, value))
+    ordinary, _ = op(query, key, value, 0.0, True, scale=shape.scale)
+    ordinary = ordinary[0].transpose(0, 1).to(dtype)
+    torch.testing.assert_close(batch.prefill(), ordinary, rtol=0, atol=0)
+    assert (batch.compiled() - ordinary).abs().max() <= batch.tolerance()
+
+
+def test_tolerance_would_catch_a_wrong_region() -> None:
+    """The check can fail: one position too few towards the previous chunk is seen."""
+    batch = Batch.random(Shape([(100, 0)]))
+    wrong = dataclasses.replace(
+        batch, shape=dataclasses.replace(batch.shape, local_size=batch.shape.local_size - 1)
+    )
+    for output in (wrong.prefill(), wrong.compiled()):
+        assert (output.double() - batch.reference()).abs().max() > 100 * batch.tolerance()

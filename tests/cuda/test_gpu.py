@@ -1,0 +1,157 @@
+"""What only a GPU can show: no synchronisation, CUDA graphs, and launches as profiled."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.cuda.test_kernels import TRITON, plan, planner
+from tests.helpers.paged import DEVICE, Batch, Shape, query_start_loc
+from vllm_dca.cuda.decode import decode_attention
+from vllm_dca.method.kv_cache import split_kv
+from vllm_dca.method.planning import plan_prefill
+from vllm_dca.method.prefill import prefill_attention
+
+SHAPE = Shape(
+    [(1, 0)],
+    chunk_len=64,
+    local_size=32,
+    block_size=16,
+    head_size=64,
+    rotary_dim=64,
+    dtype=torch.bfloat16,
+)
+
+
+class OnDevice:
+    """A batch whose tensors are on the device already, as an engine's are."""
+
+    def __init__(self, lengths: list[tuple[int, int]]) -> None:
+        self.batch = Batch.random(dataclasses.replace(SHAPE, lengths=lengths))
+        self.query = self.batch.rotated_query().to(DEVICE)
+        self.kv_cache = self.batch.kv_cache.to(DEVICE)
+        self.block_table = self.batch.block_table.to(DEVICE)
+        self.rotation = self.batch.rotation(DEVICE)
+        self.query_start_loc = query_start_loc(lengths)
+        self.seq_lens = torch.tensor([total for total, _ in lengths], dtype=torch.int32)
+        self.on_device = self.query_start_loc.to(DEVICE), self.seq_lens.to(DEVICE)
+        self.planner = planner(self.batch.shape, len(self.query), 64)
+        self.output = torch.empty_like(self.query)
+
+    def prefill(self) -> None:
+        prefill_attention(
+            self.query,
+            *split_kv(self.kv_cache),
+            self.output,
+            plan=plan_prefill(
+                self.query_start_loc.numpy(),
+                self.seq_lens.numpy(),
+                self.block_table,
+                SHAPE.block_size,
+                SHAPE.geometry,
+            ),
+            rotation=self.rotation,
+            softmax_scale=SHAPE.scale,
+            operations=TRITON,
+        )
+
+    def decode(self) -> None:
+        decode_attention(
+            self.query,
+            self.kv_cache,
+            self.output,
+            plan=self.planner.plan(*self.on_device, self.block_table, len(self.query)),
+            rotation=self.rotation,
+            softmax_scale=SHAPE.scale,
+        )
+
+
+def kernels(step: str, lengths: list[tuple[int, int]]) -> Counter[str]:
+    """Kernels and copies of one step, planning included, by name."""
+    run = getattr(OnDevice(lengths), step)
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return Counter(event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_launches_do_not_grow(step: str) -> None:
+    """With requests, and with chunks."""
+    new = 1 if step == "decode" else 200
+    few = kernels(step, [(400, 400 - new)])
+    assert few
+    assert sum(kernels(step, [(400, 400 - new)] * 32).values()) == sum(few.values())
+    assert sum(kernels(step, [(6400, 6400 - new)]).values()) == sum(few.values())
+    if step == "prefill":
+        assert sum(kernels(step, [(6400, 0)]).values()) == sum(few.values())
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_nothing_synchronises(step: str) -> None:
+    new = 1 if step == "decode" else 200
+    run = getattr(OnDevice([(400, 400 - new), (30, 30 - min(new, 30))]), step)
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.zeros(1, device=DEVICE).item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_captured_graph_replays_across_chunk_borders(rows: int) -> None:
+    """Captured below one chunk; replayed in later ones; three rows a request are speculated."""
+    lengths = [(total, max(total - rows, 0)) for total in (500, 63, 64, 65, 129, 320, 20)]
+    last = OnDevice(lengths)
+    starts, seq_lens = last.on_device
+    plan = last.planner.plan(starts, torch.full_like(seq_lens, rows), last.block_table,
+                             len(last.query))  # fmt: skip
+
+    def attend() -> None:
+        decode_attention(
+            last.query,
+            last.kv_cache,
+            last.output,
+            plan=plan,
+            rotation=last.rotation,
+            softmax_scale=SHAPE.scale,
+        )
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    last.planner.plan(starts, seq_lens, last.block_table, len(last.query))
+    last.output.fill_(torch.nan)
+    graph.replay()
+    last.batch.assert_close(last.output.cpu())
+
+
+def test_batches_of_a_real_size() -> None:
+    """Long contexts, many splits, in every dtype; the same numbers from one to the next run."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        shape = dataclasses.replace(SHAPE, lengths=[(9000, 8999), (3000, 2999)], dtype=dtype)
+        shape = dataclasses.replace(shape, chunk_len=1024, local_size=256)
+        batch = Batch.random(shape)
+        steps = planner(shape, 2, 64)
+        query = batch.rotated_query().to(DEVICE)
+        outputs = []
+        for _ in range(2):
+            output = torch.empty_like(query)
+            decode_attention(
+                query,
+                batch.kv_cache.to(DEVICE),
+                output,
+                plan=plan(batch, steps, 2),
+                rotation=batch.rotation(DEVICE),
+                softmax_scale=shape.scale,
+            )
+            outputs.append(output.cpu())
+        assert torch.equal(*outputs)
+        batch.assert_close(outputs[0])

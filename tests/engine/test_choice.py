@@ -1,0 +1,184 @@
+"""Attention providers for CUDA: what they are called with, and which is chosen."""
+
+import functools
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.paged import Batch, Shape
+from vllm_dca.cpu import compiled, paged_pass
+from vllm_dca.cpu.merge import merge_parts
+from vllm_dca.cpu.turn import turn_queries
+from vllm_dca.cuda import flash_attn
+from vllm_dca.engine.choice import PROVIDERS, choose
+from vllm_dca.method.device import PrefillOperations
+from vllm_dca.method.provider import (
+    Needs,
+    PagedSegments,
+    UnusableProviderError,
+)
+
+NEEDS = Needs(128, torch.bfloat16, torch.bfloat16, 256, (9, 0))
+
+
+@functools.cache
+def bundled_interface() -> ModuleType:
+    """vLLM's own file; its package refuses to be imported where there is no CUDA."""
+    [vllm] = importlib.util.find_spec("vllm").submodule_search_locations
+    path = Path(vllm) / "vllm_flash_attn" / "flash_attn_interface.py"
+    spec = importlib.util.spec_from_file_location("flash_attn_interface", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def package_signature(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False, block_table=None,
+) -> None:  # type: ignore[no-untyped-def]  # fmt: skip
+    """What flash_attn.flash_attn_varlen_func takes in 2.7 and 2.8; it ships as source only."""
+
+
+def stand_in(signature: inspect.Signature, calls: list[dict[str, Any]]) -> Callable[..., Any]:
+    """flash-attention as its signature and its documentation have it, on torch's attention."""
+
+    def flash_attn_varlen_func(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        bound = signature.bind(*args, **kwargs)
+        call = bound.arguments
+        calls.append(call)
+        lengths_q = call["cu_seqlens_q"].diff()
+        paged = "seqused_k" in signature.parameters
+        lengths_k = call["seqused_k"] if paged else call["cu_seqlens_k"].diff()
+        assert call["max_seqlen_q"] >= lengths_q.max()
+        assert call["max_seqlen_k"] >= lengths_k.max()
+        output = call.get("out")
+        if output is None:
+            output = torch.empty_like(call["q"])
+        lse = paged_pass.attention(
+            call["q"],
+            call["k"],
+            call["v"],
+            output,
+            segments=PagedSegments(
+                lengths_q.numpy(),
+                lengths_k.numpy(),
+                call["cu_seqlens_q"],
+                None,
+                lengths_k,
+                call["block_table"],
+                call["causal"],
+            ),
+            softmax_scale=call["softmax_scale"],
+        )
+        return (output, lse) if paged else (output, lse, None)
+
+    return flash_attn_varlen_func
+
+
+@pytest.mark.parametrize("name", ["vllm_flash_attn", "flash_attn"])
+def test_flash_attention_is_called_as_it_wants(name: str) -> None:
+    """With arguments that it has, by batches that the reference answers."""
+    calls: list[dict[str, Any]] = []
+    if name == "vllm_flash_attn":
+        signature = inspect.signature(bundled_interface().flash_attn_varlen_func)
+        attend = functools.partial(flash_attn._bundled, stand_in(signature, calls), 3)
+    else:
+        signature = inspect.signature(package_signature)
+        attend = functools.partial(flash_attn._package, stand_in(signature, calls))
+    batch = Batch.random(Shape([(70, 20), (16, 0), (33, 32)], dtype=torch.bfloat16))
+    batch.assert_close(
+        batch.prefill(operations=PrefillOperations(turn_queries, attend, merge_parts))
+    )
+    assert [call["causal"] for call in calls] == [True, False, False]
+    for call in calls:
+        assert call["cu_seqlens_q"].dtype == call["block_table"].dtype == torch.int32
+        assert call["block_table"].stride(-1) == 1
+        assert call["k"].stride(-1) == call["v"].stride(-1) == 1
+        # Both take cu_seqlens_k or seqused_k, never both.
+        if name == "vllm_flash_attn":
+            assert call["seqused_k"].dtype == torch.int32
+            assert "cu_seqlens_k" not in call
+            assert call["return_softmax_lse"]
+        else:
+            assert call["return_attn_probs"]
+
+
+def test_the_kernel_that_stores_keys_is_called_as_it_wants() -> None:
+    from vllm._custom_ops import reshape_and_cache_flash
+
+    names = "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale"
+    assert list(inspect.signature(reshape_and_cache_flash).parameters) == names.split()
+
+
+def unusable(reason: str) -> Callable[[Needs], Any]:
+    def load(needs: Needs) -> Any:
+        raise UnusableProviderError(reason)
+
+    return load
+
+
+def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(PROVIDERS["cuda"]) == ["vllm_flash_attn", "flash_attn", "triton"]
+    assert choose("cpu", None, NEEDS)[0] == "compiled"
+    # Without vLLM's CUDA build and the flash-attn package.
+    assert choose("cuda", None, NEEDS)[0] == "triton"
+    for name in ("vllm_flash_attn", "flash_attn"):
+        with pytest.raises(ValueError, match=rf"no attention provider.*{name}: "):
+            choose("cuda", name, NEEDS)
+    with pytest.raises(
+        ValueError, match=r"'xformers' is not known.*vllm_flash_attn, flash_attn"
+    ):
+        choose("cuda", "xformers", NEEDS)
+    monkeypatch.setitem(PROVIDERS["cuda"], "triton", unusable("no Triton"))
+    with pytest.raises(ValueError, match=r"vllm_flash_attn: .*; flash_attn: .*; triton: no T"):
+        choose("cuda", None, NEEDS)
+
+
+def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library() -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(compiled, "library", library)
+    assert choose("cpu", None, NEEDS)[0] == "torch"
+    with pytest.raises(ValueError, match=r"compiled: it cannot be compiled here \(no C\+\+"):
+        choose("cpu", "compiled", NEEDS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32, "cache_dtype": torch.float32}, "float16 and bfloat16, and"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "cannot read a torch.float8_e4m3fn cache"),
+        ({"block_size": 128}, "multiple of 256, not 128"),
+        ({"head_size": 100}, "up to 256 in steps of 8, not 100"),
+        ({"head_size": 320}, "up to 256 in steps of 8, not 320"),
+    ],
+)
+def test_what_the_package_cannot_do(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interface = ModuleType("flash_attn.flash_attn_interface")
+    interface.flash_attn_varlen_func = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    assert choose("cuda", None, NEEDS)[0] == "flash_attn"
+    needs = Needs(**{**vars(NEEDS), **changes})
+    with pytest.raises(ValueError, match=reason):
+        choose("cuda", "flash_attn", needs)
+
+
+def test_triton_reads_e4m3_where_the_card_does() -> None:
+    needs = Needs(128, torch.bfloat16, torch.float8_e4m3fn, 16, (8, 0))
+    with pytest.raises(ValueError, match=r"capability 8.9.*--kv-cache-dtype fp8_e5m2 works"):
+        choose("cuda", None, needs)
+    for dtype, capability in ((torch.float8_e4m3fn, (8, 9)), (torch.float8_e5m2, (8, 0))):
+        needs = Needs(128, torch.bfloat16, dtype, 16, capability)
+        assert choose("cuda", None, needs)[0] == "triton"

@@ -1,0 +1,72 @@
+"""Through the whole engine: what the function promises still holds of served answers.
+
+fp32 on both sides. 1e-3 in log-probability is what the project promises; matrix products of
+other batch shapes alone move it by some 1e-5.
+"""
+
+import pytest
+import torch
+from vllm import LLM
+
+from tests.conftest import DEMO_MODEL, DEMO_SIZES
+from tests.helpers.answers import assert_same_answer, generate, of_answer, of_prompt
+from vllm_dca.reference.model import prompt_logprobs
+
+ATOL = 1e-3
+CHUNK_LEN = DEMO_SIZES["chunk_size"] - DEMO_SIZES["local_size"]
+
+
+def test_prompt_logprobs_agree_with_the_reference(demo_llm: LLM, prose: list[int]) -> None:
+    prompt = prose[2000 : 2000 + 4096]
+    [output] = generate(demo_llm, [prompt], prompt_logprobs=0)
+    expected = prompt_logprobs(DEMO_MODEL, prompt, **DEMO_SIZES, dtype=torch.float32)
+    error = (of_prompt(output) - expected).abs()
+    assert error.max() <= ATOL
+    # Not by way of ordinary attention, which is far from it past a chunk.
+    ordinary = prompt_logprobs(DEMO_MODEL, prompt[:1500], dtype=torch.float32)
+    assert (ordinary - expected[:1499]).abs()[CHUNK_LEN:].max() > 100 * ATOL
+
+
+def test_below_one_chunk_dca_is_ordinary_attention(demo_llm: LLM, prose: list[int]) -> None:
+    prompt = prose[:CHUNK_LEN]
+    [output] = generate(demo_llm, [prompt], prompt_logprobs=0)
+    ordinary = prompt_logprobs(DEMO_MODEL, prompt, dtype=torch.float32)
+    torch.testing.assert_close(of_prompt(output), ordinary, rtol=0, atol=ATOL)
+
+
+def test_batched_equals_single(demo_llm: LLM, prose: list[int]) -> None:
+    lengths = [5, CHUNK_LEN - 1, CHUNK_LEN, CHUNK_LEN + 1, 2 * CHUNK_LEN - 3, 2500]
+    prompts = [prose[1000 * k : 1000 * k + length] for k, length in enumerate(lengths)]
+    demo_llm.reset_prefix_cache()
+    together = generate(demo_llm, prompts, max_tokens=8)
+    demo_llm.reset_prefix_cache()
+    for prompt, expected in zip(prompts, together, strict=True):
+        [alone] = generate(demo_llm, [prompt], max_tokens=8)
+        assert_same_answer(alone, expected, ATOL)
+
+
+@pytest.mark.parametrize("shared", [CHUNK_LEN - 10, 2 * CHUNK_LEN, 2000])
+def test_a_cached_prefix_equals_a_fresh_one(
+    demo_llm: LLM, prose: list[int], shared: int
+) -> None:
+    prompt = prose[:shared] + prose[5000:5300]
+    demo_llm.reset_prefix_cache()
+    [fresh] = generate(demo_llm, [prompt], max_tokens=8)
+    assert fresh.num_cached_tokens == 0
+    # Cached by a prompt of another length, which shares the prefix only.
+    demo_llm.reset_prefix_cache()
+    generate(demo_llm, [prose[:shared] + prose[9000:10500]])
+    [cached] = generate(demo_llm, [prompt], max_tokens=8)
+    assert cached.num_cached_tokens == shared // 128 * 128
+    assert_same_answer(cached, fresh, ATOL)
+
+
+def test_decode_rows_equal_prefill_rows(demo_llm: LLM, prose: list[int]) -> None:
+    """Answers that grow across a chunk border, read again as a prompt."""
+    for border in (CHUNK_LEN, 3 * CHUNK_LEN):
+        prompt = prose[: border - 8]
+        [output] = generate(demo_llm, [prompt], max_tokens=16)
+        tokens, logprobs = of_answer(output)
+        demo_llm.reset_prefix_cache()
+        [again] = generate(demo_llm, [prompt + tokens], prompt_logprobs=0)
+        torch.testing.assert_close(of_prompt(again)[-16:], logprobs, rtol=0, atol=ATOL)

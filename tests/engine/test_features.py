@@ -1,0 +1,367 @@
+"""vLLM's engine features with DCA: each answers as the reference does past the window."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import DEMO_MODEL, DEMO_SIZES
+from tests.helpers import checkpoints
+from tests.helpers.answers import drafted, generate, of_answer, of_prompt
+from tests.helpers.inprocess import engine
+from vllm_dca.reference.model import forward, prompt_logprobs
+
+# What the project promises for fp32.
+ATOL = 1e-3
+SIZES = {"chunk_size": 96, "local_size": 32}
+DCA = {"additional_config": {"dca": SIZES}}
+PROMPT = checkpoints.tokens(300)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
+    checkpoints.write_tokenizer(directory)
+    return directory
+
+
+def answered(model: Path, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities of an answer by the reference."""
+    return prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ATOL)
+
+
+def test_samples_share_a_prompt(llama: Path) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(n=4, temperature=1.0, max_tokens=20, logprobs=0, detokenize=False)
+    with engine(llama, **DCA) as llm:
+        [output] = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+    samples = {tuple(sample.token_ids): sample.logprobs for sample in output.outputs}
+    assert len(samples) == 4
+    for tokens, logprobs in samples.items():
+        found = torch.tensor([at[t].logprob for at, t in zip(logprobs, tokens, strict=True)])
+        assert_close(found, answered(llama, PROMPT, list(tokens)))
+
+
+def test_beam_search(llama: Path) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    params = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
+    with engine(llama, skip_tokenizer_init=False, **DCA) as llm:
+        [output] = llm.beam_search([{"prompt_token_ids": PROMPT}], params)
+    beams = [beam.tokens[len(PROMPT) :] for beam in output.sequences]
+    assert len(set(map(tuple, beams))) == 3
+    for beam, tokens in zip(output.sequences, beams, strict=True):
+        expected = answered(llama, PROMPT, tokens).sum()
+        assert math.isclose(beam.cum_logprob, expected, abs_tol=len(tokens) * ATOL)
+
+
+def test_structured_output(demo_llm: Any, prose: list[int]) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def answer(**structure: Any) -> str:
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=40,
+            structured_outputs=StructuredOutputsParams(**structure),
+        )
+        [output] = demo_llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        return output.outputs[0].text
+
+    tokenizer = demo_llm.get_tokenizer()
+    # An example, as by its own choice the model would fill JSON with line ends.
+    example = '\n\n{"about": "war", "good": false} {"about": "war", "good": false}'
+    prompt = prose[:1500] + tokenizer.encode(example)
+    schema = {
+        "type": "object",
+        "properties": {"about": {"enum": ["marriage", "war"]}, "good": {"type": "boolean"}},
+        "required": ["about", "good"],
+        "additionalProperties": False,
+    }
+    found = json.loads(answer(json=schema))
+    assert found["about"] in ("marriage", "war")
+    assert isinstance(found["good"], bool)
+
+    # Of single letters it takes the one that DCA finds likeliest.
+    letters = "ABCDEFGH"
+    logits, _ = forward(DEMO_MODEL, prompt, **DEMO_SIZES, dtype=torch.float32)
+    likelihood = {letter: logits[-1, tokenizer.encode(letter)[0]] for letter in letters}
+    assert answer(choice=list(letters)) == max(likelihood, key=likelihood.get)
+
+
+def test_lora_adapters_beside_the_model(llama: Path, tmp_path: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapter, merged = write_adapter(llama, tmp_path)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    with engine(llama, enable_lora=True, max_lora_rank=8, **DCA) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": PROMPT}] * 2,
+            params,
+            lora_request=[LoRARequest("adapter", 1, str(adapter)), None],
+            use_tqdm=False,
+        )
+    for output, model in zip(outputs, (merged, llama), strict=True):
+        assert_close(of_prompt(output), prompt_logprobs(model, PROMPT, **SIZES))
+
+
+def write_adapter(model: Path, directory: Path) -> tuple[Path, Path]:
+    """A random LoRA adapter of the attention's projections; the model that has it merged in."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    adapter, rank = directory / "adapter", 8
+    adapter.mkdir()
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    merged = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in merged.named_parameters():
+        if name.split(".")[-2] not in names:
+            continue
+        b, a = (
+            torch.randn(shape, generator=generator) * 0.2
+            for shape in ((len(weight), rank), (rank, weight.shape[1]))
+        )
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+        weight.data += b @ a
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config |= {"r": rank, "lora_alpha": rank, "target_modules": names}
+    config |= {"base_model_name_or_path": str(model)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    merged.save_pretrained(directory / "merged")
+    return adapter, directory / "merged"
+
+
+def test_quantised_weights(tmp_path: Path) -> None:
+    """4-bit groups; no further from fp64 than the reference with the same weights in bf16,
+    twice, as in tests/engine/test_models.py.
+    """
+    quantised, same = write_quantised(tmp_path)
+    exact = prompt_logprobs(same, PROMPT, **SIZES)
+    half = prompt_logprobs(same, PROMPT, **SIZES, dtype=torch.bfloat16).double()
+    ordinary = (half - exact).abs().mean()
+    with engine(quantised, dtype="bfloat16", **DCA) as llm:
+        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
+    assert (of_prompt(output) - exact).abs().mean() <= 2 * ordinary
+    assert (prompt_logprobs(same, PROMPT) - exact).abs().mean() > 10 * ordinary
+
+
+def write_quantised(directory: Path) -> tuple[Path, Path]:
+    """A checkpoint in compressed-tensors' format, and one of the weights that it stands for."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from safetensors.torch import load_file, save_file
+
+    quantised, same = directory / "quantised", directory / "same"
+    changes = {"hidden_size": 128, "head_dim": 32}  # what vLLM's kernel takes
+    for path in (quantised, same):
+        checkpoints.write(path, "LlamaConfig", **changes)
+    packed, exact = {}, load_file(same / "model.safetensors")
+    for name, weight in exact.items():
+        if not name.endswith("_proj.weight"):
+            packed[name] = weight
+            continue
+        groups = weight.unflatten(1, (-1, 32))
+        scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
+        integers = (groups / scale.float()).round().clamp(-8, 7)
+        exact[name] = (integers * scale.float()).flatten(1)
+        packed[f"{name}_packed"] = pack_to_int32(integers.flatten(1).to(torch.int8), 4)
+        packed[f"{name}_scale"] = scale[..., 0].contiguous()
+        packed[f"{name}_shape"] = torch.tensor(weight.shape)
+    for tensors, path in ((packed, quantised), (exact, same)):
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((quantised / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "symmetric": True}
+    weights |= {"strategy": "group", "group_size": 32}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    (quantised / "config.json").write_text(json.dumps(config))
+    return quantised, same
+
+
+def test_embeddings_and_pooling(llama: Path) -> None:
+    _, hidden = forward(llama, PROMPT, **SIZES)
+    _, ordinary = forward(llama, PROMPT)
+    expected = torch.nn.functional.normalize(hidden, dim=-1)
+    assert (torch.nn.functional.normalize(ordinary, dim=-1) - expected)[-1].abs().max() > 0.1
+    options = {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False, **DCA}
+    with engine(llama, **options) as llm:
+        [last] = llm.embed([{"prompt_token_ids": PROMPT}], use_tqdm=False)
+    assert_close(torch.tensor(last.outputs.embedding), expected[-1])
+    with engine(llama, pooler_config={"task": "token_embed"}, **options) as llm:
+        [every] = llm.encode(
+            [{"prompt_token_ids": PROMPT}], pooling_task="token_embed", use_tqdm=False
+        )
+    assert_close(every.outputs.data, expected)
+
+
+def test_prompts_as_embeddings(llama: Path) -> None:
+    from safetensors.torch import load_file
+    from vllm import SamplingParams
+
+    table = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
+    params = SamplingParams(
+        temperature=0, max_tokens=10, ignore_eos=True, logprobs=0, detokenize=False
+    )
+    with engine(llama, enable_prompt_embeds=True, **DCA) as llm:
+        prompt = {"prompt_embeds": table[torch.tensor(PROMPT)]}
+        [output] = llm.generate([prompt], params, use_tqdm=False)
+    tokens, logprobs = of_answer(output)
+    assert_close(logprobs, answered(llama, PROMPT, tokens))
+
+
+def test_weights_reloaded_in_place(llama: Path, tmp_path: Path) -> None:
+    other = checkpoints.write(tmp_path, "LlamaConfig", seed=1)
+    with engine(llama, **DCA) as llm:
+        generate(llm, [PROMPT])
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        llm.reset_prefix_cache()
+        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
+    assert_close(of_prompt(output), prompt_logprobs(other, PROMPT, **SIZES))
+
+
+def test_all_that_a_layer_reads_survives_sleep(llama: Path) -> None:
+    """vLLM's sleep mode, on GPUs only, frees all that loading allocated, buffers saved."""
+
+    def lost(model: torch.nn.Module) -> list[str]:
+        saved = {tensor.data_ptr() for tensor in model.buffers()}
+        return [
+            name
+            for name, layer in model.named_modules()
+            if hasattr(layer, "impl") and layer.impl.rotation.cos_sin.data_ptr() not in saved
+        ]
+
+    with engine(llama, **DCA) as llm:
+        assert llm.apply_model(lost) == [[]]
+
+
+def test_a_kv_connector_brings_keys_from_another_engine(llama: Path, tmp_path: Path) -> None:
+    from vllm.config import KVTransferConfig
+
+    shared = KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"shared_storage_path": str(tmp_path)},
+    )
+    # It stores what one step has.
+    options = {"kv_transfer_config": shared, "max_num_batched_tokens": 1024, **DCA}
+    for cached in (0, 288):
+        with engine(llama, **options) as llm:
+            [output] = generate(llm, [PROMPT], max_tokens=10)
+        assert output.num_cached_tokens == cached
+        tokens, logprobs = of_answer(output)
+        assert_close(logprobs, answered(llama, PROMPT, tokens))
+
+
+def test_evicted_pages_are_computed_again(llama: Path) -> None:
+    """In a cache of 720 tokens, two prompts drive out what it has of a third."""
+    prompts = [checkpoints.tokens(300, seed) for seed in range(3)]
+    options = {"num_gpu_blocks_override": 45, "max_model_len": 512, **DCA}
+    with engine(llama, **options) as llm:
+        for prompt in (*prompts, prompts[0]):
+            [output] = generate(llm, [prompt], max_tokens=4)
+            tokens, logprobs = of_answer(output)
+            assert_close(logprobs, answered(llama, prompt, tokens))
+            assert output.num_cached_tokens < 288
+        [kept] = generate(llm, [prompts[0]])
+        assert kept.num_cached_tokens == 288
+
+
+@pytest.mark.parametrize("budget", [33, 97])
+def test_prefills_cut_at_odd_places_among_many_requests(llama: Path, budget: int) -> None:
+    prompts = [checkpoints.tokens(1 + 13 * n, n) for n in range(30)]
+    with engine(llama, max_num_batched_tokens=budget, max_num_seqs=32, **DCA) as llm:
+        outputs = generate(llm, prompts, max_tokens=6)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens, logprobs = of_answer(output)
+        assert_close(logprobs, answered(llama, prompt, tokens))
+
+
+def accepted(llm: Any) -> int:
+    """Drafted tokens that the model kept."""
+    return sum(
+        metric.value
+        for metric in llm.get_metrics()
+        if metric.name == "vllm:spec_decode_num_accepted_tokens"
+    )
+
+
+def test_a_draft_model_drafts_past_its_window(llama: Path) -> None:
+    """The model drafts for itself: if its layers attend as they should, each draft is right."""
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
+    prompts = [PROMPT, checkpoints.tokens(60)]
+    with engine(llama, speculative_config=draft, **DCA) as llm:
+        outputs = generate(llm, prompts, max_tokens=30)
+        assert accepted(llm) == drafted(llm) > 30
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens, logprobs = of_answer(output)
+        assert_close(logprobs, answered(llama, prompt, tokens))
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_eagle_heads_are_attended_by_dca(method: str, llama: Path, tmp_path: Path) -> None:
+    head = write_eagle(tmp_path, method)
+    draft = {"method": method, "model": str(head), "num_speculative_tokens": 3}
+    with engine(llama, speculative_config=draft, **DCA) as llm:
+        [output] = generate(llm, [PROMPT], max_tokens=30)
+        assert drafted(llm) > 0
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+        [layer] = [
+            module
+            for module in worker.model_runner.drafter.model.modules()
+            if hasattr(module, "attn_backend")
+        ]
+        assert layer.attn_backend.get_name() == "DCA"
+    tokens, logprobs = of_answer(output)
+    assert_close(logprobs, answered(llama, PROMPT, tokens))
+
+
+def write_eagle(directory: Path, method: str) -> Path:
+    """A random EAGLE head: one layer over the model's hidden states and the next token."""
+    import transformers
+    from safetensors.torch import save_file
+
+    config = checkpoints.config("LlamaConfig", num_hidden_layers=1)
+    layer = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    size = config.hidden_size
+    tensors = {
+        name.removeprefix("model."): tensor.contiguous()
+        for name, tensor in layer.state_dict().items()
+        if "layers.0" in name and "input_layernorm" not in name
+    }
+    if method == "eagle":
+        config.architectures = ["EagleLlamaForCausalLM"]
+        tensors["fc.weight"] = torch.randn(size, 2 * size) * 0.1
+        tensors["embed_tokens.weight"] = layer.state_dict()["model.embed_tokens.weight"]
+    else:
+        config.architectures = ["LlamaForCausalLMEagle3"]
+        config.draft_vocab_size = config.vocab_size
+        config.eagle_aux_hidden_state_layer_ids = [0, 1, 2]
+        tensors = {
+            name.replace("layers.0", "midlayer"): torch.cat([tensor, tensor], 1)
+            if any(part in name for part in ("q_proj", "k_proj", "v_proj"))
+            else tensor
+            for name, tensor in tensors.items()
+        }
+        for norm in ("midlayer.input_layernorm", "midlayer.hidden_norm", "norm"):
+            tensors[f"{norm}.weight"] = torch.ones(size)
+        tensors["fc.weight"] = torch.randn(size, 3 * size) * 0.1
+        tensors["lm_head.weight"] = layer.state_dict()["lm_head.weight"]
+    config.save_pretrained(directory)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

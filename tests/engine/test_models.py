@@ -1,0 +1,255 @@
+"""Tiny checkpoints through the engine, far past their window, against the reference."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import checkpoints
+from tests.helpers.answers import assert_same_answer, drafted, generate, of_answer, of_prompt
+from tests.helpers.inprocess import engine, in_a_child
+from vllm_dca.cpu import compiled
+from vllm_dca.reference.model import prompt_logprobs
+
+# What the project promises for fp32.
+ATOL = 1e-3
+SIZES = {"chunk_size": 96, "local_size": 32}
+TEMPERED = {**SIZES, "original_max_position_embeddings": 64}
+# As Qwen-1M checkpoints have them.
+SPARSE = {
+    "sparse_attention_enabled": True,
+    "sparse_attention_threshold": 32768,
+    "sparse_attention_last_q": 64,
+}
+LENGTH = 300
+QWEN = ["Qwen2Config", "Qwen2MoeConfig", "Qwen3Config", "Qwen3MoeConfig"]
+OTHER_FAMILIES = [
+    family for family in checkpoints.FAMILIES if family not in ("LlamaConfig", *QWEN)
+]
+
+
+def assert_agrees(
+    llm: Any, model: Path, settings: dict[str, int], length: int = LENGTH
+) -> None:
+    prompt = checkpoints.tokens(length)
+    [output] = generate(llm, [prompt], prompt_logprobs=0)
+    expected = prompt_logprobs(model, prompt, **settings)
+    torch.testing.assert_close(of_prompt(output).double(), expected, rtol=0, atol=ATOL)
+    # The check can fail: ordinary attention is far away.
+    assert (prompt_logprobs(model, prompt) - expected).abs().max() > 100 * ATOL
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_qwen_1m_checkpoints_start_unmodified(
+    family: str, tmp_path: Path, dca_log: list[str]
+) -> None:
+    model = checkpoints.write(
+        tmp_path, family, dual_chunk_attention_config={**TEMPERED, **SPARSE}
+    )
+    (tmp_path / "sparse_attention_config.json").write_text(
+        json.dumps({"0": {"0": ["vertical_and_slash", 1000, 6096, 1]}})
+    )
+    with engine(model) as llm:
+        assert_agrees(llm, model, TEMPERED)
+    assert sum("the checkpoint asks for sparse prefill" in line for line in dca_log) == 1
+
+
+def test_sparse_config_file_alone_asks_for_sparse(tmp_path: Path, dca_log: list[str]) -> None:
+    model = checkpoints.write(tmp_path, "Qwen2Config", dual_chunk_attention_config=SIZES)
+    for expected, content in ((0, None), (1, {"0": {"0": ["vertical_and_slash", 1, 1, 1]}})):
+        if content:
+            (tmp_path / "sparse_attention_config.json").write_text(json.dumps(content))
+        with engine(model):
+            asked = sum("the checkpoint asks for sparse prefill" in line for line in dca_log)
+            assert asked == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4},
+        *({"rope_parameters": rope} for rope in checkpoints.SCALINGS.values()),
+    ],
+    ids=["MQA", "MHA", *checkpoints.SCALINGS],
+)
+def test_llama(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = checkpoints.write(tmp_path, "LlamaConfig", **changes)
+    with engine(model, additional_config={"dca": SIZES}) as llm:
+        assert_agrees(llm, model, SIZES)
+
+
+def test_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dca_log: list[str]
+) -> None:
+    """By torch: whole and in pieces, and decode rows as prefill rows."""
+    monkeypatch.setattr(compiled, "library", no_compiler)
+    model = checkpoints.write(tmp_path, "LlamaConfig")
+    options = {"max_num_batched_tokens": 90, "max_num_seqs": 90}
+    with engine(model, additional_config={"dca": SIZES}, **options) as llm:
+        assert_agrees(llm, model, SIZES)
+        assert_agrees(llm, model, SIZES)
+        prompt = checkpoints.tokens(60)
+        [output] = generate(llm, [prompt], max_tokens=12)
+        answer, logprobs = of_answer(output)
+        expected = prompt_logprobs(model, prompt + answer, **SIZES)[-12:]
+        torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+    assert any("prefill by torch" in line for line in dca_log)
+    assert any("DCA attends by torch" in line and "no C++" in line for line in dca_log)
+
+
+def no_compiler() -> None:
+    raise RuntimeError("no C++ compiler")
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families(family: str, tmp_path: Path) -> None:
+    model = checkpoints.write(tmp_path, family, **checkpoints.FAMILIES[family])
+    prompt = checkpoints.tokens(LENGTH)
+    # First: vLLM changes the classes that it takes from transformers.
+    expected = prompt_logprobs(model, prompt, **SIZES)
+    ordinary = prompt_logprobs(model, prompt)
+    with engine(model, additional_config={"dca": SIZES}) as llm:
+        [output] = generate(llm, [prompt], prompt_logprobs=0)
+    torch.testing.assert_close(of_prompt(output).double(), expected, rtol=0, atol=ATOL)
+    assert (ordinary - expected).abs().max() > 100 * ATOL
+
+
+def test_sliding_layers_keep_their_attention_and_positions(
+    tmp_path: Path, dca_log: list[str]
+) -> None:
+    """Gemma 3: two kinds of layers, each with a RoPE and a KV-cache group of its own."""
+    model = checkpoints.write(
+        tmp_path,
+        "Gemma3TextConfig",
+        head_dim=32,
+        sliding_window=40,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        initializer_range=0.5,
+    )
+    options = {"block_size": 32, "num_gpu_blocks_override": 300}
+    with engine(model, additional_config={"dca": SIZES}, **options) as llm:
+        backends = llm.apply_model(
+            lambda model: [
+                module.attn_backend.get_name()
+                for _, module in model.named_modules()
+                if hasattr(module, "attn_backend")
+            ]
+        )
+        assert_agrees(llm, model, SIZES)
+    assert backends == [["CPU_ATTN", "DCA", "CPU_ATTN"]]
+    assert any("2 with a sliding window keep their own attention" in line for line in dca_log)
+
+
+def test_linear_attention_layers_stay_as_they_are(tmp_path: Path) -> None:
+    """Qwen3-Next; vLLM's kernels want bf16, and pages that do not divide a chunk."""
+    model = checkpoints.write(
+        tmp_path,
+        "Qwen3NextConfig",
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=64,
+        partial_rotary_factor=1.0,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        initializer_range=0.1,
+        **checkpoints.MOE,
+    )
+    assert_agrees_in_half_precision(model, torch.bfloat16, signal=2)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
+
+
+# Flash-attention wants sixteens.
+BLOCK_SIZES = [32, 64, 16] if torch.cuda.is_available() else [32, 64, 8, 1]
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_any_block_size_that_divides_the_chunk_length(block_size: int, llama: Path) -> None:
+    blocks = 3200 // block_size
+    with engine(
+        llama,
+        additional_config={"dca": SIZES},
+        block_size=block_size,
+        num_gpu_blocks_override=blocks,
+    ) as llm:
+        assert_agrees(llm, llama, SIZES)
+
+
+def test_derived_sizes_are_the_documented_ones(llama: Path) -> None:
+    # Three quarters of the window; five sixths of that are a chunk, in whole blocks.
+    derived = {"chunk_size": 96, "local_size": 16}
+    with engine(llama) as llm:
+        assert_agrees(llm, llama, derived)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, llama: Path) -> None:
+    assert_agrees_in_half_precision(llama, dtype, signal=10)
+
+
+def assert_agrees_in_half_precision(model: Path, dtype: torch.dtype, signal: int) -> None:
+    """No further from fp64, on average, than the reference itself in that dtype, twice.
+
+    Twice because the engine rounds a turned query and a partial output once more. Ordinary
+    attention is further than `signal` times that away.
+    """
+    prompt = checkpoints.tokens(LENGTH)
+    exact = prompt_logprobs(model, prompt, **SIZES)
+    half = (prompt_logprobs(model, prompt, **SIZES, dtype=dtype).double() - exact).abs()
+    tolerance = 2 * half.mean()
+    assert (prompt_logprobs(model, prompt) - exact).abs().mean() > signal * half.mean()
+    name = str(dtype).removeprefix("torch.")
+    with engine(model, additional_config={"dca": SIZES}, dtype=name) as llm:
+        [output] = generate(llm, [prompt], prompt_logprobs=0)
+    assert (of_prompt(output).double() - exact).abs().mean() <= tolerance
+
+
+def test_preempted_requests_answer_as_if_alone(llama: Path) -> None:
+    """Three requests of up to 300 tokens in a cache of 448: some must be recomputed."""
+    prompts = [checkpoints.tokens(100 + seed, seed) for seed in range(3)]
+    options = {"additional_config": {"dca": SIZES}, "max_model_len": 320}
+    with engine(llama, num_gpu_blocks_override=28, **options) as llm:
+        crowded = generate(llm, prompts, max_tokens=180)
+        preemptions = sum(
+            metric.value
+            for metric in llm.get_metrics()
+            if metric.name == "vllm:num_preemptions"
+        )
+        assert preemptions > 0
+        for prompt, expected in zip(prompts, crowded, strict=True):
+            llm.reset_prefix_cache()
+            [alone] = generate(llm, [prompt], max_tokens=180)
+            assert_same_answer(alone, expected, ATOL)
+
+
+def test_speculation_by_ngram_changes_no_answer(tmp_path: Path) -> None:
+    """Verified tokens are rows of one request, on both sides of chunk borders."""
+    in_a_child(_speculate_by_ngram, tmp_path)
+
+
+def _speculate_by_ngram(tmp_path: Path) -> None:
+    # So few words that whatever is generated was seen before, and is drafted from.
+    model = checkpoints.write(tmp_path, "LlamaConfig", vocab_size=16)
+    prompts = [[3 + step * i % 13 for i in range(100)] for step in (1, 7)]
+    lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+
+    def answers(**options: Any) -> tuple[list[Any], int]:
+        with engine(model, additional_config={"dca": SIZES}, **options) as llm:
+            return generate(llm, prompts, max_tokens=60), drafted(llm)
+
+    expected, none = answers()
+    assert none == 0
+    # Last: see in_a_child.
+    speculated, some = answers(speculative_config={**lookup, "num_speculative_tokens": 4})
+    assert some > 0
+    for one, other in zip(speculated, expected, strict=True):
+        assert_same_answer(one, other, ATOL)

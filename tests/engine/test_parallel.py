@@ -1,0 +1,108 @@
+"""Several ranks answer as the reference does: DCA arrives whole at each."""
+
+import concurrent.futures
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import checkpoints
+from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.server import Server
+from vllm_dca.reference.model import forward, prompt_logprobs
+
+ATOL = 1e-3
+ONE_CORE_EACH = {
+    "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+SIZES = {"chunk_size": 96, "local_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"tensor_parallel_size": 2, "enforce_eager": True}, {}),
+        # One KV head, replicated; each rank has its own query heads.
+        ({"tensor_parallel_size": 2, "enforce_eager": True}, {"num_key_value_heads": 1}),
+        # vLLM 0.32 has no eager pipelines on the CPU.
+        pytest.param({"pipeline_parallel_size": 2}, {}, marks=pytest.mark.nightly),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, {}),
+    ],
+    ids=["TP", "TP, MQA", "PP", "TP x PP"],
+)
+def test_ranks_agree_with_reference(
+    options: dict[str, Any],
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm import LLM
+
+    for name, value in ONE_CORE_EACH.items():
+        monkeypatch.setenv(name, value)
+    if len(options) > 1 and "pipeline_parallel_size" in options:
+        cores = ONE_CORE_EACH["VLLM_CPU_OMP_THREADS_BIND"]
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores}|{cores}")
+    model = checkpoints.write(tmp_path, "LlamaConfig", **changes)
+    prompt = checkpoints.tokens(300)
+    llm = LLM(
+        str(model),
+        attention_backend="dca",
+        additional_config={"dca": SIZES},
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        max_num_batched_tokens=100,
+        num_gpu_blocks_override=200,
+        block_size=16,
+        **options,
+    )
+    try:
+        [output] = generate(llm, [prompt], max_tokens=5, prompt_logprobs=0)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    tokens, logprobs = of_answer(output)
+    expected = prompt_logprobs(model, prompt + tokens, **SIZES)
+    found = torch.cat([of_prompt(output), logprobs]).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+
+
+def test_data_parallel_engines_answer_alike(tmp_path: Path) -> None:
+    model = checkpoints.write(tmp_path / "model", "LlamaConfig")
+    checkpoints.write_tokenizer(model)
+    prompt = checkpoints.tokens(300)
+    server = Server(
+        tmp_path / "log",
+        model,
+        *("--additional-config", json.dumps({"dca": SIZES})),
+        *("--dtype", "float32", "--max-model-len", "1024", "--block-size", "16"),
+        *("--data-parallel-size", "2", "--enforce-eager"),
+        **ONE_CORE_EACH,
+    )
+    try:
+        server.wait()
+
+        def answer(_: int) -> list[int]:
+            status, found = server.complete(
+                prompt=prompt, max_tokens=8, ignore_eos=True, return_token_ids=True
+            )
+            assert status == 200, found
+            return found["choices"][0]["token_ids"]
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(answer, range(8)))
+        served = [
+            server.metric("vllm:request_success_total", f'engine="{engine}"')
+            for engine in (0, 1)
+        ]
+    finally:
+        server.stop()
+    assert sum(served) == 8
+    assert min(served) > 0
+    for tokens in answers:
+        logits, _ = forward(model, prompt + tokens, **SIZES)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens

@@ -1,0 +1,284 @@
+"""DCA on Ray: a config and whole engines across nodes, and batches that outlive a replica.
+
+vLLM's Ray executor refuses the CPU for one reason, that its platform names no device for Ray to
+count. Here it names one, and the executor is vLLM's own.
+"""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from tests.helpers import checkpoints, inprocess
+from tests.helpers.answers import generate, of_answer, of_prompt
+
+ROOT = Path(__file__).parents[2]
+ATOL = 1e-3
+SIZES = {"chunk_size": 96, "local_size": 32}
+OPTIONS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 16,
+    "max_num_batched_tokens": 100,
+    "num_gpu_blocks_override": 200,
+    "additional_config": {"dca": SIZES},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    checkpoints.write_tokenizer(checkpoints.write(directory, "LlamaConfig"))
+    return directory
+
+
+def let_ray_place_ranks() -> None:
+    """Runs in each of Ray's workers when it starts.
+
+    vLLM finds a rank's device in Ray under the key of its platform, and the CPU has none.
+    Under this one it finds what the nodes below claim to have.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.ray_device_key = "GPU"
+    sys.plugin_before_config = "vllm_dca" in sys.modules
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two nodes of one core each, on this machine."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    monkeypatch.setattr(CpuPlatform, "ray_device_key", "GPU")
+    node = {"num_cpus": 1, "num_gpus": 1}  # Ray takes one's word
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        ray.init(
+            address=cluster.address,
+            runtime_env={
+                "worker_process_setup_hook": let_ray_place_ranks,
+                # They import by name what they are sent.
+                "env_vars": {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"},
+            },
+        )
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def observe(config: Any) -> dict[str, Any]:
+    """What a config that came from another process means in this one."""
+    from vllm_dca.engine.settings import settings_of
+
+    backend = config.attention_config.backend
+    return {
+        "backend": backend.name,
+        "class": backend.get_class().__qualname__,
+        "settings": settings_of(config).to_dict(),
+    }
+
+
+def observe_rank(worker: Any) -> dict[str, Any]:
+    from vllm.model_executor.layers.attention import Attention
+
+    layers = worker.worker.get_model().modules()
+    return {
+        **observe(worker.vllm_config),
+        "layers": [
+            (layer.attn_backend.__qualname__, layer.num_heads, layer.impl.rotation is not None)
+            for layer in layers
+            if isinstance(layer, Attention)
+        ],
+        "node": ray.get_runtime_context().get_node_id(),
+        "plugin before config": sys.plugin_before_config,
+    }
+
+
+def test_an_engine_over_two_nodes_agrees_with_the_reference(
+    cluster: None, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_dca.reference.model import prompt_logprobs
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    prompt = checkpoints.tokens(300)
+    llm = LLM(
+        str(model),
+        attention_backend="dca",
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        tensor_parallel_size=2,
+        distributed_executor_backend="ray",
+        **OPTIONS,
+    )
+    core = llm.llm_engine.engine_core
+    try:
+        executor = core.engine_core.model_executor
+        found = executor.collective_rpc(observe_rank)
+        here = observe(llm.llm_engine.vllm_config)
+        [output] = generate(llm, [prompt], max_tokens=5, prompt_logprobs=0)
+    finally:
+        core.shutdown()
+        cleanup_dist_env_and_memory()
+
+    assert here["class"] == "DcaBackend"
+    assert here["settings"].items() >= SIZES.items()
+    assert len({rank.pop("node") for rank in found}) == 2
+    assert [rank.pop("plugin before config") for rank in found] == [False, False]
+    half = checkpoints.SHAPE["num_attention_heads"] // 2
+    assert found == [here | {"layers": [("DcaBackend", half, True)] * 2}] * 2
+
+    tokens, logprobs = of_answer(output)
+    expected = prompt_logprobs(model, prompt + tokens, **SIZES)
+    answered = torch.cat([of_prompt(output), logprobs]).double()
+    torch.testing.assert_close(answered, expected, rtol=0, atol=ATOL)
+
+
+FRESH = """
+import pickle, sys
+config = pickle.load(sys.stdin.buffer)
+from tests.engine.test_ray import observe
+print(observe(config))
+"""
+
+
+@pytest.mark.parametrize("way", ["spawn", "fork", "cloudpickle"])
+def test_a_config_means_the_same_in_another_process(way: str, model: Path) -> None:
+    """The ways of vLLM's executors, with the whole config.
+
+    Its multiprocess executor forks or spawns its ranks, also on many nodes: each node's `vllm
+    serve` makes the config anew from the same arguments, and none crosses the network. Ray's
+    executors and data-parallel engines send it to other nodes with their own cloudpickle.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        str(model), attention_backend="dca", max_model_len=1024, **OPTIONS
+    ).create_engine_config()
+    here = observe(config)
+    assert here["class"] == "DcaBackend"
+    assert here["settings"].items() >= SIZES.items()
+    if way == "cloudpickle":
+        command = [sys.executable, "-c", FRESH]
+        found = subprocess.check_output(command, input=cloudpickle.dumps(config), cwd=ROOT)
+        assert found.decode().splitlines()[-1] == repr(here)
+    else:
+        with multiprocessing.get_context(way).Pool(1) as pool:
+            assert pool.apply(observe, (config,)) == here
+
+
+class Batch:
+    """`examples/ray_batch.py` with two replicas, of one core and one prompt at a time."""
+
+    def __init__(self, model: Path, prompts: Path, output: Path, log: Path) -> None:
+        self.log = log
+        command = [sys.executable, str(ROOT / "scripts/examples/ray_batch.py"), str(model)]
+        command += [str(prompts), str(output), "--max-model-len=1024", "--max-tokens=400"]
+        command += ["--replicas=2", "--cores=1", "--batch-size=2", "--batches=1"]
+        command += ["--engine-option", json.dumps({**OPTIONS, "max_num_seqs": 1})]
+        environment = {**os.environ, "RAY_ADDRESS": "local", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def replicas(self) -> dict[int, psutil.Process]:
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                name = " ".join(process.cmdline())
+            except psutil.Error:  # it ended meanwhile
+                continue
+            if name.startswith("ray::MapWorker(MapBatches(vLLMEngineStageUDF))"):
+                found[process.pid] = process
+        return found
+
+    def wait(self) -> str:
+        try:
+            self.process.wait(240)
+        finally:
+            self.process.kill()
+        return self.log.read_text()
+
+
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_a_batch_outlives_a_replica_and_is_not_done_twice(
+    kill: bool, model: Path, tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
+    tokens = {f"request {i}": checkpoints.tokens(300 + i, seed=i) for i in range(12)}
+    prompts.write_text(
+        "".join(json.dumps({"id": i, "prompt_token_ids": t}) + "\n" for i, t in tokens.items())
+    )
+    with inprocess.engine(model, **OPTIONS, max_num_seqs=1) as llm:
+        answers = llm.generate(
+            [{"prompt_token_ids": t} for t in tokens.values()],
+            SamplingParams(temperature=0, max_tokens=400, detokenize=False),
+            use_tqdm=False,
+        )
+    expected = {i: list(a.outputs[0].token_ids) for i, a in zip(tokens, answers, strict=True)}
+
+    # What a run left that died: four answers, and a file that it was writing.
+    output.mkdir()
+    kept = list(tokens)[3:7]
+    row = {"text": "kept", "num_prompt_tokens": 1}
+    left = pa.Table.from_pylist([{"id": i, "token_ids": expected[i], **row} for i in kept])
+    pq.write_table(left, output / "left.parquet")
+    half = output / "half.parquet"
+    half.write_bytes((output / "left.parquet").read_bytes()[:-100])
+
+    batch = Batch(model, prompts, output, tmp_path / "log")
+    deadline = time.monotonic() + 200
+    seen: set[int] = set()
+    killed = None
+    while batch.process.poll() is None and time.monotonic() < deadline:
+        replicas = batch.replicas()
+        seen |= set(replicas)
+        started = len(replicas) == 2 and len(set(output.glob("*.parquet"))) > 1
+        if kill and killed is None and started:
+            killed = next(iter(replicas))
+            replicas[killed].kill()
+        time.sleep(0.1)
+    log = batch.wait()
+    assert batch.process.returncode == 0, log[-5000:]
+    assert "12 prompts, 4 answered already" in log
+    assert "12 of 12 prompts answered, 0 twice" in log
+    if kill:
+        assert killed is not None
+        assert "will be retried" in log  # it had work when it was killed
+    assert len(seen) == 2 + kill, "the replica that was killed was not replaced"
+
+    def written() -> list[dict[str, Any]]:
+        return [row for path in output.iterdir() for row in pq.read_table(path).to_pylist()]
+
+    assert not half.exists()
+    assert sorted(row["id"] for row in written()) == sorted(tokens)
+    assert {row["id"]: row["token_ids"] for row in written()} == expected
+    assert {row["id"] for row in written() if row["text"] == "kept"} == set(kept)
+
+    files = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    again = Batch(model, prompts, output, tmp_path / "log again")
+    assert "12 prompts, 12 answered already" in again.wait()
+    assert again.process.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == files

@@ -1,0 +1,342 @@
+"""What cannot be served is refused at start-up, in words that help."""
+
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import free_port
+from tests.helpers import checkpoints
+from tests.helpers.answers import generate
+from tests.helpers.inprocess import engine
+
+SIZES = {"chunk_size": 96, "local_size": 32}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
+
+
+def settle(model: Path, **options: Any) -> Any:
+    """The configuration step of a start, which `vllm serve` and `LLM` share."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults = {
+        "attention_backend": "dca",
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "block_size": 16,
+    }
+    return EngineArgs(str(model), **{**defaults, **options}).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "block_size", "message"),
+    [
+        ({"chunk_size": 64, "local_size": 64}, 16, "0 < local_size < chunk_size"),
+        ({"chunk_size": -64}, 16, "chunk_size must be a positive number of tokens, not -64"),
+        ({"local_size": 0}, 16, "local_size must be a positive number of tokens, not 0"),
+        ({"size": 64}, 16, 'unknown under "dca": size. Known: chunk_size'),
+        (SIZES, 48, "pass --block-size 2 or 4 or 8 or 16 or 32 or 64, or choose"),
+        ({"chunk_size": 96, "local_size": 33}, 16, "such as 48"),
+        ({}, 128, "Pass --block-size 64 or smaller"),
+    ],
+)
+def test_unusable_sizes(
+    sizes: dict[str, int], block_size: int, message: str, llama: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settle(llama, additional_config={"dca": sizes}, block_size=block_size)
+
+
+def test_a_chunk_size_over_the_window_is_warned_of_and_works(
+    llama: Path, dca_log: list[str]
+) -> None:
+    sizes = {"chunk_size": 256, "local_size": 64}
+    with engine(llama, additional_config={"dca": sizes}) as llm:
+        warned = "chunk_size 256 is over the model's window of 128 tokens"
+        assert sum(warned in line for line in dca_log) == 1
+        [output] = generate(llm, [checkpoints.tokens(600)], prompt_logprobs=0)
+    assert len(output.prompt_logprobs) == 600
+
+
+@pytest.mark.parametrize("max_model_len", [64, 128, 1024, None])
+def test_any_length_inside_or_past_the_window(max_model_len: int | None, llama: Path) -> None:
+    config = settle(llama, max_model_len=max_model_len)
+    assert config.model_config.max_model_len == (max_model_len or 128)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "changes", "message"),
+    [
+        ("DeepseekV2Config", "DeepseekV2ForCausalLM", {}, "multi-head latent attention (MLA)"),
+        ("WhisperConfig", "WhisperForConditionalGeneration", {}, "encoder-decoder models"),
+        ("BertConfig", "BertModel", {}, "encoder-only models"),
+        ("MambaConfig", "MambaForCausalLM", {}, "models without attention"),
+        ("OPTConfig", "OPTForCausalLM", {"word_embed_proj_dim": 64}, "learned positions"),
+        ("BloomConfig", "BloomForCausalLM", {"n_head": 4}, "ALiBi"),
+        (
+            "Phi3Config",
+            "Phi3ForCausalLM",
+            {
+                "original_max_position_embeddings": 64,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            "LongRoPE",
+        ),
+        (
+            "Qwen2Config",
+            "Qwen2ForCausalLM",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [2, 3, 3],
+                }
+            },
+            "M-RoPE",
+        ),
+        (
+            "MistralConfig",
+            "MistralForCausalLM",
+            {"sliding_window": 32},
+            "sliding-window layers in a mistral model (in gemma3_text it does)",
+        ),
+        (
+            "Gemma3TextConfig",
+            "Gemma3ForCausalLM",
+            {"sliding_window": 32, "layer_types": ["sliding_attention"] * 2},
+            "sliding-window layers in a gemma3_text model",
+        ),
+        (
+            "Cohere2Config",
+            "Cohere2ForCausalLM",
+            {"sliding_window": 32},
+            "sliding-window layers in a cohere2 model",
+        ),
+        (
+            "Llama4TextConfig",
+            "Llama4ForCausalLM",
+            {"no_rope_layers": [1, 0]},
+            "layers without rotary positions in a llama4_text model (in smollm3 it does)",
+        ),
+    ],
+)
+def test_models_that_are_refused_by_their_config(
+    config: str, architecture: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = checkpoints.write_config(tmp_path, config, architecture, **changes)
+    with pytest.raises(NotImplementedError, match=re.escape(message)) as refusal:
+        settle(model)
+    assert "or use another attention backend" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "changes", "message"),
+    [
+        (
+            "Gemma2Config",
+            "Gemma2ForCausalLM",
+            {"layer_types": ["full_attention"] * 2, "sliding_window": None},
+            "a logit soft cap",
+        ),
+        (
+            "LlamaConfig",
+            "LlamaForCausalLM",
+            {
+                "rope_parameters": {
+                    "rope_type": "deepseek_yarn",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "its rotary embedding is a DeepseekScalingRotaryEmbedding",
+        ),
+        (
+            "GptOssConfig",
+            "GptOssForCausalLM",
+            {"layer_types": ["full_attention"] * 2},
+            "sinks not supported",
+        ),
+    ],
+)
+def test_models_that_are_refused_as_they_are_built(
+    config: str, architecture: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = checkpoints.write_config(tmp_path, config, architecture, **changes)
+    with pytest.raises((NotImplementedError, ValueError), match=message), engine(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "does not support --kv-cache-dtype fp8"),
+        (
+            {"additional_config": {"dca": {"prefill_provider": "flash_attn"}}},
+            "'flash_attn' is not known on this device; choose from compiled, torch,",
+        ),
+        (
+            {"kv_cache_dtype": "bfloat16"},
+            "--kv-cache-dtype bfloat16 with a torch.float32 model",
+        ),
+        (
+            {
+                "attention_backend": None,
+                "attention_config": {"backend_per_kind": {"full_attention": "DCA"}},
+            },
+            "backend_per_kind",
+        ),
+        (
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+            "speculative decoding by ngram_gpu",
+        ),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], message: str, llama: Path) -> None:
+    with (
+        pytest.raises((NotImplementedError, ValueError), match=message),
+        engine(llama, **options),
+    ):
+        pass
+
+
+def test_what_only_gpus_have_is_refused(llama: Path) -> None:
+    """On the CPU vLLM switches it off, or refuses it, by itself."""
+    from vllm_dca.engine.refusals import refusals
+
+    config = settle(llama)
+    assert refusals(config) == []
+    config.parallel_config.enable_dbo = True
+    config.parallel_config.prefill_context_parallel_size = 2
+    [context, overlap] = refusals(config)
+    assert context.startswith("--prefill-context-parallel-size")
+    assert overlap == "--enable-dbo"
+
+
+def test_other_platforms_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dca.engine import refusals
+
+    no = {"is_cpu": lambda: False, "is_cuda": lambda: False}
+    platform = types.SimpleNamespace(device_name="tpu", **no)
+    monkeypatch.setattr(refusals, "current_platform", platform)
+    with pytest.raises(NotImplementedError, match="the tpu platform"):
+        settle(llama)
+
+
+def test_a_model_that_nobody_checked_is_warned_of(tmp_path: Path, dca_log: list[str]) -> None:
+    from vllm_dca.engine.support import PROVED_MODELS
+
+    assert "seed_oss" not in PROVED_MODELS
+    settle(checkpoints.write_config(tmp_path, "SeedOssConfig", "SeedOssForCausalLM"))
+    assert sum("seed_oss models are not among those" in line for line in dca_log) == 1
+
+
+def test_a_loader_that_bypasses_the_installation_is_refused(llama: Path) -> None:
+    """As tensorizer does: it builds models without BaseModelLoader.create_model."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            DefaultModelLoader,
+            "create_model",
+            lambda self, vllm_config, model_config, prefix="": initialize_model(
+                vllm_config=vllm_config, model_config=model_config, prefix=prefix
+            ),
+        )
+        with pytest.raises(RuntimeError, match="DCA was not installed"), engine(llama):
+            pass
+
+
+def test_only_the_layers_of_dca_get_a_periodic_table(llama: Path) -> None:
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    def tables(model: torch.nn.Module) -> list[tuple[int, torch.Tensor, bool]]:
+        modules = [layer.self_attn.rotary_emb for layer in model.model.layers]
+        return [(id(m), m.cos_sin_cache, m._forward_method.__self__ is m) for m in modules]
+
+    _ROPE_DICT.clear()
+    with engine(llama, additional_config={"dca": SIZES}) as llm:
+        [found] = llm.apply_model(tables)
+        [shared] = _ROPE_DICT.values()
+    original = shared.cos_sin_cache
+    assert original.shape[0] == checkpoints.WINDOW
+    assert len(found) == 2
+    assert len({module for module, _, _ in found}) == 1
+    for module, table, bound_to_itself in found:
+        assert module != id(shared)
+        # A copy bound to the original would silently go on using the original's table.
+        assert bound_to_itself
+        assert torch.equal(table, original[torch.arange(1024) % 64])
+
+
+def test_a_server_that_cannot_start_says_why_and_exits(llama: Path) -> None:
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(llama)]
+    command += ["--port", str(free_port())]
+    command += ["--attention-backend", "dca", "--skip-tokenizer-init", "--block-size", "48"]
+    command += ["--additional-config", '{"dca": {"chunk_size": 96, "local_size": 32}}']
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode != 0
+    assert "pass --block-size 2 or 4 or 8 or 16 or 32 or 64" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("use", "reason"),
+    [
+        ("use_batch_invariant", "batch invariance not supported"),
+        ("use_dcp", "DCP not supported"),
+        ("use_pcp", "PCP not supported"),
+        ("has_sink", "attention sinks not supported"),
+    ],
+)
+def test_what_vllm_is_told_that_dca_cannot(use: str, reason: str) -> None:
+    from vllm_dca.engine.backend import DcaBackend
+
+    base = {
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 16,
+        **dict.fromkeys(("use_mla", "has_sink", "use_sparse", "use_mm_prefix"), False),
+        "use_per_head_quant_scales": False,
+        "device_capability": None,
+        "attn_type": "decoder",
+    }
+    assert DcaBackend.validate_configuration(**base) == []
+    assert DcaBackend.validate_configuration(**{**base, use: True}) == [reason]
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ({"kv_sharing_target_layer_name": "other"}, "KV sharing between layers"),
+        ({"alibi_slopes": [1.0]}, "ALiBi slopes"),
+        ({"sliding_window": 8}, "sliding-window attention"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
+        ({"attention_chunk_size": 8}, "chunked-local attention"),
+        ({"logits_soft_cap": 30.0}, "a logit soft cap"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"unheard_of": 8}, "the attention argument 'unheard_of'"),
+    ],
+)
+def test_layers_that_are_refused(argument: dict[str, Any], reason: str) -> None:
+    from vllm_dca.engine.backend import DcaImpl
+
+    DcaImpl(4, 16, 1.0)
+    with pytest.raises(NotImplementedError, match=reason):
+        DcaImpl(4, 16, 1.0, **argument)

@@ -1,0 +1,110 @@
+"""The support table says what is refused, what is proved, and where; nothing else."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import transformers
+
+from scripts.docs import tables
+from tests.helpers import checkpoints
+from vllm_dca.engine.refusals import REFUSALS, REFUSED_BY_VLLM, REFUSED_IN_LAYERS
+from vllm_dca.engine.support import PROVED_MODELS, ROPE_TYPES
+from vllm_dca.engine.support_table import SUPPORTED
+
+TESTS = Path(__file__).parent
+# Which test shows each thing that the table calls supported ...
+PROOFS = {
+    "CPU": "test_engine::test_prompt_logprobs_agree_with_the_reference",
+    "CUDA": "test_cuda_path::test_engine_agrees_with_reference",
+    "fp32": "test_engine::test_prompt_logprobs_agree_with_the_reference",
+    "bf16": "test_models::test_half_precision",
+    "fp16": "test_models::test_half_precision",
+    "a KV cache of the model's dtype": "test_models::test_half_precision",
+    "on CUDA also FP8": "../cuda/test_kernels::test_decode_agrees_with_reference",
+    "chunked prefill": "test_features::test_prefills_cut_at_odd_places_among_many_requests",
+    "prefix caching": "test_engine::test_a_cached_prefix_equals_a_fresh_one",
+    "mixed batches": "test_engine::test_batched_equals_single",
+    "preemption": "test_models::test_preempted_requests_answer_as_if_alone",
+    "torch.compile": "test_engine::test_prompt_logprobs_agree_with_the_reference",
+    "`n` samples": "test_features::test_samples_share_a_prompt",
+    "beam search": "test_features::test_beam_search",
+    "log-probabilities": "test_engine::test_prompt_logprobs_agree_with_the_reference",
+    "structured output": "test_features::test_structured_output",
+    "LoRA": "test_features::test_lora_adapters_beside_the_model",
+    "quantised weights": "test_features::test_quantised_weights",
+    "embeddings and pooling": "test_features::test_embeddings_and_pooling",
+    "prompts as embeddings": "test_features::test_prompts_as_embeddings",
+    "reloading weights": "test_features::test_weights_reloaded_in_place",
+    "KV connectors": "test_features::test_a_kv_connector_brings_keys_from_another_engine",
+    "speculative decoding": "test_features::test_a_draft_model_drafts_past_its_window",
+    "tensor and pipeline": "test_parallel::test_ranks_agree_with_reference",
+    "Ray": "test_ray::test_an_engine_over_two_nodes_agrees_with_the_reference",
+    "data parallel": "test_parallel::test_data_parallel_engines_answer_alike",
+    "any that divides": "test_models::test_any_block_size_that_divides_the_chunk_length",
+}
+# ... and each that it calls refused.
+BY_CONFIG = "test_startup::test_models_that_are_refused_by_their_config"
+BY_OPTION = "test_startup::test_options_that_are_refused"
+REFUSED = {
+    "others": "test_startup::test_other_platforms_are_refused",
+    "no RoPE": BY_CONFIG,
+    "M-RoPE": BY_CONFIG,
+    "MLA": BY_CONFIG,
+    "encoders": BY_CONFIG,
+    "cross attention": BY_CONFIG,
+    "no attention": BY_CONFIG,
+    "sliding windows": BY_CONFIG,
+    "NoPE layers": BY_CONFIG,
+    "LongRoPE": BY_CONFIG,
+    "other quantised": BY_OPTION,
+    "a backend per kind": BY_OPTION,
+    "speculative decoding": BY_OPTION,
+    "decode context": BY_OPTION,
+    "prefill context": "test_startup::test_what_only_gpus_have_is_refused",
+    "dual-batch overlap": "test_startup::test_what_only_gpus_have_is_refused",
+    **dict.fromkeys(REFUSED_IN_LAYERS.values(), "test_startup::test_layers_that_are_refused"),
+    **dict.fromkeys(REFUSED_BY_VLLM, "test_startup::test_what_vllm_is_told_that_dca_cannot"),
+}
+
+
+def assert_proved(claims: list[str], proofs: dict[str, str]) -> None:
+    """Each claim starts with the name of exactly one proof, and its test exists."""
+    used = set()
+    for claim in claims:
+        [(start, proof)] = [pair for pair in proofs.items() if claim.startswith(pair[0])]
+        module, _, function = proof.partition("::")
+        tree = ast.parse((TESTS / f"{module}.py").read_text())
+        assert function in {getattr(node, "name", None) for node in tree.body}, claim
+        used.add(start)
+    assert used == set(proofs)
+
+
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_those_of_the_records(document: Path) -> None:
+    assert tables.rewritten(document.read_text()) == document.read_text()
+
+
+def test_every_claim_has_a_test() -> None:
+    claims = [
+        claim
+        for area, claims in SUPPORTED.items()
+        if area not in ("vLLM", "models", "RoPE scaling")
+        for claim in claims
+    ]
+    assert_proved(claims, PROOFS)
+
+
+def test_every_refusal_has_a_test() -> None:
+    claims = [refusal.what for refusal in REFUSALS]
+    assert_proved([*claims, *REFUSED_IN_LAYERS.values(), *REFUSED_BY_VLLM], REFUSED)
+
+
+def test_proved_models_are_those_with_tests() -> None:
+    elsewhere = {"Gemma3TextConfig", "Qwen3NextConfig"}
+    tested = {*checkpoints.FAMILIES, *elsewhere}
+    kinds = {getattr(transformers, family).model_type for family in tested}
+    assert kinds == set(PROVED_MODELS)
+    assert set(ROPE_TYPES) == {"none", *checkpoints.SCALINGS}
+    source = (TESTS / "test_models.py").read_text()
+    assert all(f'"{family}"' in source for family in elsewhere)

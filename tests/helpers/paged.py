@@ -1,0 +1,279 @@
+"""Random batches in a paged cache, with what the reference says of them."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_dca.cpu import compiled, paged_pass
+from vllm_dca.cpu.decode import decode_attention
+from vllm_dca.cpu.merge import merge_parts
+from vllm_dca.cpu.plan_decode import DecodePlan
+from vllm_dca.cpu.turn import turn_queries
+from vllm_dca.method.device import PrefillOperations
+from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.kv_cache import split_kv, write_kv
+from vllm_dca.method.planning import plan_prefill
+from vllm_dca.method.prefill import prefill_attention
+from vllm_dca.method.rotary import QueryRotation, unit_table
+from vllm_dca.reference.attention import dual_chunk_attention, key_positions, rotate
+
+# Where Triton's kernels run.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
+# Of an FP8 cache, which holds a key or value over its scale.
+K_SCALE, V_SCALE = torch.tensor([0.5]), torch.tensor([2.0])
+CPU_PREFILL = PrefillOperations(turn_queries, paged_pass.attention, merge_parts)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything about a batch but its numbers. Lengths are (tokens, of these cached)."""
+
+    lengths: list[tuple[int, int]]
+    chunk_len: int = 16
+    local_size: int = 8
+    block_size: int = 4
+    num_kv_heads: int = 2
+    group: int = 3
+    head_size: int = 16
+    rotary_dim: int = 16
+    is_neox: bool = True
+    original_max_position_embeddings: int | None = None
+    dtype: torch.dtype = torch.float32
+    mscale: float = 1.0
+    cache_dtype: torch.dtype | None = None  # FP8, or None for the same
+    tokens_first: bool = False  # in memory: a page's tokens, then its heads
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """As models have it, and a little more: attention is far from uniform."""
+        return 1.2 * self.head_size**-0.5
+
+    @property
+    def geometry(self) -> ChunkGeometry:
+        return ChunkGeometry(self.chunk_len + self.local_size, self.local_size)
+
+
+def query_start_loc(lengths: list[tuple[int, int]]) -> torch.Tensor:
+    """First row of each request among the batch's new tokens."""
+    new = torch.tensor([0] + [total - cached for total, cached in lengths])
+    return new.cumsum(0).to(torch.int32)
+
+
+@dataclass
+class Batch:
+    """Unrotated queries, keys and values of each request, and the paged cache that holds them.
+
+    Pages that no request uses, and the slots past each request's end, hold NaN.
+    """
+
+    shape: Shape
+    queries: list[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    inv_freq: torch.Tensor
+    kv_cache: torch.Tensor = field(init=False)
+    block_table: torch.Tensor = field(init=False)
+
+    @classmethod
+    def random(cls, shape: Shape) -> "Batch":
+        torch.manual_seed(shape.seed)
+
+        def tokens(count: int, heads: int) -> torch.Tensor:
+            return torch.randn(count, heads, shape.head_size, dtype=shape.dtype)
+
+        kv_heads, heads = shape.num_kv_heads, shape.num_kv_heads * shape.group
+        exponent = torch.arange(0, shape.rotary_dim, 2).double() / shape.rotary_dim
+        return cls(
+            shape,
+            [tokens(total - cached, heads) for total, cached in shape.lengths],
+            [tokens(total, kv_heads) for total, _ in shape.lengths],
+            [tokens(total, kv_heads) for total, _ in shape.lengths],
+            inv_freq=100.0**-exponent,
+        )
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        blocks = [-(-total // shape.block_size) for total, _ in shape.lengths]
+        spare = 3
+        pages = torch.randperm(sum(blocks) + spare)
+        unused, pages = int(pages[0]), pages[spare:]
+        size = [len(pages) + spare, shape.num_kv_heads, shape.block_size, 2 * shape.head_size]
+        order = [0, 2, 1, 3] if shape.tokens_first else [0, 1, 2, 3]
+        self.kv_cache = torch.full(
+            [size[axis] for axis in order], torch.nan, dtype=shape.cache_dtype or shape.dtype
+        ).permute(order)
+        self.block_table = torch.full((len(blocks), max(blocks)), unused, dtype=torch.int32)
+        for row, own in enumerate(pages.split(blocks)):
+            self.block_table[row, : len(own)] = own
+            slots = (own[:, None] * shape.block_size + torch.arange(shape.block_size)).flatten()
+            key, value = self.keys[row], self.values[row]
+            positions = key_positions(
+                torch.arange(len(key)), shape.geometry.chunk_size, shape.local_size
+            )
+            rotated = self._rotated(key, positions)
+            if shape.cache_dtype is not None:
+                rotated = (rotated / K_SCALE).to(shape.cache_dtype)
+                value = (value / V_SCALE).to(shape.cache_dtype)
+                # What was stored is what the reference is asked about.
+                self.values[row] = value.double() * V_SCALE
+                self.keys[row] = self._unrotated(rotated.double() * K_SCALE, positions)
+            write_kv(rotated, value, self.kv_cache, slots[: len(key)])
+
+    def _rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        shape = self.shape
+        rotated = rotate(x.double(), positions, self.inv_freq, shape.is_neox)
+        # A YaRN table lengthens what it rotates.
+        rotated[..., : shape.rotary_dim] *= shape.mscale
+        return rotated.to(shape.dtype)
+
+    def _unrotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[..., : self.shape.rotary_dim] /= self.shape.mscale
+        return rotate(x, -positions, self.inv_freq, self.shape.is_neox)
+
+    def scales(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """For what reads the cache."""
+        if self.shape.cache_dtype is None:
+            return {}
+        return {"k_scale": K_SCALE.to(device), "v_scale": V_SCALE.to(device)}
+
+    def rotated_query(self) -> torch.Tensor:
+        """What the model hands to the attention layer."""
+        return torch.cat(
+            [
+                self._rotated(query, torch.arange(cached, total) % self.shape.chunk_len)
+                for query, (total, cached) in zip(self.queries, self.shape.lengths, strict=True)
+            ]
+        )
+
+    def rotation(self, device: torch.device = CPU) -> QueryRotation:
+        size = self.shape.geometry.chunk_size
+        angle = torch.arange(size)[:, None] * self.inv_freq
+        table = self.shape.mscale * torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return QueryRotation(unit_table(table.float(), size).to(device), self.shape.is_neox)
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The specification's answer, computed in `dtype`."""
+        shape = self.shape
+        lengthen = torch.ones(shape.head_size)
+        lengthen[: shape.rotary_dim] = shape.mscale
+        return torch.cat(
+            [
+                dual_chunk_attention(
+                    query.to(dtype) * lengthen.to(dtype),
+                    key.to(dtype) * lengthen.to(dtype),
+                    value,
+                    chunk_size=shape.geometry.chunk_size,
+                    local_size=shape.local_size,
+                    inv_freq=self.inv_freq,
+                    is_neox=shape.is_neox,
+                    scale=shape.scale,
+                    original_max_position_embeddings=shape.original_max_position_embeddings,
+                    dtype=dtype,
+                )
+                for query, key, value in zip(self.queries, self.keys, self.values, strict=True)
+            ]
+        )
+
+    def prefill(
+        self,
+        query: torch.Tensor | None = None,
+        rows: slice = slice(None),
+        operations: PrefillOperations = CPU_PREFILL,
+        device: torch.device = CPU,
+    ) -> torch.Tensor:
+        """Three passes and a merge."""
+        shape = self.shape
+        query = (self.rotated_query() if query is None else query).to(device)
+        key_cache, value_cache = split_kv(self.kv_cache.to(device))
+        lengths = torch.tensor(shape.lengths)[rows]
+        output = torch.full_like(query, torch.nan)
+        prefill_attention(
+            query,
+            key_cache,
+            value_cache,
+            output,
+            plan=plan_prefill(
+                query_start_loc(shape.lengths[rows]).numpy(),
+                lengths[:, 0].numpy(),
+                self.block_table[rows].to(device),
+                shape.block_size,
+                shape.geometry,
+                shape.original_max_position_embeddings,
+            ),
+            rotation=self.rotation(device),
+            softmax_scale=shape.scale,
+            operations=operations,
+            **self.scales(device),
+        )
+        return output.cpu()
+
+    def decode(self) -> torch.Tensor:
+        """The CPU's paged decode, in torch."""
+        return self._planned(DecodePlan, decode_attention)
+
+    def compiled(
+        self, query: torch.Tensor | None = None, rows: slice = slice(None)
+    ) -> torch.Tensor:
+        """The CPU's compiled kernel, for any rows."""
+        plan = compiled.CompiledPlan
+        return self._planned(plan, compiled.attention, query, rows)
+
+    def _planned(
+        self,
+        plan: Callable[..., Any],
+        attention: Callable[..., None],
+        query: torch.Tensor | None = None,
+        rows: slice = slice(None),
+    ) -> torch.Tensor:
+        shape, lengths = self.shape, self.shape.lengths[rows]
+        query = self.rotated_query() if query is None else query
+        output = torch.full_like(query, torch.nan)
+        attention(
+            query,
+            self.kv_cache,
+            output,
+            plan=plan(
+                query_start_loc(lengths),
+                torch.tensor([total for total, _ in lengths], dtype=torch.int32),
+                self.block_table[rows],
+                shape.block_size,
+                shape.geometry,
+                shape.original_max_position_embeddings,
+            ),
+            rotation=self.rotation(),
+            softmax_scale=shape.scale,
+        )
+        return output
+
+    def tolerance(self) -> float:
+        """How far from fp64 an ordinary computation in the batch's dtype ends up.
+
+        The reference itself, run in that dtype, rounds queries, keys, scores, weights and
+        output once each. The fast path rounds a turned query and a partial output once more,
+        hence twice its error; eps times the largest value is there for the batches where the
+        ordinary one happens to be exact (a single key). It is asked for every row of whole
+        sequences, of several batches if these are short: one row may be lucky.
+        """
+        ordinary = largest = 0.0
+        shape = dataclasses.replace(
+            self.shape, lengths=[(total, 0) for total, _ in self.shape.lengths]
+        )
+        rows = sum(total for total, _ in shape.lengths)
+        outputs = rows * shape.num_kv_heads * shape.group * shape.head_size
+        for sample in range(min(-(-4000 // outputs), 16)):
+            batch = Batch.random(dataclasses.replace(shape, seed=shape.seed + 1000 * sample))
+            exact, rounded = batch.reference(), batch.reference(shape.dtype).double()
+            ordinary = max(ordinary, (rounded - exact).abs().max().item())
+            largest = max(largest, *(value.abs().max().item() for value in batch.values))
+        return 2 * ordinary + 2 * torch.finfo(shape.dtype).eps * largest
+
+    def assert_close(self, output: torch.Tensor) -> None:
+        error = (output.double() - self.reference()).abs().max().item()
+        tolerance = self.tolerance()
+        assert error <= tolerance, f"{error} > {tolerance} for {self.shape}"

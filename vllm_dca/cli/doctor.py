@@ -1,0 +1,169 @@
+"""Whether DCA is well installed: a finding for each thing that must be right."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+
+class Finding(NamedTuple):
+    """What a check of `doctor` found.
+
+    Attributes:
+        verdict: "ok", "problem", or "note" for what is neither.
+        text: what was found and, of a problem, what to do.
+    """
+
+    verdict: str
+    text: str
+
+
+def _check_vllm() -> Iterator[Finding]:
+    import vllm
+
+    from vllm_dca.engine.shims import TESTED_VLLM, is_tested
+
+    tested = ", ".join(TESTED_VLLM)
+    if is_tested():
+        yield Finding("ok", f"vLLM {vllm.__version__} (tested: {tested})")
+    else:
+        yield Finding(
+            "problem",
+            f"vLLM {vllm.__version__} is not tested: install {tested}, or a vllm-dca that "
+            "supports this vLLM",
+        )
+
+
+def _check_entry_point() -> Iterator[Finding]:
+    from importlib.metadata import entry_points
+
+    import vllm.envs
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
+
+    from vllm_dca.plugin import register
+
+    installed = entry_points(group=DEFAULT_PLUGINS_GROUP, name="dca")
+    if not installed:
+        yield Finding(
+            "problem",
+            f"the entry point dca in {DEFAULT_PLUGINS_GROUP} is not installed: pip install "
+            "vllm-dca into this environment (running from its folder is not enough)",
+        )
+    elif load_plugins_by_group(DEFAULT_PLUGINS_GROUP).get("dca") is register:
+        yield Finding("ok", f"vLLM loads the plugin dca ({DEFAULT_PLUGINS_GROUP})")
+    elif "dca" not in (allowed := vllm.envs.VLLM_PLUGINS or ["dca"]):
+        yield Finding(
+            "problem",
+            f"VLLM_PLUGINS={','.join(allowed)} keeps the plugin dca out: add dca to "
+            "it, or unset it",
+        )
+    else:
+        values = ", ".join(point.value for point in installed)
+        yield Finding(
+            "problem",
+            f"the plugin dca ({values}) is not this one, or does not load: reinstall vllm-dca",
+        )
+
+
+def _check_platform() -> Iterator[Finding]:
+    from vllm.platforms import current_platform
+
+    from vllm_dca.engine.backend import DcaBackend
+
+    name = current_platform.device_type
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        yield Finding("problem", f"platform {name or 'unknown'}: DCA runs on cpu and cuda")
+        return
+    capability = current_platform.get_device_capability()
+    of = "" if capability is None else f", compute capability {capability.as_version_str()}"
+    if DcaBackend.supports_compute_capability(capability):
+        yield Finding("ok", f"platform {name}{of}")
+    else:
+        yield Finding("problem", f"platform {name}{of}: DCA needs a GPU of 8.0 or higher")
+
+
+def _check_providers() -> Iterator[Finding]:
+    import torch
+    from vllm.platforms import current_platform
+
+    from vllm_dca.engine.choice import PROVIDERS
+    from vllm_dca.engine.devices import compute_capability
+    from vllm_dca.method.provider import Needs, UnusableProviderError
+
+    needs = Needs(
+        head_size=128,
+        dtype=torch.bfloat16,
+        cache_dtype=torch.bfloat16,
+        block_size=16,
+        capability=compute_capability(),
+    )
+    device_type = current_platform.device_type
+    what = "(heads of 128, bfloat16, blocks of 16)"
+    serving = 0
+    for name, load in PROVIDERS.get(device_type, {}).items():
+        try:
+            load(needs)
+        except (UnusableProviderError, ImportError) as error:
+            yield Finding("note", f"prefill by {name}: no, because {error}")
+        else:
+            serving += 1
+            yield Finding("ok", f"prefill by {name} {what}")
+    if not serving:
+        yield Finding(
+            "problem", f"nothing can compute the prefill on {device_type or 'this platform'}"
+        )
+
+
+def _check_shims() -> Iterator[Finding]:
+    from vllm_dca.engine import shims
+
+    try:
+        in_force = shims.apply()
+    except shims.IncompatibleVllmError as error:
+        yield Finding("problem", f"DCA cannot be made available: {error}")
+        return
+    patched = [shim.__name__ for shim in shims.SHIMS if shim.__name__ not in in_force]
+    yield Finding("ok", f"shims in force: {', '.join(in_force) or 'none'}")
+    yield Finding("ok", f"patches in vLLM instead of shims: {', '.join(patched) or 'none'}")
+
+
+def _check_selection() -> Iterator[Finding]:
+    import torch
+    from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import get_attn_backend
+
+    from vllm_dca.engine.backend import DcaBackend
+    from vllm_dca.engine.shims import NAME
+
+    if NAME not in AttentionBackendEnum.__members__:
+        return  # why, is said of the shims
+    try:
+        chosen = VllmConfig(
+            attention_config=AttentionConfig(backend=AttentionBackendEnum[NAME])
+        )
+        with set_current_vllm_config(chosen):
+            backend = get_attn_backend(128, torch.bfloat16, "auto")
+    except ValueError as error:
+        yield Finding("problem", f"--attention-backend dca is refused by vLLM: {error}")
+        return
+    if backend is DcaBackend:
+        yield Finding("ok", f"--attention-backend dca selects {_path(backend)}")
+    else:
+        yield Finding(
+            "problem",
+            f"--attention-backend dca selects {_path(backend)}, not {_path(DcaBackend)}: "
+            "uninstall what else registers DCA",
+        )
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _check_vllm,
+    _check_entry_point,
+    _check_platform,
+    _check_providers,
+    _check_shims,
+    _check_selection,
+)

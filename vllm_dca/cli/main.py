@@ -1,0 +1,235 @@
+"""The command line: what DCA would do with a model, and whether it is well installed."""
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import logging
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
+from rich.text import Text
+
+from vllm_dca.cli.doctor import CHECKS
+from vllm_dca.cli.explain import Explanation, find_out
+
+# vLLM is imported by the commands, after its log is turned down: it takes seconds, and --help
+# should not.
+
+app = typer.Typer(
+    help="Dual Chunk Attention for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+def _tokens(text: str) -> int:
+    from vllm.utils.argparse_utils import human_readable_int
+
+    try:
+        tokens = human_readable_int(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise typer.BadParameter(f"{text!r} is no number of tokens") from error
+    if tokens <= 0:
+        raise typer.BadParameter(f"{text!r} is no positive number of tokens")
+    return tokens
+
+
+def _object(text: str) -> str:
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise typer.BadParameter(f"{text!r} is no JSON object")
+    return text
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A checkpoint's directory or name.")],
+    max_model_len: Annotated[
+        int | None, typer.Option(parser=_tokens, metavar="TOKENS", help="As 32768 or 32K.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a KV-cache page.")
+    ] = None,
+    additional_config: Annotated[
+        str | None, typer.Option(parser=_object, metavar="JSON", help="DCA's options.")
+    ] = None,
+    hf_overrides: Annotated[
+        str | None, typer.Option(parser=_object, metavar="JSON", help="Over config.json.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the model.")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache.")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the relative positions to this picture.")
+    ] = None,
+) -> None:
+    """Say what DCA would do with a model, without its weights. Options are `vllm serve`'s."""
+    options: dict[str, Any] = {
+        "max_model_len": max_model_len,
+        "block_size": block_size,
+        "additional_config": additional_config,
+        "hf_overrides": hf_overrides,
+        "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype,
+        "tensor_parallel_size": tensor_parallel_size,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        errors.print("--plot needs matplotlib: pip install matplotlib")
+        raise typer.Exit(1)
+    with errors.status("Asking vLLM"), _quiet_vllm() as warnings, _refusals():
+        explanation = find_out(model, given, warnings)
+    _print_explanation(explanation)
+    _line("start it", shlex.join(_serve_command(model, given)))
+    if plot is not None:
+        from vllm_dca.cli.picture import draw
+
+        with _refusals():
+            draw(explanation.settings.geometry, explanation.max_model_len, plot)
+        _line("picture", str(plot))
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation, a line for each thing; exit code 1 if anything is wrong."""
+    with errors.status("Asking vLLM"), _quiet_vllm():
+        findings = [finding for check in CHECKS for finding in check()]
+    styles = {"ok": "green", "problem": "bold red", "note": "dim"}
+    for verdict, text in findings:
+        console.print(Text.assemble((f"{verdict:<9}", styles[verdict]), text))
+    if any(finding.verdict == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What vLLM, DCA or the file system refuses is a message and exit code 1."""
+    from pydantic import ValidationError
+
+    from vllm_dca.engine.shims import IncompatibleVllmError
+
+    try:
+        yield
+    except ValidationError as error:
+        messages = [reason["msg"].removeprefix("Value error, ") for reason in error.errors()]
+        errors.print(Text("; ".join(messages)))
+        raise typer.Exit(1) from error
+    except (ValueError, NotImplementedError, OSError, IncompatibleVllmError) as error:
+        errors.print(Text(str(error)))
+        raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def _quiet_vllm() -> Iterator[list[str]]:
+    """Silence vLLM's log below errors, and collect the warnings of this plugin."""
+    logging.disable(logging.WARNING)
+    try:
+        from vllm.config.logging import LoggingConfig
+        from vllm.logger import configure_logging_if_needed
+
+        # Now, as the engine's config would do it later and drop what follows.
+        configure_logging_if_needed(LoggingConfig())
+    finally:
+        logging.disable(logging.NOTSET)
+    everything, plugin = logging.getLogger("vllm"), logging.getLogger("vllm.plugins.dca")
+    before = [(log, log.level, log.propagate) for log in (everything, plugin)]
+    collector = _Collector(logging.WARNING)
+    everything.setLevel(logging.ERROR)
+    plugin.setLevel(logging.WARNING)
+    plugin.propagate = False
+    plugin.addHandler(collector)
+    try:
+        yield collector.messages
+    finally:
+        plugin.removeHandler(collector)
+        for log, level, propagate in before:
+            log.setLevel(level)
+            log.propagate = propagate
+
+
+class _Collector(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def _print_explanation(found: Explanation) -> None:
+    settings = found.settings
+    temperature = settings.original_max_position_embeddings
+    _line("chunk_size", f"{settings.chunk_size} tokens, {settings.source}")
+    _line("local_size", f"{settings.local_size} tokens")
+    _line(
+        "chunk_len",
+        f"{settings.geometry.chunk_len} tokens, in blocks of {found.block_size}",
+    )
+    _line(
+        "temperature",
+        "none" if temperature is None else f"grows from {temperature} tokens on",
+    )
+    _line("trained window", f"{settings.window} tokens")
+    _line(
+        "max_model_len",
+        f"{found.max_model_len} tokens, {found.max_model_len / settings.window:.1f} times the "
+        "window",
+    )
+    total = len(found.dca_layers) + len(found.other_layers)
+    others = _layers(found.other_layers)
+    _line(
+        "DCA attends",
+        f"{len(found.dca_layers)} of {total} layers: {_layers(found.dca_layers)}"
+        + (f"; {others} keep another attention" if others else ""),
+    )
+    _line("prefill by", f"{found.provider or 'unknown'}, on this machine ({found.device_type})")
+    rank = f" on each of {found.ranks} ranks" if found.ranks > 1 else ""
+    _line(
+        "KV cache",
+        f"{_size(found.token_bytes)} a token, {_size(found.request_bytes)} for one request of "
+        f"{found.max_model_len} tokens{rank}",
+    )
+    for warning in found.warnings:
+        _line("warning", warning.removeprefix("DCA: "), "yellow")
+
+
+def _line(label: str, text: str, style: str = "bold") -> None:
+    console.print(Text.assemble((f"{label:<16}", style), text))
+
+
+def _layers(names: list[str]) -> str:
+    """Numbers of layers, runs as first-last: "0-4, 6"."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    numbers = sorted(extract_layer_index(name) for name in names)
+    runs = []
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        runs.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return ", ".join(runs)
+
+
+def _size(count: int) -> str:
+    """Bytes in units of 1024."""
+    unit, suffix = pick_unit_and_suffix(count, ["bytes", "KiB", "MiB", "GiB", "TiB"], 1024)
+    return f"{count / unit:.4g} {suffix}"
+
+
+def _serve_command(model: str, given: dict[str, Any]) -> list[str]:
+    command = ["vllm", "serve", model, "--attention-backend", "dca"]
+    for name, value in given.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    return command

@@ -1,0 +1,194 @@
+"""Dual chunk attention on the CPU by a compiled kernel, `compiled.cpp`.
+
+It takes prefills and decode rows alike, in one call a layer. Where there is no compiler, the
+three passes over `vllm_dca.cpu.paged_pass` and `vllm_dca.cpu.decode` do the same.
+"""
+
+import ctypes
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+
+from vllm_dca.cpu.rows import Rows
+from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.rotary import QueryRotation
+
+SOURCE = Path(__file__).with_name("compiled.cpp")
+# Beyond inductor's own.
+FLAGS = ("-ffp-contract=fast", "-fno-math-errno")
+ATTEND = {
+    torch.float32: "attend_float32",
+    torch.bfloat16: "attend_bfloat16",
+    torch.float16: "attend_float16",
+}
+
+
+class _Arguments(ctypes.Structure):
+    """The kernel's `Arguments`."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("kv_cache", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("cos_sin", ctypes.c_void_p),
+        ("temperature", ctypes.c_void_p),
+        ("position", ctypes.c_void_p),
+        ("request", ctypes.c_void_p),
+        ("turn", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("head_size", ctypes.c_int64),
+        ("rotary_dim", ctypes.c_int64),
+        ("is_neox", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("chunk_len", ctypes.c_int64),
+        ("query_stride", ctypes.c_int64 * 2),
+        ("output_stride", ctypes.c_int64 * 2),
+        ("cache_stride", ctypes.c_int64 * 3),
+        ("table_stride", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    """The kernel's `Tokens`."""
+
+    _fields_ = (
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("kv_cache", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_bytes", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("key_stride", ctypes.c_int64 * 2),
+        ("value_stride", ctypes.c_int64 * 2),
+        ("cache_stride", ctypes.c_int64 * 3),
+    )
+
+
+class CompiledPlan:
+    """What all layers share: every new token of the batch, one a row.
+
+    Made from the same arguments as `vllm_dca.cpu.plan_decode.DecodePlan`.
+    """
+
+    def __init__(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        block_size: int,
+        geometry: ChunkGeometry,
+        original_max_position_embeddings: int | None = None,
+    ) -> None:
+        length = original_max_position_embeddings
+        self.rows = Rows.of(query_start_loc, seq_lens, geometry, length)
+        self.block_table = block_table
+        self.chunk_len = geometry.chunk_len
+        assert block_table.dtype == torch.int32
+        assert block_table.stride(1) == 1
+        assert bool((self.rows.position >= 0).all())
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Compile the kernel, or find it compiled.
+
+    torch's builder for its own compiled CPU code does it: it finds the compiler, names the
+    processor, links OpenMP, and keeps the result on disk, under a lock.
+
+    Raises:
+        Exception: of many kinds; there is no compiler that can.
+    """
+    from torch._inductor import cpp_builder
+    from torch._inductor.codecache import CppCodeCache
+
+    # -march=native is another code on another processor that shares the folder.
+    processor = repr(sorted(torch.cpu.get_capabilities().items()))
+    named = f"-DPROCESSOR=0x{hashlib.sha256(processor.encode()).hexdigest()[:15]}"
+    # Inductor's flags for gcc leave vectors to the code that it generates.
+    vectors = ("-ftree-loop-vectorize",) if cpp_builder.is_gcc() else ()
+    flags = (named, *vectors, *FLAGS)
+    return CppCodeCache.load(SOURCE.read_text(), extra_flags=flags, needs_vec_isa=False)
+
+
+def attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    plan: CompiledPlan,
+    rotation: QueryRotation,
+    softmax_scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """See `vllm_dca.cpu.decode.decode_attention`."""
+    _, num_kv_heads, block_size, width = kv_cache.shape
+    num_rows, num_heads, head_size = query.shape
+    rows = plan.rows
+    assert len(rows.position) == num_rows
+    assert query.dtype == kv_cache.dtype == output.dtype
+    assert rotation.cos_sin.dtype == torch.float32
+    assert rotation.cos_sin.is_contiguous()
+    assert width == 2 * head_size
+    assert all(t.stride(-1) == 1 for t in (query, kv_cache, output))
+    arguments = _Arguments(
+        query=query.data_ptr(),
+        kv_cache=kv_cache.data_ptr(),
+        output=output.data_ptr(),
+        cos_sin=rotation.cos_sin.data_ptr(),
+        temperature=None if rows.temperature is None else rows.temperature.data_ptr(),
+        position=rows.position.data_ptr(),
+        request=rows.request.data_ptr(),
+        turn=rows.turn.data_ptr(),
+        block_table=plan.block_table.data_ptr(),
+        rows=num_rows,
+        kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        head_size=head_size,
+        rotary_dim=rotation.cos_sin.shape[-1],
+        is_neox=rotation.is_neox,
+        block_size=block_size,
+        chunk_len=plan.chunk_len,
+        query_stride=query.stride()[:2],
+        output_stride=output.stride()[:2],
+        cache_stride=kv_cache.stride()[:3],
+        table_stride=plan.block_table.stride(0),
+        scale=softmax_scale,
+    )
+    getattr(library(), ATTEND[query.dtype])(ctypes.byref(arguments))
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See `vllm_dca.method.kv_cache.write_kv`."""
+    num_tokens, num_kv_heads, head_size = key.shape
+    assert key.dtype == value.dtype == kv_cache.dtype
+    assert key.shape == value.shape
+    assert kv_cache.shape[-1] == 2 * head_size
+    assert slot_mapping.dtype == torch.int64
+    assert slot_mapping.is_contiguous()
+    assert all(t.stride(-1) == 1 for t in (key, value, kv_cache))
+    itemsize = key.itemsize
+    tokens = _Tokens(
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        kv_cache=kv_cache.data_ptr(),
+        slots=slot_mapping.data_ptr(),
+        tokens=min(num_tokens, len(slot_mapping)),
+        kv_heads=num_kv_heads,
+        head_bytes=head_size * itemsize,
+        block_size=kv_cache.shape[2],
+        key_stride=tuple(step * itemsize for step in key.stride()[:2]),
+        value_stride=tuple(step * itemsize for step in value.stride()[:2]),
+        cache_stride=tuple(step * itemsize for step in kv_cache.stride()[:3]),
+    )
+    library().write_kv(ctypes.byref(tokens))

@@ -1,0 +1,74 @@
+"""The CPU as a device of DCA: the compiled kernel, or the same by torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_dca.cpu import compiled, decode
+from vllm_dca.cpu.merge import merge_parts
+from vllm_dca.cpu.paged_pass import attention
+from vllm_dca.cpu.plan_decode import DecodePlan
+from vllm_dca.cpu.turn import turn_queries
+from vllm_dca.method import kv_cache
+from vllm_dca.method.config import DcaSettings
+from vllm_dca.method.device import DecodePlanner, Device, PrefillOperations
+
+
+def by_kernel() -> Device:
+    """The compiled kernel, which takes prefills as it takes decodes."""
+    return Device(
+        "compiled",
+        None,
+        _store_by(compiled.write_kv),
+        _planner_of(compiled.CompiledPlan),
+        compiled.attention,
+    )
+
+
+def by_torch() -> Device:
+    """Three passes and a merge for prefills, one matrix product over pages for decodes."""
+    return Device(
+        "torch",
+        PrefillOperations(turn_queries, attention, merge_parts),
+        _store_by(kv_cache.write_kv),
+        _planner_of(DecodePlan),
+        decode.decode_attention,
+    )
+
+
+def _store_by(write_kv: Callable[..., None]) -> Callable[..., None]:
+    def store(
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache_dtype: str,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+    ) -> None:
+        # The cache is of the model's dtype: nothing is scaled.
+        write_kv(key, value, kv_cache, slot_mapping)
+
+    return store
+
+
+def _planner_of(
+    plan_of: Callable[..., Any],
+) -> Callable[[DcaSettings, int, int, int], DecodePlanner]:
+    def decode_planner(
+        settings: DcaSettings, block_size: int, max_rows: int, num_kv_heads: int
+    ) -> DecodePlanner:
+        geometry, length = settings.geometry, settings.original_max_position_embeddings
+
+        def plan(
+            query_start_loc: torch.Tensor,
+            seq_lens: torch.Tensor,
+            block_table: torch.Tensor,
+            num_rows: int,
+        ) -> Any:
+            return plan_of(query_start_loc, seq_lens, block_table, block_size, geometry, length)
+
+        return plan
+
+    return decode_planner

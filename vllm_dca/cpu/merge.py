@@ -1,0 +1,31 @@
+"""Merging attention over parts of the keys into attention over all of them."""
+
+import torch
+
+from vllm_dca.method.device import Partial
+
+
+def merge_parts(output: torch.Tensor, lse: torch.Tensor, parts: list[Partial]) -> None:
+    """Merge attention over other keys into the output.
+
+    Args:
+        output: [num_tokens, num_heads, head_size], attention over the first set of keys, at
+            least one a query; becomes attention over all sets.
+        lse: [num_heads, num_tokens] fp32, of the first set.
+        parts: the other sets; all are disjoint.
+    """
+    if not parts:
+        return
+    total = lse.clone()
+    for part in parts:
+        total[:, part.tokens] = torch.logaddexp(total[:, part.tokens], part.lse)
+    merged = share(output, lse, total)
+    for part in parts:
+        part_share = share(part.output, part.lse, total[:, part.tokens])
+        merged.index_add_(0, part.tokens, part_share)
+    output.copy_(merged)
+
+
+def share(output: torch.Tensor, lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """What attention over some keys, of LSE `lse`, adds to that over all, of LSE `total`."""
+    return output.float() * (lse - total).exp().T[..., None]

@@ -1,0 +1,125 @@
+"""Attention providers on flash-attention: vLLM's bundled builds, and the flash-attn package."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_dca.method.provider import (
+    AttentionProvider,
+    Needs,
+    PagedSegments,
+    UnusableProviderError,
+)
+
+
+def bundled_with_vllm(
+    flash_attn_varlen_func: Callable[..., Any], fa_version: int, needs: Needs
+) -> AttentionProvider:
+    """vLLM's own flash-attention.
+
+    Args:
+        flash_attn_varlen_func: vLLM's.
+        fa_version: 2, 3 or 4, whichever vLLM would choose here.
+        needs: what it has to serve.
+
+    Raises:
+        UnusableProviderError: it cannot serve these needs.
+    """
+    _check(needs, page_multiple=16, largest_head=512 if fa_version == 4 else 256)
+    return functools.partial(_bundled, flash_attn_varlen_func, fa_version)
+
+
+def package(needs: Needs) -> AttentionProvider:
+    """The flash-attn package, version 2.
+
+    Raises:
+        UnusableProviderError: it cannot serve these needs.
+    """
+    try:
+        # flash-attn-4 installs a package of the same name without this module.
+        from flash_attn.flash_attn_interface import flash_attn_varlen_func
+    except ImportError as error:
+        raise UnusableProviderError(f"flash-attn 2 is not installed ({error})") from error
+    _check(needs, page_multiple=256, largest_head=256)
+    return functools.partial(_package, flash_attn_varlen_func)
+
+
+def _check(needs: Needs, page_multiple: int, largest_head: int) -> None:
+    if needs.dtype not in (torch.float16, torch.bfloat16):
+        raise UnusableProviderError(
+            f"it takes float16 and bfloat16, and the model {needs.dtype}"
+        )
+    if needs.cache_dtype != needs.dtype:
+        raise UnusableProviderError(f"it cannot read a {needs.cache_dtype} cache")
+    if needs.block_size % page_multiple:
+        raise UnusableProviderError(
+            f"it needs a --block-size that is a multiple of {page_multiple}, not "
+            f"{needs.block_size}"
+        )
+    if needs.head_size % 8 or needs.head_size > largest_head:
+        raise UnusableProviderError(
+            f"it takes head sizes up to {largest_head} in steps of 8, not {needs.head_size}"
+        )
+
+
+def _bundled(
+    flash_attn_varlen_func: Callable[..., Any],
+    fa_version: int,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    segments: PagedSegments,
+    softmax_scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    _, lse = flash_attn_varlen_func(
+        q=query,
+        k=key_cache,
+        v=value_cache,
+        out=output,
+        cu_seqlens_q=segments.cu_seqlens_q,
+        max_seqlen_q=segments.max_seqlen_q,
+        seqused_k=segments.seqused_k,
+        max_seqlen_k=segments.max_seqlen_k,
+        block_table=segments.block_table,
+        softmax_scale=softmax_scale,
+        causal=segments.causal,
+        return_softmax_lse=True,
+        fa_version=fa_version,
+    )
+    return lse
+
+
+def _package(
+    flash_attn_varlen_func: Callable[..., Any],
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    segments: PagedSegments,
+    softmax_scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    # It takes the number of keys from the differences of cu_seqlens_k, paged or not.
+    answer, lse, _ = flash_attn_varlen_func(
+        q=query,
+        k=key_cache,
+        v=value_cache,
+        cu_seqlens_q=segments.cu_seqlens_q,
+        cu_seqlens_k=segments.cu_seqlens_k,
+        max_seqlen_q=segments.max_seqlen_q,
+        max_seqlen_k=segments.max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=segments.causal,
+        return_attn_probs=True,
+        block_table=segments.block_table,
+    )
+    output.copy_(answer)
+    return lse

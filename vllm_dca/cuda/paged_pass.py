@@ -1,0 +1,182 @@
+"""An attention provider for cards, head sizes and caches that flash-attention leaves.
+
+A plain flash-attention forward over pages, one launch a pass. It runs wherever Triton does,
+takes any head size and page size, fp32, and FP8 caches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dca.method.provider import PagedSegments
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+# What changes from step to step must not make Triton compile the kernel again.
+@triton.jit(
+    do_not_specialize=["lse_stride", "block_table_stride", "num_segments", "search_steps"]
+)
+def _attention_kernel(
+    query,  # [total_q, num_heads, HEAD_SIZE]
+    query_stride_token,
+    query_stride_head,
+    key_cache,  # [num_pages, PAGE_SIZE, num_kv_heads, HEAD_SIZE], and its strides but the last
+    key_stride_page,
+    key_stride_slot,
+    key_stride_head,
+    value_cache,
+    value_stride_page,
+    value_stride_slot,
+    value_stride_head,
+    output,  # [total_q, num_heads, HEAD_SIZE]
+    output_stride_token,
+    output_stride_head,
+    lse,  # [num_heads, total_q] fp32
+    lse_stride,
+    cu_seqlens_q,  # [num_segments + 1] int32
+    seqused_k,  # [num_segments] int32
+    block_table,  # [num_segments, max_pages] int32
+    block_table_stride,
+    k_scale,  # [1] fp32, of an FP8 cache
+    v_scale,
+    num_segments,
+    search_steps,
+    scale_log2,  # softmax_scale * log2(e)
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    # Every segment's tiles of ROWS queries, and at most one tile to spare, follow those of the
+    # segment before: segment i starts at tile cu_seqlens_q[i] // ROWS + i.
+    tile = tl.program_id(0)
+    segment, last = 0, num_segments - 1
+    for _ in range(search_steps):
+        middle = (segment + last + 1) // 2
+        starts = tl.load(cu_seqlens_q + middle) // ROWS + middle <= tile
+        segment = tl.where(starts, middle, segment)
+        last = tl.where(starts, last, middle - 1)
+    first_row = tl.load(cu_seqlens_q + segment)
+    num_rows = tl.load(cu_seqlens_q + segment + 1) - first_row
+    row = (tile - first_row // ROWS - segment) * ROWS + tl.arange(0, ROWS)
+    row_inside = row < num_rows
+    num_keys = tl.load(seqused_k + segment)
+
+    head = tl.program_id(1)
+    d = tl.arange(0, HEAD_PADDED)
+    inside = row_inside[:, None] & (d < HEAD_SIZE)[None, :]
+    token = (first_row + row).to(tl.int64)
+    source = query + token[:, None] * query_stride_token + head * query_stride_head + d[None, :]
+    q = tl.load(source, mask=inside, other=0.0)
+
+    factor = scale_log2
+    if HAS_SCALE:
+        factor *= tl.load(k_scale)
+    kv_head = tl.cast(head // GROUP, tl.int64)
+    keys_of_head = key_cache + kv_head * key_stride_head
+    values_of_head = value_cache + kv_head * value_stride_head
+    table = block_table + tl.cast(segment, tl.int64) * block_table_stride
+
+    # The last key that a row sees, and the first that none of the tile's rows do.
+    sees = row + num_keys - num_rows if CAUSAL else tl.zeros_like(row) + num_keys - 1
+    end = tl.minimum(tl.max(tl.where(row_inside, sees, -1), 0) + 1, num_keys)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    for base in range(0, end, TILE):
+        key = base + tl.arange(0, TILE)
+        valid = key < end
+        page = tl.load(table + key // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+        k_slot = keys_of_head + page * key_stride_page + (key % PAGE_SIZE) * key_stride_slot
+        k_inside = valid[None, :] & (d < HEAD_SIZE)[:, None]
+        k = tl.load(k_slot[None, :] + d[:, None], mask=k_inside, other=0.0)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * factor
+        # Rows past the segment's end see what is there, so that nothing is divided by zero.
+        visible = (key[None, :] <= sees[:, None]) & valid[None, :]
+        scores = tl.where(visible, scores, float("-inf"))
+
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        keep = tl.exp2(best - new_best)
+        weights = tl.exp2(scores - new_best[:, None])
+        v_slot = values_of_head + page * value_stride_page
+        v_slot += (key % PAGE_SIZE) * value_stride_slot
+        v_inside = valid[:, None] & (d < HEAD_SIZE)[None, :]
+        v = tl.load(v_slot[:, None] + d[None, :], mask=v_inside, other=0.0)
+        acc = acc * keep[:, None]
+        acc += tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+        total = total * keep + tl.sum(weights, 1)
+        best = new_best
+
+    result = acc / total[:, None]
+    if HAS_SCALE:
+        result *= tl.load(v_scale)
+    target = output + token[:, None] * output_stride_token + head * output_stride_head
+    target += d[None, :]
+    tl.store(target, result.to(output.dtype.element_ty), mask=inside)
+    at = lse + tl.cast(head, tl.int64) * lse_stride + token
+    tl.store(at, (best + tl.log2(total)) * LN_2, mask=row_inside)
+
+
+def attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    segments: PagedSegments,
+    softmax_scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `vllm_dca.method.provider.AttentionProvider`."""
+    total_q, num_heads, head_size = query.shape
+    page_size, num_kv_heads = key_cache.shape[1:3]
+    num_segments = len(segments.seqused_k)
+    lse = query.new_empty(num_heads, total_q, dtype=torch.float32)
+    head_padded = max(16, triton.next_power_of_2(head_size))
+    rows, tile, num_warps = tune(head_padded, query.dtype)
+    _attention_kernel[(total_q // rows + num_segments, num_heads)](
+        query,
+        *query.stride()[:2],
+        key_cache,
+        *key_cache.stride()[:3],
+        value_cache,
+        *value_cache.stride()[:3],
+        output,
+        *output.stride()[:2],
+        lse,
+        lse.stride(0),
+        segments.cu_seqlens_q,
+        segments.seqused_k,
+        segments.block_table,
+        segments.block_table.stride(0),
+        k_scale,
+        v_scale,
+        num_segments,
+        num_segments.bit_length(),
+        softmax_scale * LOG2_E,
+        CAUSAL=segments.causal,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=head_padded,
+        PAGE_SIZE=page_size,
+        ROWS=rows,
+        TILE=tile,
+        HAS_SCALE=k_scale is not None,
+        num_warps=num_warps,
+        num_stages=3,
+    )
+    return lse
+
+
+def tune(head_padded: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Queries a program takes, keys it reads at a time, and warps; so that no shape spills."""
+    if dtype == torch.float32:
+        return 32, 16, (4 if head_padded <= 64 else 8)
+    return (64 if head_padded < 256 else 32), 32, 4

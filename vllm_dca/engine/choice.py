@@ -1,0 +1,90 @@
+"""Who computes the prefill on a device: the user's choice, else the first that can serve."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_dca.cuda import flash_attn
+from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderError
+
+
+def _compiled(needs: Needs) -> Callable[..., None]:
+    from vllm_dca.cpu import compiled
+
+    try:
+        compiled.library()
+    except Exception as error:  # no compiler, no place to write, another torch
+        raise UnusableProviderError(f"it cannot be compiled here ({error})") from error
+    return compiled.attention
+
+
+def _torch(needs: Needs) -> AttentionProvider:
+    from vllm_dca.cpu.paged_pass import attention
+
+    return attention
+
+
+def _vllm_flash_attn(needs: Needs) -> AttentionProvider:
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise UnusableProviderError(f"vLLM was built without it ({error})") from error
+    fa_version = get_flash_attn_version(
+        head_size=needs.head_size, kv_cache_block_size=needs.block_size
+    )
+    if fa_version is None:
+        raise UnusableProviderError(f"vLLM has none for compute capability {needs.capability}")
+    return flash_attn.bundled_with_vllm(flash_attn_varlen_func, fa_version, needs)
+
+
+def _triton(needs: Needs) -> AttentionProvider:
+    if needs.cache_dtype == torch.float8_e4m3fn and needs.capability < (8, 9):
+        raise UnusableProviderError(
+            f"it needs compute capability 8.9 for a {needs.cache_dtype} cache, and this is "
+            f"{needs.capability}; --kv-cache-dtype fp8_e5m2 works"
+        )
+    from vllm_dca.cuda.paged_pass import attention
+
+    return attention
+
+
+# In order of preference. All are providers of one pass but the compiled kernel, which takes all
+# of DCA at once, `vllm_dca.cpu.compiled`.
+PROVIDERS: dict[str, dict[str, Callable[[Needs], Callable[..., Any]]]] = {
+    "cpu": {"compiled": _compiled, "torch": _torch},
+    "cuda": {
+        "vllm_flash_attn": _vllm_flash_attn,
+        "flash_attn": flash_attn.package,
+        "triton": _triton,
+    },
+}
+
+
+def choose(
+    device_type: str, asked: str | None, needs: Needs
+) -> tuple[str, Callable[..., Any], list[str]]:
+    """A provider's name, the provider, and why those before it cannot serve.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        asked: the user's prefill_provider, or None to take the first that can serve.
+        needs: what it has to serve.
+
+    Raises:
+        ValueError: no such provider, or none can serve; says why each cannot.
+    """
+    known = PROVIDERS[device_type]
+    if asked is not None and asked not in known:
+        raise ValueError(
+            f"DCA's prefill_provider {asked!r} is not known on this device; choose from "
+            f"{', '.join(known)}, or leave it out."
+        )
+    reasons: list[str] = []
+    for name in known if asked is None else [asked]:
+        try:
+            return name, known[name](needs), reasons
+        except UnusableProviderError as error:
+            reasons.append(f"{name}: {error}")
+    raise ValueError(f"DCA has no attention provider for prefill here. {'; '.join(reasons)}.")

@@ -1,0 +1,155 @@
+"""What an attention layer runs: its keys and values stored, its queries answered."""
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from vllm_dca.engine.metadata import DcaMetadata
+from vllm_dca.engine.refusals import REFUSED_IN_LAYERS
+from vllm_dca.method.device import Device
+from vllm_dca.method.kv_cache import split_kv
+from vllm_dca.method.prefill import prefill_attention
+from vllm_dca.method.rotary import QueryRotation
+
+
+class DcaImpl(AttentionImpl[DcaMetadata]):
+    """DCA of one layer.
+
+    Attributes:
+        rotation: how to turn this layer's queries.
+        device: how to run.
+        cache_dtype: of the KV cache; `prepare` sets all three.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        given = {
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap or None,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+            **extra,
+        }
+        refused = [
+            REFUSED_IN_LAYERS.get(name, f"the attention argument {name!r}")
+            for name, value in given.items()
+            if value is not None
+        ]
+        if attn_type != AttentionType.DECODER:
+            refused.append(f"{attn_type} attention")
+        if refused:
+            raise NotImplementedError(
+                "--attention-backend dca cannot serve this model: its attention has "
+                f"{', '.join(refused)}. Use another attention backend."
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.rotation: QueryRotation | None = None
+        self.device: Device | None = None
+        self.cache_dtype: torch.dtype | None = None
+
+    def prepare(
+        self, rotation: QueryRotation, device: Device, cache_dtype: torch.dtype
+    ) -> None:
+        """Settle what shows only when the whole model is there; before the first step."""
+        self.rotation, self.device, self.cache_dtype = rotation, device, cache_dtype
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store the step's keys and values, before `forward`."""
+        assert self.device is not None
+        self.device.write_kv(
+            key,
+            value,
+            kv_cache,
+            slot_mapping,
+            self.kv_cache_dtype,
+            layer._k_scale,
+            layer._v_scale,
+        )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: DcaMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the cache; shapes as in vLLM's AttentionImpl.
+
+        Args:
+            layer: has the scales of an FP8 cache.
+            query: [num_tokens, num_heads, head_size], rotated to the offsets in the chunks.
+            key: unused, in the cache already.
+            value: unused, in the cache already.
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            attn_metadata: None in profiling, where no cache exists.
+            output: [num_tokens, num_heads, head_size], written up to the batch's tokens.
+            output_scale: must be None.
+            output_block_scale: must be None.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        assert self.rotation is not None
+        assert self.device is not None
+        assert output_scale is None
+        assert output_block_scale is None
+        scales: dict[str, torch.Tensor | None] = {"k_scale": None, "v_scale": None}
+        assert self.cache_dtype is not None
+        if self.cache_dtype != query.dtype:
+            kv_cache = kv_cache.view(self.cache_dtype)
+            scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+        decode_tokens = attn_metadata.num_decode_tokens
+        all_tokens = attn_metadata.num_actual_tokens
+        if attn_metadata.decode is not None:
+            self.device.decode(
+                query[:decode_tokens],
+                kv_cache,
+                output[:decode_tokens],
+                plan=attn_metadata.decode,
+                rotation=self.rotation,
+                softmax_scale=self.scale,
+                **scales,
+            )
+        if attn_metadata.prefill is not None:
+            assert self.device.prefill is not None
+            key_cache, value_cache = split_kv(kv_cache)
+            prefill_attention(
+                query[decode_tokens:all_tokens],
+                key_cache,
+                value_cache,
+                output[decode_tokens:all_tokens],
+                plan=attn_metadata.prefill,
+                rotation=self.rotation,
+                softmax_scale=self.scale,
+                operations=self.device.prefill,
+                **scales,
+            )
+        return output

@@ -1,0 +1,194 @@
+"""What is refused at start-up, in words that say what was given and what would work.
+
+What only a layer can tell is refused by `vllm_dca.engine.impl`, in the words of
+REFUSED_IN_LAYERS; positions that cannot be remapped, by `vllm_dca.engine.remap`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import iter_rope_parameters
+
+from vllm_dca.engine.support import (
+    DRAFTERS,
+    DRAFTERS_ON_THE_CPU,
+    HYBRID_MODELS,
+    KV_CACHE_DTYPES,
+    NOPE_MODELS,
+)
+
+
+class Refusal(NamedTuple):
+    """Something that DCA cannot serve.
+
+    Attributes:
+        area: its row in the table.
+        what: how the table calls it.
+        given: how a message calls what this configuration has of it; empty if it has none.
+    """
+
+    area: str
+    what: str
+    given: Callable[[VllmConfig], str]
+
+
+def has_sliding_layers(model: ModelConfig) -> bool:
+    """Whether some layers see a window only."""
+    kinds = getattr(model.hf_text_config, "layer_types", None)
+    slides = model.get_sliding_window() is not None
+    return slides and (kinds is None or "sliding_attention" in kinds)
+
+
+def rope_types(model: ModelConfig) -> list[str]:
+    """Of its layers' kinds, in Hugging Face's words; none without rotary positions."""
+    return [rope["rope_type"] for rope in iter_rope_parameters(model.hf_text_config)]
+
+
+def _if(condition: Callable[[VllmConfig], Any], message: str) -> Callable[[VllmConfig], str]:
+    return lambda vllm_config: message if condition(vllm_config) else ""
+
+
+def _platform(vllm_config: VllmConfig) -> str:
+    if current_platform.is_cpu() or current_platform.is_cuda():
+        return ""
+    return f"the {current_platform.device_name} platform (the CPU and CUDA are)"
+
+
+def _sliding_layers(vllm_config: VllmConfig) -> str:
+    model = vllm_config.model_config
+    hf_config = model.hf_text_config
+    proved = hf_config.model_type in HYBRID_MODELS and (
+        "full_attention" in (getattr(hf_config, "layer_types", None) or ())
+    )
+    if proved or not has_sliding_layers(model):
+        return ""
+    return (
+        f"sliding-window layers in a {hf_config.model_type} model (in "
+        f"{', '.join(HYBRID_MODELS)} it does)"
+    )
+
+
+def _nope_layers(vllm_config: VllmConfig) -> str:
+    hf_config = vllm_config.model_config.hf_text_config
+    if not getattr(hf_config, "no_rope_layers", None) or hf_config.model_type in NOPE_MODELS:
+        return ""
+    return (
+        f"layers without rotary positions in a {hf_config.model_type} model (in "
+        f"{', '.join(NOPE_MODELS)} it does)"
+    )
+
+
+def _cache_dtype(vllm_config: VllmConfig) -> str:
+    dtype = vllm_config.cache_config.cache_dtype
+    on_cpu = current_platform.is_cpu() and dtype.startswith("fp8")
+    if dtype in KV_CACHE_DTYPES and not on_cpu:
+        return ""
+    return f"--kv-cache-dtype {dtype} (auto does)"
+
+
+def _drafter(vllm_config: VllmConfig) -> str:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return ""
+    usable = [
+        method
+        for method in DRAFTERS
+        if method not in DRAFTERS_ON_THE_CPU or current_platform.is_cpu()
+    ]
+    if speculative.method in usable:
+        return ""
+    return f"speculative decoding by {speculative.method} (by {', '.join(usable)} it does)"
+
+
+REFUSALS: Sequence[Refusal] = (
+    Refusal("platform", "others", _platform),
+    Refusal(
+        "models",
+        "no RoPE (ALiBi, learned positions)",
+        _if(
+            lambda config: not rope_types(config.model_config),
+            "models without rotary positions (ALiBi, learned positions)",
+        ),
+    ),
+    Refusal("models", "M-RoPE", _if(lambda config: config.model_config.uses_mrope, "M-RoPE")),
+    Refusal(
+        "models",
+        "MLA",
+        _if(lambda config: config.model_config.use_mla, "multi-head latent attention (MLA)"),
+    ),
+    Refusal(
+        "models",
+        "encoders",
+        _if(
+            lambda config: config.model_config.attn_type == "encoder_only",
+            "encoder-only models",
+        ),
+    ),
+    Refusal(
+        "models",
+        "cross attention",
+        _if(lambda config: config.model_config.is_encoder_decoder, "encoder-decoder models"),
+    ),
+    Refusal(
+        "models",
+        "no attention",
+        _if(lambda config: config.model_config.is_attention_free, "models without attention"),
+    ),
+    Refusal("models", "sliding windows in other models", _sliding_layers),
+    Refusal("models", "NoPE layers in other models than SmolLM3", _nope_layers),
+    Refusal(
+        "RoPE scaling",
+        "LongRoPE and others",
+        _if(lambda config: {"longrope", "su"} & {*rope_types(config.model_config)}, "LongRoPE"),
+    ),
+    Refusal("dtypes", "other quantised KV caches, FP8 on the CPU", _cache_dtype),
+    Refusal(
+        "engine",
+        "a backend per kind of layer",
+        _if(
+            lambda config: config.attention_config.backend_per_kind,
+            "a backend per kind of layer (attention_config.backend_per_kind)",
+        ),
+    ),
+    Refusal("engine", "speculative decoding by other methods", _drafter),
+    Refusal(
+        "engine",
+        "decode context parallelism",
+        _if(
+            lambda config: config.parallel_config.decode_context_parallel_size > 1,
+            "--decode-context-parallel-size (--tensor-parallel-size does)",
+        ),
+    ),
+    Refusal(
+        "engine",
+        "prefill context parallelism",
+        _if(
+            lambda config: config.parallel_config.prefill_context_parallel_size > 1,
+            "--prefill-context-parallel-size (--tensor-parallel-size does)",
+        ),
+    ),
+    Refusal(
+        "engine",
+        "dual-batch overlap",
+        _if(lambda config: config.parallel_config.use_ubatching, "--enable-dbo"),
+    ),
+)
+
+# An argument of a layer's attention: how the table and the messages call it.
+REFUSED_IN_LAYERS = {
+    "alibi_slopes": "ALiBi slopes",
+    "sliding_window": "sliding-window attention",
+    "logits_soft_cap": "a logit soft cap",
+    "kv_sharing_target_layer_name": "KV sharing between layers",
+    "sinks": "attention sinks",
+    "attention_chunk_size": "chunked-local attention",
+}
+# What vLLM asks a backend for, and gets the answer no.
+REFUSED_BY_VLLM = ("batch invariance",)
+
+
+def refusals(vllm_config: VllmConfig) -> list[str]:
+    """What this configuration has that DCA cannot serve."""
+    return [given for refusal in REFUSALS if (given := refusal.given(vllm_config))]

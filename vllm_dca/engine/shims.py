@@ -1,0 +1,217 @@
+"""Shims over vLLM: what DCA needs that vLLM has no extension point for yet.
+
+Each shim is one function that names its target, why it is needed and what makes it step
+aside. Its twin is a diff in patches/ that adds the missing extension point to vLLM.
+"""
+
+import copyreg
+import functools
+import inspect
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+# The minors that the tests cover; pyproject.toml says the same.
+TESTED_VLLM = ("0.32",)
+
+NAME = "DCA"
+CLASS_PATH = "vllm_dca.engine.backend.DcaBackend"
+
+
+class IncompatibleVllmError(RuntimeError):
+    """This vLLM is not one that the shims were written for."""
+
+
+def is_tested() -> bool:
+    """Whether the installed vLLM is of a minor that the tests cover."""
+    return ".".join(vllm.__version__.split(".")[:2]) in TESTED_VLLM
+
+
+@functools.cache
+def apply() -> list[str]:
+    """Register the backend and apply every shim that this vLLM still needs; once a process.
+
+    Returns:
+        Names of the shims in force.
+
+    Raises:
+        IncompatibleVllmError: untested minor, or a target has changed. Nothing is applied.
+    """
+    if not is_tested():
+        raise IncompatibleVllmError(
+            f"vLLM {vllm.__version__} is installed, and tested are {', '.join(TESTED_VLLM)}"
+        )
+    needed = [shim for shim, is_needed in SHIMS.items() if is_needed()]
+    for shim in needed:
+        _check_target(shim)
+    # With patches/0001, vLLM registers it when it unpickles a config, before the plugin loads.
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, CLASS_PATH)
+    for shim in needed:
+        shim()
+    return [shim.__name__ for shim in needed]
+
+
+def selects_dca(args: EngineArgs) -> bool:
+    """Whether the user asked for DCA, for all layers or for some."""
+    config = args.attention_config
+    asked = [args.attention_backend, config.backend, *config.backend_per_kind.values()]
+    return any(str(getattr(b, "name", b)).upper() == NAME for b in asked)
+
+
+def pickle_by_name() -> None:
+    """Target: pickling of AttentionBackendEnum.
+
+    A member registered at run time pickles by value, and is unpickled in a spawned process
+    before plugins are loaded there: "is not a valid AttentionBackendEnum".
+    Until: patches/0001.
+    """
+    copyreg.pickle(AttentionBackendEnum, _reduce)
+
+
+def _reduce(member: AttentionBackendEnum) -> str | tuple[Any, ...]:
+    if member.name == NAME:
+        return _restore, ()
+    # As without the shim: Python 3.11's own versions differ in how.
+    return member.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
+def _restore() -> AttentionBackendEnum:
+    """Unpickle the DCA member, registering it first where the plugin is not loaded yet."""
+    apply()
+    return AttentionBackendEnum[NAME]
+
+
+def select_on_cpu() -> None:
+    """Target: CpuPlatform.get_attn_backend_cls.
+
+    It ignores the selected backend and returns its own.
+    Until: patches/0002.
+    """
+    original = CpuPlatform.get_attn_backend_cls.__func__
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(
+        cls: type,
+        selected_backend: Any,
+        attn_selector_config: Any,
+        num_heads: int | None = None,
+    ) -> str:
+        if selected_backend is None or selected_backend.name != NAME:
+            return original(cls, selected_backend, attn_selector_config, num_heads)
+        invalid_reasons = selected_backend.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if invalid_reasons:
+            raise ValueError(
+                f"Selected backend {selected_backend} is not valid for this configuration. "
+                f"Reason: {invalid_reasons}"
+            )
+        return selected_backend.get_path()
+
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def extend_context() -> None:
+    """Target: EngineArgs.create_model_config.
+
+    It refuses a --max-model-len over the length that the model's config derives.
+    Until: patches/0003.
+    """
+    original = EngineArgs.create_model_config
+
+    @functools.wraps(original)
+    def create_model_config(self: EngineArgs) -> Any:
+        asked = self.max_model_len
+        if not selects_dca(self) or asked is None or asked <= 0:
+            return original(self)
+        self.max_model_len = None
+        try:
+            model_config = original(self)
+        finally:
+            self.max_model_len = asked
+        model_config.original_max_model_len = model_config.max_model_len = asked
+        return model_config
+
+    EngineArgs.create_model_config = create_model_config
+
+
+def verify_config() -> None:
+    """Target: EngineArgs.create_engine_config.
+
+    An attention backend has no say in the configuration before the engine starts.
+    Until: patches/0004.
+    """
+    original = EngineArgs.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        if selects_dca(self):
+            AttentionBackendEnum[NAME].get_class().verify_and_update_config(vllm_config)
+        return vllm_config
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def prepare_model() -> None:
+    """Target: BaseModelLoader.create_model.
+
+    An attention backend never sees the model that its layers are part of.
+    Until: patches/0005.
+    """
+    original = BaseModelLoader.create_model
+
+    @functools.wraps(original)
+    def create_model(
+        self: BaseModelLoader, vllm_config: Any, model_config: Any, prefix: str = ""
+    ) -> Any:
+        model = original(self, vllm_config, model_config, prefix)
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        backends = {getattr(layer, "attn_backend", None) for layer in layers}
+        for backend in backends:
+            if backend is not None and hasattr(backend, "prepare_model"):
+                backend.prepare_model(model, vllm_config)
+        return model
+
+    BaseModelLoader.create_model = create_model
+
+
+# Every shim, and whether this vLLM still needs it.
+SHIMS: dict[Callable[[], None], Callable[[], bool]] = {
+    pickle_by_name: lambda: not hasattr(registry, "restore_backend"),
+    select_on_cpu: lambda: not hasattr(CpuPlatform, "selects_registered_backends"),
+    extend_context: lambda: not hasattr(AttentionBackend, "extends_context"),
+    verify_config: lambda: not hasattr(AttentionBackend, "verify_and_update_config"),
+    prepare_model: lambda: not hasattr(AttentionBackend, "prepare_model"),
+}
+
+# What each shim calls or replaces, as it was when the shim was written.
+_SIGNATURES: dict[Callable[[], None], tuple[Callable[..., Any], str]] = {
+    pickle_by_name: (AttentionBackendEnum.register, "(name, value)"),
+    select_on_cpu: (
+        CpuPlatform.get_attn_backend_cls,
+        "(selected_backend, attn_selector_config, num_heads)",
+    ),
+    extend_context: (EngineArgs.create_model_config, "(self)"),
+    verify_config: (EngineArgs.create_engine_config, "(self, usage_context, headless)"),
+    prepare_model: (BaseModelLoader.create_model, "(self, vllm_config, model_config, prefix)"),
+}
+
+
+def _check_target(shim: Callable[[], None]) -> None:
+    target, expected = _SIGNATURES[shim]
+    found = f"({', '.join(inspect.signature(target).parameters)})"
+    if found != expected:
+        raise IncompatibleVllmError(
+            f"{target.__qualname__} takes {found} in vLLM {vllm.__version__}, and the shim "
+            f"{shim.__name__} was written for {expected}"
+        )

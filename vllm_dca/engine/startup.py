@@ -1,0 +1,146 @@
+"""What is checked and settled once, in the process that the user started."""
+
+import dataclasses
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheSpecKind
+
+from vllm_dca.engine.refusals import has_sliding_layers, refusals, rope_types
+from vllm_dca.engine.settings import OPTIONS
+from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS, PROVED_MODELS
+from vllm_dca.method.config import DcaSettings, resolve_settings, validate_options
+
+# vLLM's logger is set up for its own package only.
+logger = init_logger("vllm.plugins.dca")
+
+CHECKPOINT_CONFIG = "dual_chunk_attention_config"
+
+
+def _own_window(model_config: ModelConfig) -> int:
+    """Tokens that vLLM takes without DCA, dynamic NTK's stretch apart: its table has no rows
+    for that.
+    """
+    window = model_config.get_and_verify_max_len(None)
+    if "dynamic" in rope_types(model_config):
+        window = min(window, model_config.hf_text_config.max_position_embeddings)
+    return window
+
+
+def configure(vllm_config: VllmConfig) -> None:
+    """Check that DCA can serve this configuration and settle the chunk sizes.
+
+    The settings go into `additional_config`, which travels to every process and is hashed
+    into the compile cache's key. The checkpoint's own config is taken away: vLLM's models
+    still pass it to backends and rotary embeddings that no longer know it.
+
+    Raises:
+        ValueError, NotImplementedError: what was given, what is needed, what would work.
+    """
+    _check_supported(vllm_config)
+    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    if has_sliding_layers(model_config):
+        _keep_sliding_layers(vllm_config)
+    options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
+    checkpoint = _take_checkpoint_config(model_config)
+    settings = resolve_settings(
+        options, checkpoint, _own_window(model_config), cache_config.block_size
+    )
+    window = settings.window
+    # A new dictionary: the old one is the user's EngineArgs, which may be used again.
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        OPTIONS: settings.to_dict(),
+    }
+
+    if vllm_config.speculative_config is not None:
+        _extend_drafter(vllm_config, settings)
+
+    geometry = settings.geometry
+    logger.info(
+        "DCA: chunk_size %d, local_size %d (chunks of %d tokens), %s, %s; up to %d tokens, "
+        "%.1f times the model's %d.",
+        settings.chunk_size,
+        settings.local_size,
+        geometry.chunk_len,
+        settings.source,
+        "no temperature"
+        if settings.original_max_position_embeddings is None
+        else f"temperature from {settings.original_max_position_embeddings} tokens",
+        model_config.max_model_len,
+        model_config.max_model_len / window,
+        window,
+    )
+    if settings.chunk_size > window:
+        logger.warning(
+            "DCA: chunk_size %d is over the model's window of %d tokens, so queries take "
+            "positions it was not trained on. Choose at most %d unless you mean it.",
+            settings.chunk_size,
+            window,
+            window,
+        )
+    if checkpoint and checkpoint.get("sparse_attention_enabled"):
+        logger.warning(
+            "DCA: the checkpoint asks for sparse prefill, which is not supported yet; "
+            "attention runs dense: same answers or better, more time on long prompts."
+        )
+
+
+def _check_supported(vllm_config: VllmConfig) -> None:
+    refused = refusals(vllm_config)
+    if refused:
+        raise NotImplementedError(
+            f"--attention-backend dca does not support {', '.join(refused)}. "
+            "Leave out what was named, or use another attention backend."
+        )
+    kind = vllm_config.model_config.hf_text_config.model_type
+    if kind not in PROVED_MODELS:
+        logger.warning(
+            "DCA: %s models are not among those whose answers were checked (%s). It looks as "
+            "if DCA can serve this one; check what it answers past its window.",
+            kind,
+            ", ".join(PROVED_MODELS),
+        )
+
+
+def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
+    """Full attention is DCA's; layers with a window keep a backend of vLLM's choice."""
+    attention = vllm_config.attention_config
+    vllm_config.attention_config = dataclasses.replace(
+        attention,
+        backend=None,
+        backend_per_kind={KVCacheSpecKind.FULL_ATTENTION.value: attention.backend},
+    )
+
+
+def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
+    """A drafter's attention layers are DCA's too: it drafts as far as the model answers."""
+    speculative = vllm_config.speculative_config
+    if speculative.method not in DRAFTERS_WITH_LAYERS:
+        return
+    draft = speculative.draft_model_config
+    _take_checkpoint_config(draft)
+    window = _own_window(draft)
+    if settings.chunk_size > window:
+        logger.warning(
+            "DCA: chunk_size %d is over the drafter's window of %d tokens, so few of its "
+            "drafts will be accepted. Choose at most %d.",
+            settings.chunk_size,
+            window,
+            window,
+        )
+    draft.max_model_len = vllm_config.model_config.max_model_len
+    # vLLM would choose one anew.
+    if speculative.attention_backend is None:
+        speculative.attention_backend = vllm_config.attention_config.backend
+
+
+def _take_checkpoint_config(model_config: ModelConfig) -> dict[str, Any] | None:
+    """Remove and return the checkpoint's config; null would not do, vLLM tests hasattr."""
+    checkpoint = None
+    for hf_config in (model_config.hf_config, model_config.hf_text_config):
+        if hasattr(hf_config, CHECKPOINT_CONFIG):
+            checkpoint = getattr(hf_config, CHECKPOINT_CONFIG)
+            delattr(hf_config, CHECKPOINT_CONFIG)
+    return checkpoint

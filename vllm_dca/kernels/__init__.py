@@ -1,5 +1,0 @@
-"""Triton kernels: turning queries, merging passes, paged decode.
-
-They need torch and Triton alone, and run on a machine without a GPU under Triton's
-interpreter (TRITON_INTERPRET=1), which is how the tests check them.
-"""

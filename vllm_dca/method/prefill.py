@@ -1,0 +1,65 @@
+"""Dual chunk attention over any number of new tokens: three passes and one merge.
+
+The same for every device; what differs are the operations that it is put together from.
+"""
+
+import torch
+
+from vllm_dca.method.device import Partial, PrefillOperations
+from vllm_dca.method.planning import PrefillPlan
+from vllm_dca.method.rotary import QueryRotation
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    plan: PrefillPlan,
+    rotation: QueryRotation,
+    softmax_scale: float,
+    operations: PrefillOperations,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Attend to the paged cache, which holds the new tokens' keys and values already.
+
+    Args:
+        query: [num_tokens, num_heads, head_size], rotated to their offsets.
+        key_cache: [num_blocks, block_size, num_kv_heads, head_size], see `AttentionProvider`.
+        value_cache: like key_cache.
+        output: [num_tokens, num_heads, head_size], written.
+        plan: made once for all layers from the batch's lengths.
+        rotation: how this layer turns queries.
+        softmax_scale: factor on the dot products.
+        operations: the device's.
+        k_scale: of an FP8 cache, see `AttentionProvider`.
+        v_scale: likewise.
+    """
+    queries = [query]
+    turns = plan.turns
+    if turns is not None:
+        turned = operations.turn(query, rotation, turns.tokens, turns.turn, turns.temperature)
+        queries = list(turned.split(turns.sizes))
+        if turns.temperature is None:
+            queries.insert(0, query)
+
+    def attend(index: int, output: torch.Tensor) -> torch.Tensor:
+        return operations.attend(
+            queries[index],
+            key_cache,
+            value_cache,
+            output,
+            segments=plan.passes[index],
+            softmax_scale=softmax_scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+
+    lse = attend(0, output)
+    parts = []
+    for index, (tokens, rows) in enumerate(plan.parts, start=1):
+        part_output = torch.empty_like(queries[index])
+        parts.append(Partial(part_output, attend(index, part_output), tokens, rows))
+    operations.merge(output, lse, parts)
