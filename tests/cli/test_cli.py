@@ -72,9 +72,9 @@ def test_sizes_of_a_derived_geometry(llama: str) -> None:
     assert "warning" not in said
 
 
-def test_readme_shows_what_is_said() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    command, _, shown = readme.partition("$ python -m vllm_dca ")[2].partition("\n")
+def test_docs_show_what_is_said() -> None:
+    page = (Path(__file__).parents[2] / "docs/configuration.md").read_text()
+    command, _, shown = page.partition("$ vllm-dca ")[2].partition("\n")
     arguments = command.replace(".cache/demo-model", str(DEMO_MODEL)).split()
     said = run(*arguments).stdout.replace(str(DEMO_MODEL), ".cache/demo-model")
     assert shown.startswith(f"{said}```")

@@ -6,7 +6,7 @@ from vllm_dca.engine.support import DRAFTERS, DRAFTERS_ON_THE_CPU, PROVED_MODELS
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
     "vLLM": TESTED_VLLM,
-    "platform": ("CPU", "CUDA from compute capability 8.0, [not yet run](docs/gpu.md)"),
+    "platform": ("CPU", "CUDA from compute capability 8.0, [not yet run](gpu.md)"),
     "models": tuple(PROVED_MODELS.values()),
     "RoPE scaling": ROPE_TYPES,
     "dtypes": ("fp32", "bf16", "fp16", "a KV cache of the model's dtype", "on CUDA also FP8"),
