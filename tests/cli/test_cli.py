@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from tests.conftest import DEMO_MODEL
@@ -20,9 +21,13 @@ from tests.helpers.inprocess import engine, in_a_child
 from vllm_dca.cli import app
 from vllm_dca.cli.picture import relative_positions
 from vllm_dca.cpu import compiled
+from vllm_dca.cpu.processor import Processor
+from vllm_dca.engine import devices
 from vllm_dca.method.geometry import ChunkGeometry
 
 BLOCK = ("--block-size", "16")
+# No processor is slow in it, so none is warned of.
+FP32 = ("--dtype", "float32")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -60,7 +65,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_sizes_of_a_derived_geometry(llama: str) -> None:
-    said = explained(llama, "--max-model-len", "1K", *BLOCK)
+    said = explained(llama, "--max-model-len", "1K", *FP32, *BLOCK)
     # 3/4 of 128; a sixth of that is local; 80 is in whole blocks of 16.
     assert said["chunk_size"] == ["96 tokens, derived from the trained window of 128 tokens"]
     assert said["local_size"] == ["16 tokens"]
@@ -155,7 +160,7 @@ def test_what_needs_the_weights_is_said(llama: str, monkeypatch: pytest.MonkeyPa
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
 
     monkeypatch.setattr(DcaBackend, "prepare_model", prepare_model)
-    said = explained(llama, "--max-model-len", "1024", *BLOCK)
+    said = explained(llama, "--max-model-len", "1024", *FP32, *BLOCK)
     assert said["prefill by"][0].startswith("unknown")
     assert "shows only at a start" in said["warning"][0]
     assert said["DCA attends"] == ["2 of 2 layers: 0-1"]
@@ -173,7 +178,7 @@ def test_a_checkpoint_s_own_sizes_and_warnings(tmp_path: Path) -> None:
     explained(str(model), *BLOCK)  # whatever vLLM sets up in its first use, is set up
     log[0].setLevel(logging.INFO)
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in log]
-    said = explained(str(model), "--max-model-len", "1024", *BLOCK)
+    said = explained(str(model), "--max-model-len", "1024", *FP32, *BLOCK)
     assert said["chunk_size"] == ["256 tokens, the checkpoint's dual_chunk_attention_config"]
     assert said["temperature"] == ["grows from 64 tokens on"]
     over, sparse = said["warning"]
@@ -194,7 +199,7 @@ def test_a_checkpoint_s_own_sizes_and_warnings(tmp_path: Path) -> None:
 def test_lengths_that_are_warned_of(
     max_model_len: tuple[str, ...], warning: str, llama: str
 ) -> None:
-    [said] = explained(llama, *max_model_len, *BLOCK)["warning"]
+    [said] = explained(llama, *max_model_len, *FP32, *BLOCK)["warning"]
     assert said.startswith(warning)
 
 
@@ -438,7 +443,8 @@ def test_doctor_without_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_dca.method.provider import Needs, UnusableProviderError, choice
+    from vllm_dca.engine import choice
+    from vllm_dca.method.provider import Needs, UnusableProviderError
 
     def unusable(needs: Needs) -> Any:
         raise UnusableProviderError("it is out of order")
@@ -448,12 +454,11 @@ def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> No
     result = run("doctor")
     assert result.exit_code == 1
     found = findings(result)
-    assert found["note"] == ["prefill by torch: no, because it is out of order"]
+    assert "prefill by torch: no, because it is out of order" in found["note"]
     assert len(found["problem"]) == 1
 
 
 def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-
     def library() -> None:
         raise RuntimeError("no C++ compiler")
 
@@ -461,11 +466,53 @@ def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     assert result.exit_code == 0
     found = findings(result)
-    [note] = found["note"]
-    assert (
-        note == "prefill by compiled: no, because it cannot be compiled here (no C++ compiler)"
-    )
+    note = "prefill by compiled: no, because it cannot be compiled here (no C++ compiler)"
+    assert note in found["note"]
     assert any(line.startswith("prefill by torch") for line in found["ok"])
+
+
+LAPTOP = Processor("AVX2", None, torch.float32)
+SERVER = Processor("AVX512", "AMX", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("here", "advice"),
+    [
+        (
+            LAPTOP,
+            "with AVX2, no instruction that multiplies bfloat16: serve with --dtype float32",
+        ),
+        (SERVER, "with AVX512, which multiplies bfloat16 by AMX: serve with --dtype bfloat16"),
+    ],
+)
+def test_doctor_says_which_dtype_to_serve_in(
+    here: Processor, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "processor", lambda: here)
+    [said] = [line for line in findings(run("doctor"))["ok"] if line.startswith("processor")]
+    assert advice in said
+
+
+@pytest.mark.parametrize(
+    ("here", "dtype", "faster"),
+    [
+        (LAPTOP, "bfloat16", "float32"),
+        (LAPTOP, "float16", "float32"),
+        (SERVER, "float16", "bfloat16"),
+        (LAPTOP, "float32", None),
+        (SERVER, "float32", None),
+        (SERVER, "bfloat16", None),
+    ],
+)
+def test_a_dtype_that_the_processor_does_not_multiply_is_warned_of(
+    here: Processor, dtype: str, faster: str | None, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "processor", lambda: here)
+    said = explained(llama, "--max-model-len", "1K", "--dtype", dtype, *BLOCK)
+    warnings = said.get("warning", [])
+    assert [f"--dtype {faster} is faster here" in line for line in warnings] == (
+        [True] if faster else []
+    )
 
 
 def test_doctor_where_vllm_selects_another(monkeypatch: pytest.MonkeyPatch) -> None:

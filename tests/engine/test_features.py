@@ -148,6 +148,11 @@ def test_quantised_weights(tmp_path: Path) -> None:
     """4-bit groups; no further from fp64 than the reference with the same weights in bf16,
     twice, as in tests/engine/test_models.py.
     """
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("vLLM's library for this processor has no operator cpu_gemm_wna16")
     quantised, same = write_quantised(tmp_path)
     exact = prompt_logprobs(same, PROMPT, **SIZES)
     half = prompt_logprobs(same, PROMPT, **SIZES, dtype=torch.bfloat16).double()

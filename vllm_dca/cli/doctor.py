@@ -80,6 +80,37 @@ def _check_platform() -> Iterator[Finding]:
         yield Finding("problem", f"platform {name}{of}: DCA needs a GPU of 8.0 or higher")
 
 
+def _check_processor() -> Iterator[Finding]:
+    import torch
+    from vllm.platforms import current_platform
+
+    from vllm_dca.engine.devices import current_processor
+
+    processor = current_processor()
+    if processor is None:
+        return
+    if processor.half is None:
+        yield Finding(
+            "ok",
+            f"processor with {processor.instructions}, no instruction that multiplies "
+            "bfloat16: serve with --dtype float32, several times as fast here",
+        )
+    else:
+        yield Finding(
+            "ok",
+            f"processor with {processor.instructions}, which multiplies bfloat16 by "
+            f"{processor.half}: serve with --dtype bfloat16",
+        )
+    operator = "cpu_gemm_wna16"
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, operator):
+        yield Finding(
+            "note",
+            f"4-bit weights (AWQ, GPTQ and the like): no, because vLLM's library for "
+            f"{processor.instructions} has no operator {operator}",
+        )
+
+
 def _check_providers() -> Iterator[Finding]:
     import torch
     from vllm.platforms import current_platform
@@ -163,6 +194,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _check_vllm,
     _check_entry_point,
     _check_platform,
+    _check_processor,
     _check_providers,
     _check_shims,
     _check_selection,

@@ -4,6 +4,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_dca.cpu.processor import Processor, processor
 from vllm_dca.engine.choice import choose
 from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
@@ -16,6 +17,11 @@ def compute_capability() -> tuple[int, int]:
     """Of this process's GPU, as `Needs` wants it."""
     capability = current_platform.get_device_capability()
     return (0, 0) if capability is None else tuple(capability)
+
+
+def current_processor() -> Processor | None:
+    """What DCA runs on in this process; None on a GPU."""
+    return processor() if current_platform.is_cpu() else None
 
 
 def current_device(needs: Needs, prefill_provider: str | None) -> Device:

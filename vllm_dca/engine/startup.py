@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
+from vllm_dca.engine.devices import current_processor
 from vllm_dca.engine.refusals import has_sliding_layers, refusals, rope_types
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS, PROVED_MODELS
@@ -72,6 +74,7 @@ def configure(vllm_config: VllmConfig) -> None:
         model_config.max_model_len / window,
         window,
     )
+    _warn_of_slow_dtype(model_config.dtype)
     if settings.chunk_size > window:
         logger.warning(
             "DCA: chunk_size %d is over the model's window of %d tokens, so queries take "
@@ -102,6 +105,22 @@ def _check_supported(vllm_config: VllmConfig) -> None:
             kind,
             ", ".join(PROVED_MODELS),
         )
+
+
+def _warn_of_slow_dtype(dtype: torch.dtype) -> None:
+    """A laptop's processor often multiplies in fp32 only, and checkpoints are in bf16."""
+    processor = current_processor()
+    if processor is None or dtype in (torch.float32, processor.dtype):
+        return
+    name, faster = (str(each).removeprefix("torch.") for each in (dtype, processor.dtype))
+    logger.warning(
+        "DCA: this processor (%s) has no instruction that multiplies %s, so that vLLM's matrix "
+        "products take several times as long as in %s. --dtype %s is faster here.",
+        processor.instructions,
+        name,
+        faster,
+        faster,
+    )
 
 
 def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
