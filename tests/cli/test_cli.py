@@ -1,5 +1,6 @@
 """`python -m vllm_dca`: what it prints against independent arithmetic and real engines."""
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -438,8 +439,35 @@ def test_doctor_without_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
     result = run("doctor")
     assert result.exit_code == 1
+    plugin, metrics = findings(result)["problem"]
+    assert "is not installed: pip install" in plugin
+    assert "is not installed, and this version's is vllm_dca.engine.metrics:" in metrics
+
+
+def test_doctor_on_an_installation_from_before_the_code_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import importlib.metadata
+
+    found = importlib.metadata.entry_points
+    old = importlib.metadata.EntryPoint(
+        "dca", "vllm_dca.metrics:DcaStatLogger", "vllm.stat_logger_plugins"
+    )
+
+    def entry_points(**chosen: str) -> Any:
+        return (old,) if chosen["group"] == old.group else found(**chosen)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    result = run("doctor")
+    assert result.exit_code == 1
     [problem] = findings(result)["problem"]
-    assert "is not installed: pip install" in problem
+    assert "vllm_dca.metrics:DcaStatLogger, and this version's is vllm_dca.engine" in problem
+
+
+@pytest.mark.parametrize("old", ["vllm_dca.backend", "vllm_dca.metrics"])
+def test_an_old_name_says_where_it_is_now(old: str) -> None:
+    with pytest.raises(ImportError, match=old.replace("vllm_dca.", r"vllm_dca\.engine\.")):
+        importlib.import_module(old)
 
 
 def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> None:

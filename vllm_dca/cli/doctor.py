@@ -63,6 +63,26 @@ def _check_entry_point() -> Iterator[Finding]:
         )
 
 
+def _check_metrics() -> Iterator[Finding]:
+    from importlib.metadata import entry_points
+
+    from vllm.plugins import STAT_LOGGER_PLUGINS_GROUP
+
+    from vllm_dca.engine.metrics import DcaStatLogger
+
+    wanted = f"{DcaStatLogger.__module__}:{DcaStatLogger.__qualname__}"
+    found = [point.value for point in entry_points(group=STAT_LOGGER_PLUGINS_GROUP, name="dca")]
+    if wanted in found:
+        yield Finding("ok", f"vLLM loads DCA's metrics ({STAT_LOGGER_PLUGINS_GROUP})")
+    else:
+        yield Finding(
+            "problem",
+            f"/metrics will have none of DCA's: the entry point dca in "
+            f"{STAT_LOGGER_PLUGINS_GROUP} is {', '.join(found) or 'not installed'}, and this "
+            f"version's is {wanted}: install vllm-dca again",
+        )
+
+
 def _check_platform() -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
@@ -193,6 +213,7 @@ def _path(cls: type) -> str:
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _check_vllm,
     _check_entry_point,
+    _check_metrics,
     _check_platform,
     _check_processor,
     _check_providers,

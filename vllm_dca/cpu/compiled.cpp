@@ -44,7 +44,7 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned
 inline Vector& at(float* place) { return *reinterpret_cast<Vector*>(place); }
 inline const Vector& at(const float* place) { return *reinterpret_cast<const Vector*>(place); }
 
-// As vllm_dca/compiled.py fills it. Strides are in elements; the last axes are dense.
+// As vllm_dca/cpu/compiled.py fills it. Strides are in elements; the last axes are dense.
 struct Arguments {
   const void* query;         // [rows, heads, head_size], rotated to their offsets
   const void* kv_cache;      // [blocks, kv_heads, block_size, 2 * head_size]
