@@ -254,10 +254,11 @@ def test_versions_on_record_are_those_that_pip_takes() -> None:
     recorded = on_record()
     (vllm,) = metadata.packages_distributions()["vllm"]
     python = metadata.metadata(vllm)["Requires-Python"]
-    minor = ".".join(recorded["vLLM"].split(".")[:2])
-    assert minor == TESTED_VLLM[-1]
-    assert f"vLLM {minor}" in (ROOT / PROJECT["readme"]).read_text()
-    assert recorded["vLLM"] in only(PROJECT["dependencies"], "vllm")
+    assert ".".join(recorded["vLLM"].split(".")[:2]) in TESTED_VLLM
+    for minor in TESTED_VLLM:
+        assert f"{minor}.0" in only(PROJECT["dependencies"], "vllm")
+        for page in (COMPATIBILITY, (ROOT / PROJECT["readme"]).read_text()):
+            assert re.search(rf"\b{re.escape(minor)}\b(?!\.)", page), minor
     assert recorded["Ray"] in only(PROJECT["optional-dependencies"]["ray"], "ray")
     assert recorded["transformers"] in only(metadata.requires(vllm) or [], "transformers")
     assert recorded["Python"] in SpecifierSet(PROJECT["requires-python"])
