@@ -412,12 +412,37 @@ def test_doctor_on_an_untested_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shims, "apply", shims.apply.__wrapped__)
     result = run("doctor")
     assert result.exit_code == 1
-    version, shims = findings(result)["problem"]
-    assert version.startswith("vLLM 0.99.0 is not tested: install 0.32")
-    assert shims.startswith("DCA cannot be made available: vLLM 0.99.0 is installed")
+    version, unavailable = findings(result)["problem"]
+    assert version.startswith("vLLM 0.99.0 is not tested: install 0.32, 0.33")
+    assert unavailable.startswith("DCA cannot be made available: vLLM 0.99.0 is installed")
+    fitting = [line for line in findings(result)["note"] if line.endswith("fits this vLLM")]
+    assert len(fitting) == len(shims.SHIMS)
     refused = run("explain", "any")
     assert refused.exit_code == 1
-    assert "vLLM 0.99.0 is installed, and tested are 0.32" in refused.stderr
+    assert "vLLM 0.99.0 is installed, and tested are 0.32, 0.33" in refused.stderr
+
+
+def test_doctor_where_what_a_shim_replaces_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    from vllm_dca.engine import shims
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(shims, "apply", shims.apply.__wrapped__)
+    monkeypatch.setattr(EngineArgs, "create_model_config", lambda self, more: None)
+    monkeypatch.delattr(BaseModelLoader, "create_model")
+    notes = findings(run("doctor"))["note"]
+    assert any(
+        "EngineArgs.create_model_config takes (self, more) in vLLM 0.99.0, and the shim "
+        "extend_context was written for (self)" in line
+        for line in notes
+    )
+    assert any(
+        "create_model is gone from vLLM 0.99.0, and the shim prepare" in n for n in notes
+    )
+    assert "the shim select_on_cpu fits this vLLM" in notes
 
 
 def test_doctor_where_vllm_keeps_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None:

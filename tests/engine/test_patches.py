@@ -329,7 +329,7 @@ def _observe(overlay: Path | None, model: Path) -> dict[str, Any]:
     applied = shims.apply()
     return {
         "vllm": importlib.import_module("vllm").__file__,
-        "docstrings": {shim.__name__: shim.__doc__ for shim in shims.SHIMS},
+        "docstrings": {shim.name: shim.apply.__doc__ for shim in shims.SHIMS},
         "applied": applied,
         "applied again": shims.apply(),
         "before": before,
@@ -447,7 +447,7 @@ def _observe_gates() -> dict[str, dict[str, Any]]:
         }
 
     attempts = {}
-    for version in ("0.31.0", "0.33.0", "1.32.0"):
+    for version in ("0.31.0", "0.34.0", "1.32.0"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(vllm, "__version__", version)
             attempts[version] = attempt()

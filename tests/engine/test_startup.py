@@ -228,6 +228,31 @@ def test_what_only_gpus_have_is_refused(llama: Path) -> None:
     assert overlap == "--enable-dbo"
 
 
+def test_the_block_size_is_the_one_that_the_engine_will_have(llama: Path) -> None:
+    """vLLM 0.33 has another in its config until the model is loaded."""
+    sizes = {"chunk_size": 96, "local_size": 16}
+    with pytest.raises(ValueError, match=r"80 is not one of 128: pass --block-size 2 or 4 or"):
+        settle(llama, additional_config={"dca": sizes}, block_size=None)
+    sizes = {"chunk_size": 144, "local_size": 16}
+    options = {"block_size": None, "additional_config": {"dca": sizes}}
+    with engine(llama, **options, num_gpu_blocks_override=None) as llm:
+        assert llm.llm_engine.vllm_config.cache_config.block_size == 128
+
+
+def test_a_drafter_does_not_shorten_the_context(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.33 does that for Model Runner V2 before DCA extends the drafter too."""
+    import vllm.envs
+
+    vllm.envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    config = settle(llama, max_model_len=1024, speculative_config=draft)
+    assert config.model_config.max_model_len == 1024
+    assert config.speculative_config.draft_model_config.max_model_len == 1024
+
+
 def test_other_platforms_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dca.engine import refusals
 

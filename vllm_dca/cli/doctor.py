@@ -170,8 +170,12 @@ def _check_shims() -> Iterator[Finding]:
         in_force = shims.apply()
     except shims.IncompatibleVllmError as error:
         yield Finding("problem", f"DCA cannot be made available: {error}")
+        # What stands in the way of supporting this vLLM, and what does not.
+        for shim in shims.SHIMS:
+            moved = shim.moved() if shim.is_needed() else None
+            yield Finding("note", moved or f"the shim {shim.name} fits this vLLM")
         return
-    patched = [shim.__name__ for shim in shims.SHIMS if shim.__name__ not in in_force]
+    patched = [shim.name for shim in shims.SHIMS if shim.name not in in_force]
     yield Finding("ok", f"shims in force: {', '.join(in_force) or 'none'}")
     yield Finding("ok", f"patches in vLLM instead of shims: {', '.join(patched) or 'none'}")
 

@@ -61,7 +61,6 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.platforms import current_platform
-    from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from vllm_dca.engine.backend import DcaBackend
@@ -74,6 +73,8 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
     args = EngineArgs(model, attention_backend="dca", skip_tokenizer_init=True, **parsed)
     vllm_config = args.create_engine_config()
     unchecked = _build(vllm_config)
+    # As an engine does once the model is there.
+    current_platform.update_block_size_for_backend(vllm_config)
 
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     dca = [name for name, layer in layers.items() if layer.get_attn_backend() is DcaBackend]
@@ -96,7 +97,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         other_layers=[name for name in layers if name not in dca],
         provider=devices[0].provider if devices and devices[0] is not None else None,
         token_bytes=sum(specs[name].page_size_bytes // specs[name].block_size for name in dca),
-        request_bytes=max_memory_usage_bytes(vllm_config, specs.values()),
+        request_bytes=sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values()),
         ranks=ranks,
         warnings=[
             *warnings,

@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_dca.engine import transformers_rotary
+from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.devices import compute_capability, current_device
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.support import cache_dtype_of
@@ -113,7 +114,7 @@ def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:
         head_size=layer.head_size,
         dtype=dtype,
         cache_dtype=cache_dtype_of(layer.kv_cache_dtype, dtype),
-        block_size=vllm_config.cache_config.block_size,
+        block_size=block_size_of(vllm_config),
         capability=compute_capability(),
     )
 

@@ -8,19 +8,18 @@ import copyreg
 import functools
 import inspect
 import pickle
+import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import vllm
-from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.platforms.cpu import CpuPlatform
-from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
 # The minors that the tests cover; pyproject.toml says the same.
-TESTED_VLLM = ("0.32",)
+TESTED_VLLM = ("0.32", "0.33")
 
 NAME = "DCA"
 CLASS_PATH = "vllm_dca.engine.backend.DcaBackend"
@@ -49,18 +48,19 @@ def apply() -> list[str]:
         raise IncompatibleVllmError(
             f"vLLM {vllm.__version__} is installed, and tested are {', '.join(TESTED_VLLM)}"
         )
-    needed = [shim for shim, is_needed in SHIMS.items() if is_needed()]
+    needed = [shim for shim in SHIMS if shim.is_needed()]
     for shim in needed:
-        _check_target(shim)
+        if how := shim.moved():
+            raise IncompatibleVllmError(how)
     # With patches/0001, vLLM registers it when it unpickles a config, before the plugin loads.
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, CLASS_PATH)
     for shim in needed:
-        shim()
-    return [shim.__name__ for shim in needed]
+        shim.apply()
+    return [shim.name for shim in needed]
 
 
-def selects_dca(args: EngineArgs) -> bool:
+def selects_dca(args: "EngineArgs") -> bool:
     """Whether the user asked for DCA, for all layers or for some."""
     config = args.attention_config
     asked = [args.attention_backend, config.backend, *config.backend_per_kind.values()]
@@ -96,6 +96,8 @@ def select_on_cpu() -> None:
     It ignores the selected backend and returns its own.
     Until: patches/0002.
     """
+    from vllm.platforms.cpu import CpuPlatform
+
     original = CpuPlatform.get_attn_backend_cls.__func__
 
     @functools.wraps(original)
@@ -126,6 +128,8 @@ def extend_context() -> None:
     It refuses a --max-model-len over the length that the model's config derives.
     Until: patches/0003.
     """
+    from vllm.engine.arg_utils import EngineArgs
+
     original = EngineArgs.create_model_config
 
     @functools.wraps(original)
@@ -150,6 +154,8 @@ def verify_config() -> None:
     An attention backend has no say in the configuration before the engine starts.
     Until: patches/0004.
     """
+    from vllm.engine.arg_utils import EngineArgs
+
     original = EngineArgs.create_engine_config
 
     @functools.wraps(original)
@@ -168,6 +174,8 @@ def prepare_model() -> None:
     An attention backend never sees the model that its layers are part of.
     Until: patches/0005.
     """
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
     original = BaseModelLoader.create_model
 
     @functools.wraps(original)
@@ -185,33 +193,85 @@ def prepare_model() -> None:
     BaseModelLoader.create_model = create_model
 
 
-# Every shim, and whether this vLLM still needs it.
-SHIMS: dict[Callable[[], None], Callable[[], bool]] = {
-    pickle_by_name: lambda: not hasattr(registry, "restore_backend"),
-    select_on_cpu: lambda: not hasattr(CpuPlatform, "selects_registered_backends"),
-    extend_context: lambda: not hasattr(AttentionBackend, "extends_context"),
-    verify_config: lambda: not hasattr(AttentionBackend, "verify_and_update_config"),
-    prepare_model: lambda: not hasattr(AttentionBackend, "prepare_model"),
-}
+class Shim(NamedTuple):
+    """A change to vLLM, made from outside.
 
-# What each shim calls or replaces, as it was when the shim was written.
-_SIGNATURES: dict[Callable[[], None], tuple[Callable[..., Any], str]] = {
-    pickle_by_name: (AttentionBackendEnum.register, "(name, value)"),
-    select_on_cpu: (
-        CpuPlatform.get_attn_backend_cls,
-        "(selected_backend, attn_selector_config, num_heads)",
-    ),
-    extend_context: (EngineArgs.create_model_config, "(self)"),
-    verify_config: (EngineArgs.create_engine_config, "(self, usage_context, headless)"),
-    prepare_model: (BaseModelLoader.create_model, "(self, vllm_config, model_config, prefix)"),
-}
+    Attributes:
+        apply: makes it.
+        target: what it calls or replaces, as module:name.
+        parameters: the target's, as they were when the shim was written.
+        hook: what a vLLM has that was patched, and does without the shim; as module:name.
+    """
 
+    apply: Callable[[], None]
+    target: str
+    parameters: str
+    hook: str
 
-def _check_target(shim: Callable[[], None]) -> None:
-    target, expected = _SIGNATURES[shim]
-    found = f"({', '.join(inspect.signature(target).parameters)})"
-    if found != expected:
-        raise IncompatibleVllmError(
-            f"{target.__qualname__} takes {found} in vLLM {vllm.__version__}, and the shim "
-            f"{shim.__name__} was written for {expected}"
+    @property
+    def name(self) -> str:
+        """The function's."""
+        return self.apply.__name__
+
+    def is_needed(self) -> bool:
+        """Whether this vLLM has no hook in the shim's place."""
+        return _found(self.hook) is None
+
+    def moved(self) -> str | None:
+        """How the target is another than the shim was written for; None if it is not."""
+        target, name = _found(self.target), self.target.partition(":")[2]
+        if target is None:
+            return (
+                f"{self.target} is gone from vLLM {vllm.__version__}, and the shim {self.name} "
+                "was written for it"
+            )
+        parameters = f"({', '.join(inspect.signature(target).parameters)})"
+        if parameters == self.parameters:
+            return None
+        return (
+            f"{name} takes {parameters} in vLLM {vllm.__version__}, and the shim {self.name} "
+            f"was written for {self.parameters}"
         )
+
+
+def _found(name: str) -> Any:
+    """What a module:name names, or None."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return None
+
+
+_BACKEND = "vllm.v1.attention.backend:AttentionBackend"
+SHIMS = (
+    Shim(
+        pickle_by_name,
+        "vllm.v1.attention.backends.registry:AttentionBackendEnum.register",
+        "(name, value)",
+        "vllm.v1.attention.backends.registry:restore_backend",
+    ),
+    Shim(
+        select_on_cpu,
+        "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
+        "(selected_backend, attn_selector_config, num_heads)",
+        "vllm.platforms.cpu:CpuPlatform.selects_registered_backends",
+    ),
+    Shim(
+        extend_context,
+        "vllm.engine.arg_utils:EngineArgs.create_model_config",
+        "(self)",
+        f"{_BACKEND}.extends_context",
+    ),
+    Shim(
+        verify_config,
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        "(self, usage_context, headless)",
+        f"{_BACKEND}.verify_and_update_config",
+    ),
+    Shim(
+        prepare_model,
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.create_model",
+        "(self, vllm_config, model_config, prefix)",
+        f"{_BACKEND}.prepare_model",
+    ),
+)

@@ -8,6 +8,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
+from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.devices import current_processor
 from vllm_dca.engine.refusals import has_sliding_layers, refusals, rope_types
 from vllm_dca.engine.settings import OPTIONS
@@ -41,13 +42,13 @@ def configure(vllm_config: VllmConfig) -> None:
         ValueError, NotImplementedError: what was given, what is needed, what would work.
     """
     _check_supported(vllm_config)
-    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    model_config = vllm_config.model_config
     if has_sliding_layers(model_config):
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
     checkpoint = _take_checkpoint_config(model_config)
     settings = resolve_settings(
-        options, checkpoint, _own_window(model_config), cache_config.block_size
+        options, checkpoint, _own_window(model_config), block_size_of(vllm_config)
     )
     window = settings.window
     # A new dictionary: the old one is the user's EngineArgs, which may be used again.
@@ -138,7 +139,11 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
     speculative = vllm_config.speculative_config
     if speculative.method not in DRAFTERS_WITH_LAYERS:
         return
-    draft = speculative.draft_model_config
+    model_config, draft = vllm_config.model_config, speculative.draft_model_config
+    asked = model_config.original_max_model_len
+    if asked is not None and asked > model_config.max_model_len:
+        # vLLM 0.33 lowers it to the drafter's where Model Runner V2 serves.
+        model_config.max_model_len = asked
     _take_checkpoint_config(draft)
     window = _own_window(draft)
     if settings.chunk_size > window:
@@ -149,7 +154,7 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
             window,
             window,
         )
-    draft.max_model_len = vllm_config.model_config.max_model_len
+    draft.max_model_len = model_config.max_model_len
     # vLLM would choose one anew.
     if speculative.attention_backend is None:
         speculative.attention_backend = vllm_config.attention_config.backend
