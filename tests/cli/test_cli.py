@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from tests.conftest import DEMO_MODEL
 from tests.helpers import checkpoints
+from tests.helpers.command_line import served
 from tests.helpers.inprocess import engine, in_a_child
 from vllm_dca.cli import app
 from vllm_dca.cli.picture import relative_positions
@@ -25,6 +26,8 @@ from vllm_dca.cpu import compiled
 from vllm_dca.cpu.processor import Processor
 from vllm_dca.engine import devices
 from vllm_dca.method.geometry import ChunkGeometry
+
+pytestmark = pytest.mark.each_minor
 
 BLOCK = ("--block-size", "16")
 # No processor is slow in it, so none is warned of.
@@ -205,10 +208,6 @@ def test_lengths_that_are_warned_of(
 
 
 def test_the_printed_command_starts_the_same(llama: str) -> None:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     given = {
         "--max-model-len": "2K",
         "--block-size": "32",
@@ -221,9 +220,7 @@ def test_the_printed_command_starts_the_same(llama: str) -> None:
     said = explained(llama, *(word for option in given.items() for word in option))
     vllm, serve, *words = shlex.split(said["start it"][0])
     assert (vllm, serve) == ("vllm", "serve")
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
-    parsed.model = parsed.model_tag
-    config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
+    config = served(words).create_engine_config()
     assert config.model_config.model == llama
     assert config.model_config.max_model_len == 2048
     assert config.model_config.hf_config.rms_norm_eps == 1e-3
@@ -385,13 +382,15 @@ def findings(result: Result) -> dict[str, list[str]]:
 
 
 def test_doctor_finds_nothing_here() -> None:
+    import vllm
+
     result = run("doctor")
     assert result.exit_code == 0, result.output
     found = findings(result)
     assert found["problem"] == []
     said = "\n".join(found["ok"])
     for part in (
-        "vLLM 0.32",
+        f"vLLM {vllm.__version__}",
         "vLLM loads the plugin dca",
         "platform c",
         "prefill by",

@@ -16,6 +16,7 @@ ATOL = 1e-3
 CHUNK_LEN = DEMO_SIZES["chunk_size"] - DEMO_SIZES["local_size"]
 
 
+@pytest.mark.each_minor
 def test_prompt_logprobs_agree_with_the_reference(demo_llm: LLM, prose: list[int]) -> None:
     prompt = prose[2000 : 2000 + 4096]
     [output] = generate(demo_llm, [prompt], prompt_logprobs=0)
@@ -61,6 +62,7 @@ def test_a_cached_prefix_equals_a_fresh_one(
     assert_same_answer(cached, fresh, ATOL)
 
 
+@pytest.mark.each_minor
 def test_decode_rows_equal_prefill_rows(demo_llm: LLM, prose: list[int]) -> None:
     """Answers that grow across a chunk border, read again as a prompt."""
     for border in (CHUNK_LEN, 3 * CHUNK_LEN):

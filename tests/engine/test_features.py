@@ -14,6 +14,8 @@ from tests.helpers.answers import drafted, generate, of_answer, of_prompt
 from tests.helpers.inprocess import engine
 from vllm_dca.reference.model import forward, prompt_logprobs
 
+pytestmark = pytest.mark.each_minor
+
 # What the project promises for fp32.
 ATOL = 1e-3
 SIZES = {"chunk_size": 96, "local_size": 32}

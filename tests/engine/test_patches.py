@@ -25,6 +25,8 @@ import pytest
 if TYPE_CHECKING:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
+pytestmark = pytest.mark.each_minor
+
 INSTALLED = Path(importlib.util.find_spec("vllm").origin).parents[1]
 PATCHES = sorted((Path(__file__).parents[2] / "patches").glob("*.patch"))
 # Patches in force: none, so that the shims do it all; each alone; all, without any shim.
