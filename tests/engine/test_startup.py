@@ -232,6 +232,22 @@ def test_what_only_gpus_have_is_refused(llama: Path) -> None:
     assert overlap == "--enable-dbo"
 
 
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_parallel_drafting_is_refused(method: str, llama: Path) -> None:
+    """Its drafts are in the device's lengths, and not in those that the host is told."""
+    from vllm_dca.engine.refusals import refusals
+
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    config = settle(llama, speculative_config=draft)
+    config.speculative_config.method = method
+    assert refusals(config) == []
+    config.speculative_config.parallel_drafting = True
+    words = f"parallel drafting by {method} (drafting one after the other does)"
+    assert refusals(config) == [words]
+    with pytest.raises(NotImplementedError, match="parallel drafting by draft_model"):
+        settle(llama, speculative_config={**draft, "parallel_drafting": True})
+
+
 def test_the_block_size_is_the_one_that_the_engine_will_have(llama: Path) -> None:
     """vLLM 0.33 has another in its config until the model is loaded."""
     sizes = {"chunk_size": 96, "local_size": 16}

@@ -60,6 +60,7 @@ REFUSED = {
     "other quantised": BY_OPTION,
     "a backend per kind": BY_OPTION,
     "speculative decoding": BY_OPTION,
+    "parallel drafting": "test_startup::test_parallel_drafting_is_refused",
     "decode context": BY_OPTION,
     "prefill context": "test_startup::test_what_only_gpus_have_is_refused",
     "dual-batch overlap": "test_startup::test_what_only_gpus_have_is_refused",

@@ -39,6 +39,12 @@ def test_segments_cover_the_new_tokens_in_order(
     assert len(set(pairs)) == len(pairs)
 
 
+def test_a_request_shorter_than_its_new_tokens_is_noticed() -> None:
+    """Its first chunk would be number -1, and its queries would be turned as if by others."""
+    with pytest.raises(AssertionError, match="fewer tokens than are new: -2 cached"):
+        split_at_chunk_borders([0, 5, 9], [5, 2], 16)
+
+
 @given(sizes)
 def test_turns_lead_to_the_positions_of_the_table(size: tuple[int, int]) -> None:
     chunk_len, local_size = size

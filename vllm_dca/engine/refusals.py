@@ -102,6 +102,18 @@ def _drafter(vllm_config: VllmConfig) -> str:
     return f"speculative decoding by {speculative.method} (by {', '.join(usable)} it does)"
 
 
+def _parallel_drafting(vllm_config: VllmConfig) -> str:
+    """vLLM adds a request's drafts to its lengths on the device only, and prefills are planned
+    from those that the host knows.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in DRAFTERS:
+        return ""
+    if not speculative.parallel_drafting:
+        return ""
+    return f"parallel drafting by {speculative.method} (drafting one after the other does)"
+
+
 REFUSALS: Sequence[Refusal] = (
     Refusal("platform", "others", _platform),
     Refusal(
@@ -153,6 +165,7 @@ REFUSALS: Sequence[Refusal] = (
         ),
     ),
     Refusal("engine", "speculative decoding by other methods", _drafter),
+    Refusal("engine", "parallel drafting (P-EAGLE, PARD)", _parallel_drafting),
     Refusal(
         "engine",
         "decode context parallelism",

@@ -104,11 +104,17 @@ def split_at_chunk_borders(
 
     Returns:
         The segments, ordered by request and position; a request without new tokens has none.
+
+    Raises:
+        AssertionError: a request is shorter than its new tokens.
     """
     starts = np.asarray(query_start_loc, dtype=np.int64)
     ends = np.asarray(seq_lens, dtype=np.int64)
     query_lens = np.diff(starts)
     cached = ends - query_lens
+    assert (cached >= 0).all(), (
+        f"A request has fewer tokens than are new: {cached.min()} cached."
+    )
     first = cached // chunk_len
     last = (ends - 1) // chunk_len
     pieces = np.where(query_lens > 0, last - first + 1, 0)
