@@ -23,7 +23,8 @@ def _check_vllm() -> Iterator[Finding]:
 
     tested = ", ".join(TESTED_VLLM)
     if is_tested():
-        yield Finding("ok", f"vLLM {vllm.__version__} (tested: {tested})")
+        how = TESTED_VLLM[".".join(vllm.__version__.split(".")[:2])]
+        yield Finding("ok", f"vLLM {vllm.__version__}, tested {how}")
     else:
         yield Finding(
             "problem",

@@ -18,8 +18,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
-# The minors that the tests cover; pyproject.toml says the same.
-TESTED_VLLM = ("0.32", "0.33")
+# The minors that the tests cover, and how; pyproject.toml says the same.
+TESTED_VLLM = {
+    "0.32": "with its CPU build",
+    "0.33": "its Python, on the compiled operators of 0.32's CPU build",
+}
 
 NAME = "DCA"
 CLASS_PATH = "vllm_dca.engine.backend.DcaBackend"

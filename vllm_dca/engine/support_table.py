@@ -5,7 +5,7 @@ from vllm_dca.engine.shims import TESTED_VLLM
 from vllm_dca.engine.support import DRAFTERS, DRAFTERS_ON_THE_CPU, PROVED_MODELS, ROPE_TYPES
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
-    "vLLM": TESTED_VLLM,
+    "vLLM": tuple(f"{minor}, tested {how}" for minor, how in TESTED_VLLM.items()),
     "platform": ("CPU", "CUDA from compute capability 8.0, [not yet run](gpu.md)"),
     "models": tuple(PROVED_MODELS.values()),
     "RoPE scaling": ROPE_TYPES,
