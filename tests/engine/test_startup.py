@@ -291,6 +291,27 @@ def test_a_model_that_nobody_checked_is_warned_of(tmp_path: Path, dca_log: list[
     assert sum("seed_oss models are not among those" in line for line in dca_log) == 1
 
 
+def test_a_shared_store_of_keys_is_warned_of(llama: Path, dca_log: list[str]) -> None:
+    """A store's names do not tell the chunk sizes, so people must."""
+    from vllm.config import KVTransferConfig
+
+    options = {"additional_config": {"dca": SIZES}}
+    settle(llama, **options)
+    assert not any("rotated" in line for line in dca_log)
+    settle(
+        llama,
+        **options,
+        kv_transfer_config=KVTransferConfig("ExampleConnector", kv_role="kv_both"),
+    )
+    settle(llama, **options, kv_offloading_size=1.0)
+    [shared, offloaded] = [line for line in dca_log if "as DCA rotated them" in line]
+    assert shared.startswith("DCA: ExampleConnector stores keys")
+    assert offloaded.startswith("DCA: OffloadingConnector stores keys")
+    sizes = "chunk_size 96, local_size 32 and original_max_position_embeddings null"
+    assert sizes in shared
+    assert sizes in offloaded
+
+
 def test_a_loader_that_bypasses_the_installation_is_refused(llama: Path) -> None:
     """As tensorizer does: it builds models without BaseModelLoader.create_model."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader

@@ -76,6 +76,7 @@ def configure(vllm_config: VllmConfig) -> None:
         window,
     )
     _warn_of_slow_dtype(model_config.dtype)
+    _warn_of_shared_keys(vllm_config, settings)
     if settings.chunk_size > window:
         logger.warning(
             "DCA: chunk_size %d is over the model's window of %d tokens, so queries take "
@@ -121,6 +122,29 @@ def _warn_of_slow_dtype(dtype: torch.dtype) -> None:
         name,
         faster,
         faster,
+    )
+
+
+def _warn_of_shared_keys(vllm_config: VllmConfig, settings: DcaSettings) -> None:
+    """A store tells keys apart by model, tokens and layout, and not by how they were rotated.
+
+    Nothing of vLLM's configuration that reaches every connector's names could say it:
+    `additional_config` is in none of them, and a salt belongs to a request.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return
+    logger.warning(
+        "DCA: %s stores keys as DCA rotated them, and under which names does not depend on the "
+        "chunk sizes. Every server that shares them must run DCA with this model, chunk_size "
+        "%d, local_size %d and original_max_position_embeddings %s; give others a store of "
+        "their own.",
+        transfer.kv_connector,
+        settings.chunk_size,
+        settings.local_size,
+        "null"
+        if settings.original_max_position_embeddings is None
+        else settings.original_max_position_embeddings,
     )
 
 
