@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Serves a Qwen checkpoint up to a million tokens with Dual Chunk Attention on NVIDIA GPUs.
+#
+# THE CUDA PATH OF DCA HAS NOT RUN ON A GPU YET. Its kernels agree with the reference in Triton's
+# interpreter and compile for compute capability 8.0, 9.0 and 10.0; nothing is measured. This
+# script's own test checks the command that it makes, on a machine without a GPU.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+Usage: qwen_1m.sh [--dry-run] MODEL GPUS [arguments of `vllm serve`, which win over those here]
+
+MODEL is a name on the Hub or a directory:
+  Qwen/Qwen2.5-7B-Instruct-1M, Qwen/Qwen2.5-14B-Instruct-1M
+      start as they are: config.json has the chunk sizes (dual_chunk_attention_config).
+  Qwen/Qwen3-30B-A3B-Instruct-2507, -Thinking-2507 and their 235B
+      stop at 262,144 tokens. Their chunk sizes are in config_1m.json: put it in the place of
+      config.json, in a directory of yours:
+          hf download Qwen/Qwen3-30B-A3B-Instruct-2507 --local-dir qwen3
+          cp qwen3/config_1m.json qwen3/config.json
+GPUS is how many share the model (tensor parallel). It must divide the attention heads; beyond the
+number of KV heads (4 in the 7B and the 30B, 8 in the 14B) it adds speed, not room for keys.
+--dry-run prints the command and starts nothing.
+
+Both families ask for sparse prefill, which DCA does not have yet: attention is dense, and a
+warning says so. Before a start, `vllm-dca explain MODEL --max-model-len 1010000
+--tensor-parallel-size GPUS` says how much memory a request takes on each GPU. If that is too much:
+  --max-model-len 524288           shorter requests
+  --kv-cache-dtype fp8             half the memory, from compute capability 8.9; slower prefill
+  --max-num-batched-tokens 16384   less for a step's activations, and other requests wait less
+END
+}
+
+refuse() {
+    echo "$1" >&2
+    exit 1
+}
+
+dry_run=
+case ${1-} in
+-h | --help) usage && exit ;;
+--dry-run) dry_run=yes && shift ;;
+esac
+if [[ $# -lt 2 || ! $2 =~ ^[1-9][0-9]*$ ]]; then
+    usage >&2
+    exit 2
+fi
+model=$1 gpus=$2
+shift 2
+
+# Without the authors' chunk sizes DCA would derive its own from the window, and start.
+if [[ " $*" != *" --additional-config"* && " $*" != *" --hf-overrides"* ]]; then
+    if [[ -d $model ]]; then
+        grep -q dual_chunk_attention_config "$model/config.json" ||
+            refuse "$model/config.json has no chunk sizes. Put config_1m.json in its place."
+    elif [[ $model == *-2507* ]]; then
+        refuse "$model needs its config_1m.json: download it first, see $0 --help."
+    fi
+fi
+
+command=(
+    vllm serve "$model"
+    --attention-backend dca
+    --max-model-len 1010000
+    --tensor-parallel-size "$gpus"
+    # Prefill goes in steps of so many tokens, between which other requests decode. A step reads
+    # all keys before it again: small steps cost time, large ones memory.
+    --enable-chunked-prefill
+    --max-num-batched-tokens 32768
+    # What weights and activations leave of this is KV cache.
+    --gpu-memory-utilization 0.92
+    "$@"
+)
+if [[ $dry_run ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+else
+    exec "${command[@]}"
+fi
