@@ -1,0 +1,388 @@
+"""The examples, run as users run them: from a shell, against a real engine or server."""
+
+import ast
+import json
+import math
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from scripts.common.corpus import load
+from tests.conftest import DEMO_MODEL, free_port
+from tests.helpers import checkpoints
+from tests.helpers.command_line import served
+from tests.helpers.inprocess import engine
+from tests.helpers.server import Server
+from vllm_dca.cli import app
+
+EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
+OURS = {"scripts", "tests", "vllm_dca"}
+# Longer than the demo model's window of 8,192 tokens: no other backend starts with it.
+MAX_MODEL_LEN = 9000
+TOO_LONG = "word " * 10_000
+# Several chunks in a text that the CPU reads in seconds; with smaller ones this small model
+# loses the fact that the document hides.
+SIZES = {"dca": {"chunk_size": 1536, "local_size": 512}}
+CHUNK_LEN = 1024
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_can_be_copied_out_of_the_repository(path: Path) -> None:
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            modules.append(str(node.module))
+    assert not OURS & {module.partition(".")[0] for module in modules}
+
+
+def prompts_file(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def written(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_offline_answers_as_the_engine_does(tmp_path: Path) -> None:
+    from vllm import SamplingParams
+
+    text = load()
+    rows = [
+        {"id": "long", "prompt": text[:6500]},  # two chunks
+        {"id": "too long", "prompt": TOO_LONG},
+        {"prompt": "The capital of France is"},
+        {"id": "empty", "prompt": ""},
+        {"id": "é", "prompt": text[1000:3000]},
+    ]
+    options = {"enforce_eager": True, "additional_config": SIZES}
+    output = tmp_path / "new folder" / "answers.jsonl"
+    command = [sys.executable, str(EXAMPLES / "offline.py"), str(DEMO_MODEL)]
+    command += [str(prompts_file(tmp_path / "prompts.jsonl", rows)), str(output)]
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-tokens", "12"]
+    command += ["--dtype", "float32", "--engine-option", json.dumps(options)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    log = run.stdout + run.stderr
+    assert run.returncode == 0, log[-5000:]
+    assert "DCA attends 30 layers" in log
+
+    fit = [rows[0], rows[2], rows[4]]
+    with engine(
+        DEMO_MODEL,
+        skip_tokenizer_init=False,
+        max_model_len=MAX_MODEL_LEN,
+        block_size=128,
+        max_num_batched_tokens=4096,
+        additional_config=SIZES,
+    ) as llm:
+        answers = llm.generate(
+            [row["prompt"] for row in fit],
+            SamplingParams(temperature=0, max_tokens=12),
+            use_tqdm=False,
+        )
+    expected = [
+        {
+            "text": answer.outputs[0].text,
+            "finish_reason": answer.outputs[0].finish_reason,
+            "num_prompt_tokens": len(answer.prompt_token_ids),
+        }
+        for answer in answers
+    ]
+    assert expected[0]["num_prompt_tokens"] > CHUNK_LEN
+    found = written(output)
+    assert [row.pop("id") for row in found] == ["long", "too long", 3, "empty", "é"]
+    [too_long] = found.pop(1).values()
+    assert re.fullmatch(r"the prompt is too long: \d{5} tokens, at most 8999 fit", too_long)
+    assert found.pop(2) == {"error": "the prompt is empty"}
+    assert found == expected
+    assert " Paris" in found[1]["text"]
+
+    seconds = float(re.search(r"3 of 5 prompts answered in ([\d.]+) s", log)[1])
+    rates = re.search(r"([\d.]+) prompt tokens/s, ([\d.]+) answer tokens/s", log)
+    read = sum(row["num_prompt_tokens"] for row in expected)
+    generated = sum(len(answer.outputs[0].token_ids) for answer in answers)
+    assert float(rates[1]) * seconds == pytest.approx(read, rel=0.05)
+    assert float(rates[2]) * seconds == pytest.approx(generated, rel=0.05)
+
+
+@pytest.mark.each_minor
+def test_offline_takes_a_prompt_that_leaves_room_for_one_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    model = checkpoints.write(tmp_path / "model", "LlamaConfig")
+    checkpoints.write_tokenizer(model)  # a token a byte
+    main = runpy.run_path(str(EXAMPLES / "offline.py"))["main"]
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+
+    prompts.write_text('{"prompt": "a"}\n\n{"text": "b"}\n{"prompt": 4}\n')
+    with pytest.raises(typer.BadParameter, match=r"no text as `prompt` in \[3, 4\]"):
+        main("no such model", prompts, output, max_model_len=1000)
+
+    prompts_file(prompts, [{"prompt": "a" * length} for length in (999, 1000)])
+    try:
+        main(
+            str(model),
+            prompts,
+            output,
+            max_model_len=1000,
+            max_tokens=8,
+            dtype="float32",
+            engine_option='{"enforce_eager": true, "block_size": 16}',
+        )
+    finally:
+        cleanup_dist_env_and_memory()
+    fits, too_long = written(output)
+    assert (fits["num_prompt_tokens"], fits["finish_reason"]) == (999, "length")
+    assert too_long == {
+        "id": 2,
+        "error": "the prompt is too long: 1000 tokens, at most 999 fit",
+    }
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    options = ["--served-model-name", "smollm2", "--max-model-len", str(MAX_MODEL_LEN)]
+    options += ["--dtype", "float32", "--enforce-eager", "--additional-config"]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    server = Server(log, DEMO_MODEL, *options, json.dumps(SIZES))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some pages of a novel, three chunks, with a fact in the first."""
+    words = load()[:8000].split(" ")
+    words.insert(len(words) // 3, "The code word for the vault is 48213. Remember it.")
+    path = tmp_path_factory.mktemp("document") / "novel.txt"
+    path.write_text(" ".join(words))
+    return path
+
+
+QUESTION = "What is the code word for the vault?"
+
+
+class Client:
+    """`examples/client.py` as a process, and when its answer came."""
+
+    def __init__(self, document: Path, question: str, url: str, *options: str) -> None:
+        command = [sys.executable, str(EXAMPLES / "client.py"), str(document), question]
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, "--url", url, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Where this is set, even a client that forgets to flush seems to stream.
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+        )
+        pieces: list[bytes] = []
+        self.arrived: list[float] = []  # seconds
+        while piece := os.read(process.stdout.fileno(), 4096):
+            pieces.append(piece)
+            self.arrived.append(time.perf_counter() - started)
+        self.answer = b"".join(pieces).decode()
+        self.errors = process.communicate(timeout=60)[1].decode()
+        self.exit_code = process.returncode
+
+
+def test_client_streams_answers_about_a_document(server: Server, document: Path) -> None:
+    asked = {"role": "user", "content": f"{document.read_text()}\n\n{QUESTION}"}
+    prompt = AutoTokenizer.from_pretrained(DEMO_MODEL).apply_chat_template(
+        [asked], add_generation_prompt=True, return_dict=True
+    )
+    length = len(prompt["input_ids"])
+    url = f"{server.url}/v1"
+
+    names = ["vllm_dca:request_chunks_sum", "vllm:time_to_first_token_seconds_sum"]
+    before = [server.metric(name) for name in names]
+    first = Client(document, QUESTION, url, "--max-tokens", "40")
+    assert first.exit_code == 0, first.errors
+    assert "48213" in first.answer
+    chunks, waited = (server.metric(name) - b for name, b in zip(names, before, strict=True))
+    # By DCA, in all the chunks that the document has.
+    assert chunks == math.ceil(length / CHUNK_LEN) > 2
+    # Token by token, and not all at the end.
+    assert len(first.arrived) > 5
+    [(prompt_tokens, seconds)] = re.findall(
+        r"^(\d+) prompt tokens, first token after ([\d.]+) s$", first.errors
+    )
+    assert int(prompt_tokens) == length
+    # Rounded, and with the way to the server and back.
+    assert waited - 0.01 < float(seconds) < first.arrived[0] + 0.01
+
+    # The next question finds the document in the prefix cache.
+    before = server.metric("vllm:prefix_cache_hits_total")
+    second = Client(document, "Who is Mr. Bennet?", url, "--max-tokens", "4")
+    assert second.exit_code == 0, second.errors
+    assert second.answer.strip()
+    assert second.errors.endswith(" s, the answer was cut off\n")
+    assert server.metric("vllm:prefix_cache_hits_total") - before > 0.9 * length
+
+
+@pytest.mark.parametrize("text", [TOO_LONG, 20 * TOO_LONG], ids=["tokens", "characters"])
+def test_client_says_what_works_for_a_document_that_is_too_long(
+    text: str, server: Server, tmp_path: Path
+) -> None:
+    document = tmp_path / "long.txt"
+    document.write_text(text)
+    client = Client(document, QUESTION, f"{server.url}/v1")
+    assert (client.exit_code, client.answer) == (1, "")
+    assert client.errors.startswith("The document is too long for this server: ")
+    assert f"maximum context length is {MAX_MODEL_LEN} tokens" in client.errors
+    assert "vllm serve MODEL --attention-backend dca --max-model-len" in client.errors
+    assert "Traceback" not in client.errors
+
+
+def test_client_shows_other_refusals_as_they_are(server: Server, document: Path) -> None:
+    client = Client(document, QUESTION, f"{server.url}/v1", "--model", "other")
+    assert (client.exit_code, client.answer) == (1, "")
+    assert "The model `other` does not exist" in client.errors
+    assert "too long" not in client.errors
+    assert "Traceback" not in client.errors
+
+
+def test_client_without_a_server(document: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    client = Client(document, QUESTION, url)
+    assert (client.exit_code, client.answer) == (1, "")
+    assert client.errors.startswith(f"No server answers at {url}")
+    assert "vllm serve MODEL --attention-backend dca" in client.errors
+    assert "Traceback" not in client.errors
+
+
+def qwen_1m(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(EXAMPLES / "qwen_1m.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def serving(*arguments: str) -> Any:
+    """The engine's arguments, by vLLM's own parser, of what a dry run prints."""
+    run = qwen_1m("--dry-run", *arguments)
+    assert run.returncode == 0, run.stderr
+    vllm, serve, *words = shlex.split(run.stdout)
+    assert (vllm, serve) == ("vllm", "serve")
+    return served(words)
+
+
+def explained(arguments: Any) -> str:
+    """What `vllm-dca explain` says of the options that it shares with `vllm serve`."""
+    options = ["--max-model-len", str(arguments.max_model_len)]
+    options += ["--tensor-parallel-size", str(arguments.tensor_parallel_size)]
+    result = CliRunner().invoke(app, ["explain", arguments.model, *options])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+# As the published config.json has it.
+QWEN2_5_1M = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "vocab_size": 152064,
+    "max_position_embeddings": 1010000,
+    "rope_theta": 1e7,
+    "dual_chunk_attention_config": {
+        "chunk_size": 262144,
+        "local_size": 8192,
+        "original_max_position_embeddings": 262144,
+    },
+}
+
+
+@pytest.mark.each_minor
+def test_qwen_1m_starts_a_checkpoint_with_chunk_sizes(tmp_path: Path) -> None:
+    model = checkpoints.write_config(tmp_path, "Qwen2Config", "Qwen2ForCausalLM", **QWEN2_5_1M)
+    arguments = serving(str(model), "2")
+    assert arguments.model == str(model)
+    assert arguments.attention_backend.lower() == "dca"
+    assert arguments.max_model_len == 1010000
+    assert arguments.tensor_parallel_size == 2
+    assert arguments.enable_chunked_prefill
+    assert arguments.max_num_batched_tokens == 32768
+    assert arguments.gpu_memory_utilization == 0.92
+    said = explained(arguments)
+    assert "262144 tokens, the checkpoint's dual_chunk_attention_config" in said
+    assert "28 of 28 layers" in said
+    assert "for one request of 1010000 tokens on each of 2 ranks" in said
+
+
+def test_qwen_1m_asks_for_the_chunk_sizes_of_qwen3(tmp_path: Path) -> None:
+    model = checkpoints.write_config(
+        tmp_path, "Qwen3MoeConfig", "Qwen3MoeForCausalLM", max_position_embeddings=262144
+    )
+    sizes = {"chunk_size": 131072, "local_size": 4096}
+    config = json.loads((model / "config.json").read_text())
+    config |= {"max_position_embeddings": 1010000, "dual_chunk_attention_config": sizes}
+    (model / "config_1m.json").write_text(json.dumps(config))
+
+    run = qwen_1m("--dry-run", str(model), "2")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "Put config_1m.json in its place" in run.stderr
+    run = qwen_1m("--dry-run", "Qwen/Qwen3-30B-A3B-Instruct-2507", "2")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "config_1m.json: download it first" in run.stderr
+    given = serving(str(model), "2", "--additional-config", json.dumps({"dca": sizes}))
+    assert given.additional_config == {"dca": sizes}
+
+    shutil.copy(model / "config_1m.json", model / "config.json")
+    said = explained(serving(str(model), "2"))
+    assert "131072 tokens, the checkpoint's dual_chunk_attention_config" in said
+
+
+@pytest.mark.each_minor
+def test_qwen_1m_lets_later_arguments_win() -> None:
+    more = ["--max-model-len", "524288", "--kv-cache-dtype", "fp8", "--port", "8001"]
+    arguments = serving("Qwen/Qwen2.5-14B-Instruct-1M", "4", *more)
+    assert arguments.max_model_len == 524288
+    assert arguments.kv_cache_dtype == "fp8"
+    assert arguments.tensor_parallel_size == 4
+
+
+@pytest.mark.parametrize("arguments", [(), ("MODEL",), ("MODEL", "0"), ("MODEL", "--port")])
+def test_qwen_1m_tells_its_usage(arguments: tuple[str, ...]) -> None:
+    run = qwen_1m(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("Usage: qwen_1m.sh [--dry-run] MODEL GPUS")
+    assert qwen_1m("--help").stdout == run.stderr
+
+
+def test_qwen_1m_starts_what_it_prints(tmp_path: Path) -> None:
+    """`vllm` is a stand-in here that prints its arguments: a start wants GPUs."""
+    stand_in = tmp_path / "vllm"
+    stand_in.write_text('#!/usr/bin/env bash\nprintf "%s\\n" vllm "$@"\n')
+    stand_in.chmod(0o755)
+    arguments = ["Qwen/Qwen2.5-7B-Instruct-1M", "1", "--hf-overrides", '{"a b": "c"}']
+    started = subprocess.check_output(
+        [str(EXAMPLES / "qwen_1m.sh"), *arguments],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        text=True,
+    )
+    assert started.splitlines() == shlex.split(qwen_1m("--dry-run", *arguments).stdout)
+    assert (
+        "THE CUDA PATH OF DCA HAS NOT RUN ON A GPU YET" in (EXAMPLES / "qwen_1m.sh").read_text()
+    )
