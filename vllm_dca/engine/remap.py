@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import (
+    _ROPE_DICT,
     DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
@@ -89,6 +90,7 @@ def remap_layers(
             devices[needs] = current_device(needs, settings.prefill_provider)
         layer.impl.prepare(rotation, devices[needs], needs.cache_dtype)
         remapped.append(name)
+    tables.forget_replaced(model)
     if remapped:
         logger.info_once(
             "DCA attends %d layers: %s .. %s%s; prefill by %s",
@@ -173,6 +175,16 @@ class _Tables:
                 except ValueError as error:
                     raise _refusal(layer_name, str(error)) from error
         return self.remapped[key]
+
+    def forget_replaced(self, model: torch.nn.Module) -> None:
+        """Take what no layer uses any more out of vLLM's collection of rotary modules.
+
+        It would stay beside its heir for good, a million rows for a Qwen-1M checkpoint. Another
+        model that has the module holds it; one that wants it later has vLLM build it anew.
+        """
+        replaced = {*self.remapped, *self.lengthened} - {id(each) for each in model.modules()}
+        for key in [key for key, rotary in _ROPE_DICT.items() if id(rotary) in replaced]:
+            del _ROPE_DICT[key]
 
     def lengthen(self, layer_name: str, rotary: Any) -> RotaryEmbedding:
         """The module, or a copy with rows for every position that a request can reach."""
