@@ -89,7 +89,7 @@ def test_flash_attention_is_called_as_it_wants(name: str) -> None:
     calls: list[dict[str, Any]] = []
     if name == "vllm_flash_attn":
         signature = inspect.signature(bundled_interface().flash_attn_varlen_func)
-        attend = functools.partial(flash_attn._bundled, stand_in(signature, calls), 3)
+        attend = functools.partial(flash_attn._bundled, stand_in(signature, calls), 3, 1)
     else:
         signature = inspect.signature(package_signature)
         attend = functools.partial(flash_attn._package, stand_in(signature, calls))
@@ -107,8 +107,27 @@ def test_flash_attention_is_called_as_it_wants(name: str) -> None:
             assert call["seqused_k"].dtype == torch.int32
             assert "cu_seqlens_k" not in call
             assert call["return_softmax_lse"]
+            # 83, 67 and 66 queries of a few heads, and a card of one multiprocessor.
+            assert call["num_splits"] == flash_attn.num_splits(*call["q"].shape[:2], 1)
         else:
             assert call["return_attn_probs"]
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_heads", "num_multiprocessors", "splits"),
+    [
+        (32_768, 28, 132, 1),  # a step of a long prompt
+        (1_057, 32, 132, 1),
+        (1_055, 32, 132, 0),  # 131 and a bit of the largest tiles: some multiprocessors idle
+        (16, 32, 132, 0),
+        (1_056, 32, 108, 1),
+        (863, 32, 108, 0),
+    ],
+)
+def test_keys_are_not_split_where_queries_fill_the_card(
+    num_queries: int, num_heads: int, num_multiprocessors: int, splits: int
+) -> None:
+    assert flash_attn.num_splits(num_queries, num_heads, num_multiprocessors) == splits
 
 
 def test_the_kernel_that_stores_keys_is_called_as_it_wants() -> None:

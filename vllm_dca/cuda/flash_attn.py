@@ -13,9 +13,15 @@ from vllm_dca.method.provider import (
     UnusableProviderError,
 )
 
+# The most rows of queries that a thread block of any version takes.
+LARGEST_TILE = 256
+
 
 def bundled_with_vllm(
-    flash_attn_varlen_func: Callable[..., Any], fa_version: int, needs: Needs
+    flash_attn_varlen_func: Callable[..., Any],
+    fa_version: int,
+    needs: Needs,
+    num_multiprocessors: int,
 ) -> AttentionProvider:
     """vLLM's own flash-attention.
 
@@ -23,12 +29,29 @@ def bundled_with_vllm(
         flash_attn_varlen_func: vLLM's.
         fa_version: 2, 3 or 4, whichever vLLM would choose here.
         needs: what it has to serve.
+        num_multiprocessors: of the GPU.
 
     Raises:
         UnusableProviderError: it cannot serve these needs.
     """
     _check(needs, page_multiple=16, largest_head=512 if fa_version == 4 else 256)
-    return functools.partial(_bundled, flash_attn_varlen_func, fa_version)
+    return functools.partial(_bundled, flash_attn_varlen_func, fa_version, num_multiprocessors)
+
+
+def num_splits(num_queries: int, num_heads: int, num_multiprocessors: int) -> int:
+    """Into how many parts flash-attention may cut the keys; 0 leaves it to choose.
+
+    Where a KV head's keys and values are over 50 MiB, flash-attention 3 cuts non-causal calls
+    even if the queries alone fill the GPU. Each part then has an fp32 output of its own, up to
+    gigabytes that vLLM has not set aside.
+
+    Args:
+        num_queries: of all segments.
+        num_heads: query heads.
+        num_multiprocessors: of the GPU.
+    """
+    fills = num_queries * num_heads >= LARGEST_TILE * num_multiprocessors
+    return 1 if fills else 0
 
 
 def package(needs: Needs) -> AttentionProvider:
@@ -67,6 +90,7 @@ def _check(needs: Needs, page_multiple: int, largest_head: int) -> None:
 def _bundled(
     flash_attn_varlen_func: Callable[..., Any],
     fa_version: int,
+    num_multiprocessors: int,
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -91,6 +115,7 @@ def _bundled(
         causal=segments.causal,
         return_softmax_lse=True,
         fa_version=fa_version,
+        num_splits=num_splits(*query.shape[:2], num_multiprocessors),
     )
     return lse
 

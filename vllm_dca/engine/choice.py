@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 
 from vllm_dca.cuda import flash_attn
 from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderError
@@ -36,7 +37,9 @@ def _vllm_flash_attn(needs: Needs) -> AttentionProvider:
     )
     if fa_version is None:
         raise UnusableProviderError(f"vLLM has none for compute capability {needs.capability}")
-    return flash_attn.bundled_with_vllm(flash_attn_varlen_func, fa_version, needs)
+    return flash_attn.bundled_with_vllm(
+        flash_attn_varlen_func, fa_version, needs, current_platform.num_compute_units()
+    )
 
 
 def _triton(needs: Needs) -> AttentionProvider:
