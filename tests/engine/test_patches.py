@@ -1,8 +1,8 @@
 """The patches for vLLM: each retires one shim, and vLLM then does itself what the shim did.
 
 A patched vLLM is a folder of links to the installed one, with copies of the files that the
-patches touch. What needs vLLM runs in processes of its own, which a fork server starts with
-the libraries loaded that take longest to import.
+patches change and with the tests that they add. What needs vLLM runs in processes of its own,
+which a fork server starts with the libraries loaded that take longest to import.
 """
 
 import importlib
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.each_minor
 
 INSTALLED = Path(importlib.util.find_spec("vllm").origin).parents[1]
-PATCHES = sorted((Path(__file__).parents[2] / "patches").glob("*.patch"))
+README = Path(__file__).parents[2] / "patches/README.md"
+PATCHES = sorted(README.parent.glob("*.patch"))
 # Patches in force: none, so that the shims do it all; each alone; all, without any shim.
 SETUPS = {"shims": [], **{patch.name[:4]: [patch] for patch in PATCHES}, "patches": PATCHES}
 SHIMS = ["pickle_by_name", "select_on_cpu", "extend_context", "verify_config", "prepare_model"]
@@ -63,6 +65,37 @@ LLAMA = {
     "rope_theta": 10000.0,
 }
 
+# Why the patches' own tests fail in a vLLM without them. Those that are not named here say what
+# stays as it was.
+WITHOUT_PATCH = {
+    "test_registered_backend_pickling": {
+        "test_unpickled_before_the_plugin_is_loaded[BY_PATH]": (
+            "'test_registered_backend_pickling.OutOfTreeBackend' is not a valid "
+            "AttentionBackendEnum"
+        ),
+        "test_unpickled_before_the_plugin_is_loaded[BY_DECORATOR]": (
+            "Backend TORCH_SDPA must be registered before use"
+        ),
+    },
+    "test_cpu_registered_backends": {
+        "test_registered_backend_is_selected": f"'{CPU_PATH}' ==",
+        "test_registered_backend_is_validated": "DID NOT RAISE",
+    },
+    "test_backend_extends_context": dict.fromkeys(
+        [f"test_backend_that_extends_the_context[selected{i}]" for i in range(3)], TOO_LONG
+    ),
+    "test_backend_verifies_config": {
+        **dict.fromkeys(
+            [f"test_selected_backend_updates_the_config_once[selected{i}]" for i in range(3)],
+            "assert {} == {'calls': 1}",
+        ),
+        "test_selected_backend_refuses_the_config": "DID NOT RAISE",
+    },
+    "test_backend_prepares_model": {
+        "test_backend_prepares_the_model_once": "assert [] == [(",
+    },
+}
+
 Observed = Callable[[str], dict[str, Any]]
 
 # Somebody else's backend, for which vLLM has no shims.
@@ -89,33 +122,53 @@ class OtherBackend(CPUAttentionBackend):
 # The patches as files.
 
 
-def _touched(patch: Path) -> list[Path]:
-    return [Path(path) for path in re.findall(r"^\+\+\+ b/(\S+)$", patch.read_text(), re.M)]
+def _changed(patch: Path) -> list[Path]:
+    """Files of vLLM."""
+    return [Path(path) for path in re.findall(r"^--- a/(\S+)$", patch.read_text(), re.M)]
+
+
+def _added(patch: Path) -> list[Path]:
+    """Tests for vLLM. A wheel of it has none, and no folder to put them in."""
+    new = r"^--- /dev/null\n\+\+\+ b/(\S+)$"
+    return [Path(path) for path in re.findall(new, patch.read_text(), re.M)]
+
+
+def _git(root: Path, *args: str | Path) -> str:
+    return subprocess.run(
+        ["git", "-c", "user.name=tests", "-c", "user.email=", *args],
+        cwd=root,
+        # Not to be taken for a part of a repository around it.
+        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
 
 
 def _overlay(root: Path, patches: list[Path]) -> Path:
     """Make `root` hold a vllm package that differs from the installed one by the patches."""
-    touched = {path for patch in patches for path in _touched(patch)}
-    folders = {folder for path in touched for folder in path.parents} - {Path()}
+    changed = {path for patch in patches for path in _changed(patch)}
+    folders = {folder for path in changed for folder in path.parents} - {Path()}
     for folder in sorted(folders):
         (root / folder).mkdir(parents=True)
         for entry in (INSTALLED / folder).iterdir():
             path = folder / entry.name
-            if path in touched:
+            if path in changed:
                 shutil.copyfile(entry, root / path)
             # Not __pycache__, where the patched files would be cached for all.
             elif path not in folders and entry.name != "__pycache__":
                 (root / path).symlink_to(entry)
     for patch in patches:
-        for options in (["--check"], []):
-            subprocess.run(
-                ["git", "apply", *options, patch],
-                cwd=root,
-                # Not to be taken for a part of a repository around it.
-                env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)},
-                check=True,
-            )
+        _git(root, "apply", "--check", patch)
+        _git(root, "apply", patch)
     return root
+
+
+def _copy_changed(root: Path) -> None:
+    """What a checkout, or an installation, has of the files that the patches change."""
+    for path in {path for patch in PATCHES for path in _changed(patch)}:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(INSTALLED / path, root / path)
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +189,51 @@ def test_patches_apply_to_the_installed_vllm(
 ) -> None:
     root = overlays(setup)
     for patch in SETUPS[setup]:
-        assert _touched(patch)
-        for path in _touched(patch):
-            patched = (root / path).read_text()
-            assert patched != (INSTALLED / path).read_text()
-            compile(patched, path, "exec")
+        assert _changed(patch)
+        assert len(_added(patch)) == 1
+        for path in _changed(patch):
+            assert (root / path).read_text() != (INSTALLED / path).read_text()
+        for path in _changed(patch) + _added(patch):
+            compile((root / path).read_text(), path, "exec")
+
+
+def test_git_takes_the_patches_as_mails(tmp_path: Path) -> None:
+    _copy_changed(tmp_path)
+    _git(tmp_path, "init", "--quiet")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "--quiet", "--message", "vLLM")
+    base = _git(tmp_path, "rev-parse", "HEAD").strip()
+    results = set()
+    for order in (PATCHES, PATCHES[::-1]):
+        _git(tmp_path, "checkout", "--quiet", "--detach", base)
+        _git(tmp_path, "am", "--quiet", "--keep-non-patch", *order)
+        results.add(_git(tmp_path, "rev-parse", "HEAD^{tree}"))
+    assert len(results) == 1
+    subjects = _git(tmp_path, "log", "--format=%s", f"{base}..").splitlines()
+    assert len(subjects) == len(PATCHES)
+    assert all(re.fullmatch(r"\[(Attention|CPU)\] [A-Z].*[a-z]", line) for line in subjects)
+
+
+def test_patches_apply_to_an_installation_as_the_page_says(tmp_path: Path) -> None:
+    """In an environment inside a repository, as .venv is here."""
+    root = tmp_path / "environment"
+    _copy_changed(root)
+    (root / "vllm/__init__.py").touch()
+    _git(tmp_path, "init", "--quiet")
+    [commands] = re.findall(r"^```sh\n(.*?)^```$", README.read_text(), re.M | re.S)
+    subprocess.run(
+        ["bash", "-ec", commands.replace("/path/to/vllm-dca", str(README.parents[1]))],
+        env={
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": str(root),
+        },
+        check=True,
+    )
+    for patch in PATCHES:
+        for path in _changed(patch):
+            assert (root / path).read_text() != (INSTALLED / path).read_text()
+    assert [entry.name for entry in root.iterdir()] == ["vllm"]
 
 
 # What runs in the other processes. Only there is vLLM imported.
@@ -464,6 +557,32 @@ def _observe_gates() -> dict[str, dict[str, Any]]:
     return attempts
 
 
+def _run_upstream_tests(root: Path) -> dict[str, dict[str, str]]:
+    """By file, why each test in `root` fails; "" where it does not."""
+    report = root / "report.xml"
+    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider"),
+            *(f"--rootdir={root}", f"--junit-xml={report}", "tests"),
+        ],
+        cwd=root,
+        env={
+            **os.environ,
+            # Another minor of vLLM may be there; this project must not.
+            "PYTHONPATH": os.pathsep.join([str(root), *map(os.path.abspath, inherited)]),
+            "VLLM_PLUGINS": "",
+        },
+        stdout=subprocess.DEVNULL,
+    )
+    found: dict[str, dict[str, str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        file = case.attrib["classname"].rpartition(".")[2]
+        why = " ".join(f"{each.attrib['message']} {each.text}" for each in case)
+        found.setdefault(file, {})[case.attrib["name"]] = why
+    return found
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Any]:
     """A fresh process for every task."""
@@ -512,6 +631,19 @@ def received(
         _receive_other, (overlays("patches"), observed("other")["pickle"], other)
     )
     return lambda name: results[name].get(TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def upstream_tests(
+    pool: Any, overlays: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, dict[str, str]]]:
+    """What `_run_upstream_tests` returns with all patches, and with none."""
+    patched, unpatched = overlays("patches"), tmp_path_factory.mktemp("unpatched")
+    shutil.copytree(patched / "tests", unpatched / "tests")
+    found: list[dict[str, dict[str, str]]] = pool.map_async(
+        _run_upstream_tests, (patched, unpatched), chunksize=1
+    ).get(2 * TIMEOUT)
+    return found
 
 
 # Every setup does the same, whoever does it.
@@ -647,3 +779,18 @@ def test_apply_refuses_a_vllm_it_was_not_written_for(observed: Observed) -> None
         assert found["shimmed"] == []
         assert not found["pickles"]
         assert "Unknown attention backend: 'DCA'" in found["selected"]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name[:4])
+def test_a_patch_has_a_test_that_fails_without_it(
+    patch: Path, upstream_tests: list[dict[str, dict[str, str]]]
+) -> None:
+    assert "vllm_dca" not in patch.read_text()
+    [file] = _added(patch)
+    patched, unpatched = (found[file.stem] for found in upstream_tests)
+    assert patched == dict.fromkeys(patched, "")
+    assert unpatched.keys() == patched.keys()
+    failed = {name for name, why in unpatched.items() if why}
+    assert failed == WITHOUT_PATCH[file.stem].keys()
+    for name, reason in WITHOUT_PATCH[file.stem].items():
+        assert reason in unpatched[name]
