@@ -115,7 +115,7 @@ def _bundled(
         causal=segments.causal,
         return_softmax_lse=True,
         fa_version=fa_version,
-        num_splits=num_splits(*query.shape[:2], num_multiprocessors),
+        num_splits=num_splits(len(query), query.shape[1], num_multiprocessors),
     )
     return lse
 
