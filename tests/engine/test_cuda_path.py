@@ -107,3 +107,45 @@ def _speculated_rows(tmp_path: Path) -> None:
     tokens, logprobs = of_answer(speculated)
     expected = prompt_logprobs(llama, prompt + tokens, **SIZES)[-len(tokens) :]
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("temperature", [None, 40])
+def test_a_long_prompt_finds_its_kernels_compiled(
+    temperature: int | None, tmp_path: Path
+) -> None:
+    """vLLM's workers on a GPU run the registry before the server says that it is ready."""
+    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+
+    from vllm_dca.engine.impl import DcaImpl
+
+    llama = checkpoints.write(tmp_path, "LlamaConfig")
+    sizes = {**SIZES, "original_max_position_embeddings": temperature}
+    options = {"max_model_len": 128, "max_num_batched_tokens": 50}
+    registry = JitWarmupRegistry(None)
+    with (
+        cuda_path(),
+        registry.activate(),
+        engine(llama, additional_config={"dca": sizes}, **options) as llm,
+    ):
+        registry.vllm_config = llm.llm_engine.vllm_config
+        layers = registry.vllm_config.compilation_config.static_forward_context.values()
+        caches = [layer.kv_cache for layer in layers if isinstance(layer.impl, DcaImpl)]
+        for cache in caches:
+            cache.fill_(torch.nan)
+        with interpreter.launches() as warm:
+            registry.warmup()
+        assert all(cache.isnan().all() for cache in caches)
+        with interpreter.launches() as again:
+            registry.warmup()
+        for cache in caches:
+            cache.zero_()
+        with interpreter.launches() as used:
+            generate(llm, [checkpoints.tokens(100), checkpoints.tokens(31)], max_tokens=4)
+    kernels = {"turn_kernel", "attention_kernel", "merge_kernel"}
+    kernels |= {"plan_kernel", "split_kernel", "reduce_kernel"}
+    assert {name for name, *_ in used} == kernels
+    assert set(used) <= set(warm)
+    # Once for all layers and once a process: passes over two chunks and three, by two queries.
+    assert len(caches) == 2
+    assert sum(n for (name, *_), n in warm.items() if name == "attention_kernel") == 2 * (2 + 3)
+    assert not again

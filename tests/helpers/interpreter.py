@@ -5,7 +5,13 @@ bit patterns for integers. Both are given torch's conversions here. tests/confte
 the interpreter on for the process.
 """
 
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -43,3 +49,44 @@ def repair() -> None:
     """Put the conversions in; they change nothing where there is a GPU."""
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _create_dot
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[Counter[tuple[Any, ...]]]:
+    """Counts launches by kernel and by what a GPU's compiler would specialise it for."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    run = interpreter.InterpretedFunction.run
+
+    def counted(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        values = {**dict(zip(function.arg_names, args, strict=False)), **kwargs}
+        exempt = function.kwargs["do_not_specialize"] or ()
+        annotations = function.fn.__annotations__
+        found[
+            (
+                function.fn.__name__.strip("_"),
+                *(
+                    (
+                        name,
+                        value
+                        if annotations.get(name) is tl.constexpr
+                        else _kind(value, name in exempt),
+                    )
+                    for name, value in values.items()
+                ),
+            )
+        ] += 1
+        return run(function, *args, grid=grid, warmup=warmup, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "run", counted)
+        yield found
+
+
+def _kind(value: Any, exempt: bool) -> Any:
+    """What Triton tells apart of an argument that is no constant of the kernel."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        wide = value.bit_length() > 31
+        return (int, wide) if exempt else (int, wide, value == 1, value % 16 == 0)
+    return type(value)

@@ -57,7 +57,8 @@ def _attend_region(
     return best, total, acc
 
 
-@triton.jit
+# As long as the longest request, which a warm-up does not have.
+@triton.jit(do_not_specialize=["block_table_stride"])
 def _split_kernel(
     query,  # [num_rows, num_heads, HEAD_SIZE], rotated to the offsets
     query_stride_row,

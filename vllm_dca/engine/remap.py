@@ -24,6 +24,7 @@ from vllm_dca.engine.devices import compute_capability, current_device
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.support import cache_dtype_of
 from vllm_dca.engine.transformers_rotary import PeriodicRotary
+from vllm_dca.engine.warmup import KERNELS
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
@@ -91,6 +92,8 @@ def remap_layers(
         layer.impl.prepare(rotation, devices[needs], needs.cache_dtype)
         remapped.append(name)
     tables.forget_replaced(model)
+    # A long prompt would else wait for it.
+    KERNELS.register_warmup()
     if remapped:
         logger.info_once(
             "DCA attends %d layers: %s .. %s%s; prefill by %s",

@@ -1,0 +1,145 @@
+"""A GPU's kernels compiled before the server says that it is ready.
+
+vLLM keeps a registry of kernels to compile, and runs it in each worker once the KV cache is
+there (`--kernel-config '{"enable_jit_warmup": false}'` leaves it out). It does not on a CPU.
+"""
+
+import dataclasses
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+
+from vllm_dca.engine.impl import DcaImpl
+from vllm_dca.engine.metadata import DcaMetadata
+from vllm_dca.engine.settings import settings_of
+from vllm_dca.method.config import DcaSettings
+from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.planning import plan_prefill
+
+# Tokens a chunk at least, so that a kernel which treats many queries in another way is met.
+CHUNK_LEN = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKernels:
+    """What a layer's kernels are compiled for.
+
+    Attributes:
+        settings: the chunk sizes; some kernels are compiled for them.
+        num_heads: query heads.
+        num_kv_heads: heads of the KV cache.
+        dtype: of the queries.
+        cache_dtype: of the KV cache.
+        cache_shape: of a page.
+        cache_strides: of the KV cache.
+        rotary_dim: entries of a head that are rotated.
+        is_neox: how they are paired.
+        layer: one of those that have all of this in common.
+    """
+
+    settings: DcaSettings
+    num_heads: int
+    num_kv_heads: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    cache_shape: tuple[int, ...]
+    cache_strides: tuple[int, ...]
+    rotary_dim: int
+    is_neox: bool
+    layer: Attention | None = dataclasses.field(compare=False)
+
+
+class DcaKernels(VllmJitKernel[LayerKernels]):
+    """All kernels of all DCA layers, the model's and a drafter's, once a process."""
+
+    CompileKey = LayerKernels
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled: set[LayerKernels] = set()
+
+    def get_warmup_keys(self, vllm_config: VllmConfig) -> list[LayerKernels]:
+        """Of the layers with prefill operations; the CPU's compiled kernel is compiled."""
+        settings = settings_of(vllm_config)
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        keys = []
+        for layer in layers:
+            impl = getattr(layer, "impl", None)
+            if not isinstance(impl, DcaImpl) or impl.device is None or impl.rotation is None:
+                continue
+            if impl.device.prefill is None or not layer.kv_cache.numel():
+                continue
+            assert impl.cache_dtype is not None
+            keys.append(
+                LayerKernels(
+                    settings,
+                    impl.num_heads,
+                    impl.num_kv_heads,
+                    vllm_config.model_config.dtype,
+                    impl.cache_dtype,
+                    tuple(layer.kv_cache.shape[1:]),
+                    layer.kv_cache.stride(),
+                    impl.rotation.cos_sin.shape[-1],
+                    impl.rotation.is_neox,
+                    layer,
+                )
+            )
+        return keys
+
+    @torch.inference_mode()
+    def compile(self, compile_key: LayerKernels) -> None:
+        """Let a layer answer prompts of two and three chunks, and a decode row.
+
+        The prompts lie in the KV cache's first page, again and again: it is read, never
+        written, and what comes out is thrown away.
+        """
+        if compile_key in self.compiled:
+            return
+        self.compiled.add(dataclasses.replace(compile_key, layer=None))
+        settings, layer = compile_key.settings, compile_key.layer
+        assert layer is not None
+        device, page_size = layer.kv_cache.device, layer.kv_cache.shape[2]
+        # Turns by more positions than the layer's table has rows would be read past its end.
+        chunk_len = min(settings.geometry.chunk_len, -(-CHUNK_LEN // page_size) * page_size)
+        for chunks in (2, 3):
+            length = chunks * chunk_len
+            table = torch.zeros(1, length // page_size, dtype=torch.int32, device=device)
+            plan = plan_prefill(
+                [0, length],
+                [length],
+                table,
+                page_size,
+                ChunkGeometry(chunk_len + 1, 1),
+                settings.original_max_position_embeddings,
+            )
+            _attend(compile_key, DcaMetadata(0, length, None, plan))
+        planner = layer.impl.device.decode_planner(
+            settings, page_size, 1, compile_key.num_kv_heads
+        )
+        starts, lengths, table = (
+            torch.tensor(numbers, dtype=torch.int32, device=device)
+            for numbers in ([0, 1], [1], [[0]])
+        )
+        _attend(compile_key, DcaMetadata(1, 1, planner(starts, lengths, table, 1), None))
+
+
+def _attend(key: LayerKernels, metadata: DcaMetadata) -> None:
+    """With queries on their own, and as a part of what a projection makes of keys too."""
+    assert key.layer is not None
+    cache = key.layer.kv_cache
+    for others in (0, 2 * key.num_kv_heads):
+        projected = torch.zeros(
+            metadata.num_actual_tokens,
+            key.num_heads + others,
+            key.layer.impl.head_size,
+            dtype=key.dtype,
+            device=cache.device,
+        )
+        query = projected[:, : key.num_heads]
+        output = torch.empty(query.shape, dtype=key.dtype, device=cache.device)
+        key.layer.impl.forward(key.layer, query, query, query, cache, metadata, output)
+
+
+KERNELS = DcaKernels()
