@@ -78,8 +78,9 @@ def _finish(target: Path, source: Path) -> Path:
     [installed] = importlib.util.find_spec("vllm").submodule_search_locations
     for library in Path(installed).glob("*.so"):
         (package / library.name).symlink_to(library)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
-    subprocess.run([*pip, *LATER], check=True, stdout=sys.stderr)
+    if LATER:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--target", target, *LATER], check=True, stdout=sys.stderr)
     return target
 
 
