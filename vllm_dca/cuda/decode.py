@@ -18,8 +18,9 @@ from vllm_dca.cuda.turn import rotary_pairs, turned_by
 from vllm_dca.method.rotary import QueryRotation
 
 LOG2_E = 1.4426950408889634
-# Query heads that one program takes; more share a KV head only in MQA.
-HEADS_PER_PROGRAM = 64
+# Query heads that one program takes; more share a KV head only in MQA. With 64, heads of 256 in
+# fp32 want more shared memory than an A100 has, and other kernels spill.
+HEADS_PER_PROGRAM = 32
 MIN_DOT_SIZE = 16  # of any side of Triton's matrix product
 
 
