@@ -62,7 +62,6 @@ def test_a_cached_prefix_equals_a_fresh_one(
     assert_same_answer(cached, fresh, ATOL)
 
 
-@pytest.mark.each_minor
 def test_decode_rows_equal_prefill_rows(demo_llm: LLM, prose: list[int]) -> None:
     """Answers that grow across a chunk border, read again as a prompt."""
     for border in (CHUNK_LEN, 3 * CHUNK_LEN):

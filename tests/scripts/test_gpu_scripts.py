@@ -39,7 +39,7 @@ def test_benchmark_checks_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     layer.check()
 
 
-def test_kernels_compile_for_every_card_and_fit(tmp_path: Path) -> None:
+def test_kernels_compile_and_fit(tmp_path: Path) -> None:
     output = tmp_path / "kernels.json"
     subprocess.run(
         [sys.executable, "-m", "scripts.bench.compile_kernels", "--quick", "--output", output],
@@ -48,7 +48,7 @@ def test_kernels_compile_for_every_card_and_fit(tmp_path: Path) -> None:
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
     )
     kernels = json.loads(output.read_text())["kernels"]
-    shared = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
+    shared = {80: 166_912, 90: 232_448}
     assert {kernel["capability"] for kernel in kernels} == set(shared)
     assert {kernel["shape"] for kernel in kernels} == {"Llama-3-8B", "MQA"}
     assert len({kernel["kernel"] for kernel in kernels}) == 7
