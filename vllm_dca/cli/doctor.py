@@ -19,17 +19,15 @@ class Finding(NamedTuple):
 def _check_vllm() -> Iterator[Finding]:
     import vllm
 
-    from vllm_dca.engine.shims import TESTED_VLLM, is_tested
+    from vllm_dca.engine.shims import TESTED_VLLM, how_tested
 
-    tested = ", ".join(TESTED_VLLM)
-    if is_tested():
-        how = TESTED_VLLM[".".join(vllm.__version__.split(".")[:2])]
+    if how := how_tested():
         yield Finding("ok", f"vLLM {vllm.__version__}, tested {how}")
     else:
         yield Finding(
             "problem",
-            f"vLLM {vllm.__version__} is not tested: install {tested}, or a vllm-dca that "
-            "supports this vLLM",
+            f"vLLM {vllm.__version__} is not tested: install {', '.join(TESTED_VLLM)}, or a "
+            "vllm-dca that supports this vLLM",
         )
 
 

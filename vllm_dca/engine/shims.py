@@ -32,9 +32,9 @@ class IncompatibleVllmError(RuntimeError):
     """This vLLM is not one that the shims were written for."""
 
 
-def is_tested() -> bool:
-    """Whether the installed vLLM is of a minor that the tests cover."""
-    return ".".join(vllm.__version__.split(".")[:2]) in TESTED_VLLM
+def how_tested() -> str | None:
+    """How the installed vLLM's minor was tested; None if it was not."""
+    return TESTED_VLLM.get(".".join(vllm.__version__.split(".")[:2]))
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def apply() -> list[str]:
     Raises:
         IncompatibleVllmError: untested minor, or a target has changed. Nothing is applied.
     """
-    if not is_tested():
+    if how_tested() is None:
         raise IncompatibleVllmError(
             f"vLLM {vllm.__version__} is installed, and tested are {', '.join(TESTED_VLLM)}"
         )
