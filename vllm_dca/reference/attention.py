@@ -5,11 +5,17 @@ paper's text clamps at c - 1), in fp64, on dense unrotated tensors, with a full 
 It shares no code with the fast paths, and they none with it.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 
 def query_positions(
-    i: torch.Tensor, j: torch.Tensor, chunk_size: int, local_size: int
+    i: torch.Tensor,
+    j: torch.Tensor,
+    chunk_size: int,
+    local_size: int,
+    continuous: bool = False,
 ) -> torch.Tensor:
     """Rotary position of the queries at absolute positions i towards the keys at j <= i.
 
@@ -18,12 +24,17 @@ def query_positions(
         j: integer positions of keys.
         chunk_size: c.
         local_size: w.
+        continuous: without DCA's clamps, so that they grow with the query's offset in every
+            region; Qwen's checkpoints select keys so, and never attend so.
     """
     chunk_len = chunk_size - local_size
     chunks_back = i // chunk_len - j // chunk_len
     intra = i % chunk_len
-    succ = (intra + chunk_len).clamp(max=chunk_size)
-    inter = min(2 * chunk_len - 1, chunk_size)
+    succ = intra + chunk_len
+    inter = intra + chunk_size
+    if not continuous:
+        succ = succ.clamp(max=chunk_size)
+        inter = torch.full_like(inter, min(2 * chunk_len - 1, chunk_size))
     return torch.where(chunks_back == 0, intra, torch.where(chunks_back == 1, succ, inter))
 
 
@@ -68,6 +79,48 @@ def rotate(
     return rotated
 
 
+def scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    i: torch.Tensor,
+    *,
+    chunk_size: int,
+    local_size: int,
+    inv_freq: torch.Tensor,
+    is_neox: bool = True,
+    scale: float,
+    original_max_position_embeddings: int | None = None,
+    continuous: bool = False,
+) -> Iterator[torch.Tensor]:
+    """Scaled scores, head after head: [num_queries, i[-1] + 1] each, -inf for later keys.
+
+    Args:
+        query: [num_queries, num_heads, head_size], unrotated.
+        key: [seq_len, num_kv_heads, head_size], rotated to `key_positions`, of query's dtype.
+        i: [num_queries] absolute positions of the queries, ascending.
+        continuous: see `query_positions`; the others as of `dual_chunk_attention`.
+    """
+    chunk_len = chunk_size - local_size
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    j = torch.arange(int(i[-1]) + 1)
+    sizes = (chunk_size, local_size, continuous)
+    wanted = query_positions(i[:, None], j, *sizes).masked_fill(j > i[:, None], -1)
+    # A query stands at its intra, its succ or its inter position, whatever the key.
+    standing = [
+        query_positions(i, i - i % chunk_len - back * chunk_len, *sizes) for back in (0, 1, 2)
+    ]
+    turned = [rotate(query, p, inv_freq.double(), is_neox).to(query.dtype) for p in standing]
+    applies = [wanted == p[:, None] for p in standing]
+    factor = scale * temperature(i, original_max_position_embeddings)[:, None].to(query.dtype)
+    for head in range(num_heads):
+        kv_head = head * num_kv_heads // num_heads
+        found = torch.full((len(i), len(j)), -torch.inf, dtype=query.dtype)
+        for mask, q in zip(applies, turned, strict=True):
+            dots = (factor * q[:, head]) @ key[: len(j), kv_head].T
+            found = torch.where(mask, dots, found)
+        yield found
+
+
 def dual_chunk_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -79,6 +132,7 @@ def dual_chunk_attention(
     is_neox: bool = True,
     scale: float,
     original_max_position_embeddings: int | None = None,
+    seen: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """Causal dual chunk attention of one sequence.
@@ -93,6 +147,8 @@ def dual_chunk_attention(
         is_neox: which entries make a rotary pair, see `rotate`.
         scale: factor on the dot products, any mscale of the rotary table included.
         original_max_position_embeddings: switches the temperature on, see `temperature`.
+        seen: [num_heads, num_queries, seq_len] bool, which keys each query attends to, at least
+            one; None for all up to its own.
         dtype: of the arithmetic; whole models may have to settle for fp32.
 
     Returns:
@@ -101,31 +157,26 @@ def dual_chunk_attention(
     num_kv_heads, num_heads = key.shape[1], query.shape[1]
     seq_len, num_queries = len(key), len(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    inv_freq = inv_freq.double()
-
-    chunk_len = chunk_size - local_size
-    j = torch.arange(seq_len)
-    key = rotate(key, key_positions(j, chunk_size, local_size), inv_freq, is_neox).to(dtype)
+    positions = key_positions(torch.arange(seq_len), chunk_size, local_size)
+    key = rotate(key, positions, inv_freq.double(), is_neox).to(dtype)
     output = torch.empty(num_queries, num_heads, value.shape[-1], dtype=dtype)
     # Some rows at a time, which bounds the memory and spares most of the future.
     for rows in torch.arange(num_queries).split(1024):
         i = rows + seq_len - num_queries
-        j = torch.arange(int(i[-1]) + 1)
-        future = j > i[:, None]
-        wanted = query_positions(i[:, None], j, chunk_size, local_size).masked_fill(future, -1)
-        # A query stands at its intra, its succ or its inter position, whatever the key.
-        standing = [
-            query_positions(i, i - i % chunk_len - back * chunk_len, chunk_size, local_size)
-            for back in (0, 1, 2)
-        ]
-        turned = [rotate(query[rows], p, inv_freq, is_neox).to(dtype) for p in standing]
-        applies = [wanted == p[:, None] for p in standing]
-        factor = scale * temperature(i, original_max_position_embeddings)[:, None].to(dtype)
-        for head in range(num_heads):
-            kv_head = head * num_kv_heads // num_heads
-            scores = torch.full((len(i), len(j)), -torch.inf, dtype=dtype)
-            for mask, q in zip(applies, turned, strict=True):
-                dots = (factor * q[:, head]) @ key[: len(j), kv_head].T
-                scores = torch.where(mask, dots, scores)
-            output[rows, head] = scores.softmax(-1) @ value[: len(j), kv_head]
+        found = scores(
+            query[rows],
+            key,
+            i,
+            chunk_size=chunk_size,
+            local_size=local_size,
+            inv_freq=inv_freq,
+            is_neox=is_neox,
+            scale=scale,
+            original_max_position_embeddings=original_max_position_embeddings,
+        )
+        for head, of_head in enumerate(found):
+            kv_head, num_keys = head * num_kv_heads // num_heads, of_head.shape[1]
+            if seen is not None:
+                of_head = of_head.masked_fill(~seen[head, rows, :num_keys], -torch.inf)
+            output[rows, head] = of_head.softmax(-1) @ value[:num_keys, kv_head]
     return output
