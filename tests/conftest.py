@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+# pytest-xdist's workers share the cores: what waits in a loop for its threads must not wait for
+# those of another worker.
+_cores = sorted(os.sched_getaffinity(0))
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_own = _cores[_worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))] or _cores
+torch.set_num_threads(len(_own))
 # vLLM's own knobs for the CPU, read when an engine starts: every core that we may use, and a
 # cache that is small but holds the longest test prompt.
-os.environ.setdefault(
-    "VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0))))
-)
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, _own)))
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 # Without a GPU, Triton's kernels run in its interpreter, which must be known before Triton is
 # imported. Engines on the CPU have no use for Triton.

@@ -15,8 +15,9 @@ from tests.helpers.server import Server
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 ATOL = 1e-3
+CORES = sorted(os.sched_getaffinity(0))
 ONE_CORE_EACH = {
-    "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+    "VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 SIZES = {"chunk_size": 96, "local_size": 32}
@@ -81,6 +82,8 @@ def test_data_parallel_engines_answer_alike(tmp_path: Path) -> None:
         *("--additional-config", json.dumps({"dca": SIZES})),
         *("--dtype", "float32", "--max-model-len", "1024", "--block-size", "16"),
         *("--data-parallel-size", "2", "--enforce-eager"),
+        # vLLM 0.33 gives each engine a memory node of its own, unless told that there is one.
+        VLLM_CPU_SIM_MULTI_NUMA="0",
         **ONE_CORE_EACH,
     )
     try:

@@ -7,6 +7,7 @@ import torch
 
 from scripts.bench.cpu import measure
 
+pytestmark = pytest.mark.alone
 # The record, docs/results/cpu.json, has 0.9 to 1.1 for this shape: what a kernel half as fast
 # would have is above the limit, and a busy machine's noise is below it.
 LIMIT = 1.7
