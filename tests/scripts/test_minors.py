@@ -10,6 +10,9 @@ import pytest
 
 from scripts.common.record import ROOT
 from scripts.minors import overlay, report
+from tests.helpers import checkpoints
+from tests.helpers.server import VLLM
+from vllm_dca.engine.shims import TESTED_VLLM
 
 PATCHES = ROOT / "patches"
 
@@ -86,3 +89,32 @@ def test_an_import_that_is_gone_is_named(
     assert name.startswith("uses.py: ")
     assert "vllm.config.Gone" in name
     assert "vllm.gone" in module
+
+
+def test_vllm_serve_on_an_untested_minor_says_what_works(tmp_path: Path) -> None:
+    """The plugin stays out and says why; vLLM then refuses a name that it does not know."""
+    import vllm
+
+    model = checkpoints.write(tmp_path / "model", "LlamaConfig")
+    later = tmp_path / "later"
+    later.mkdir()
+    # Links, which cost nothing; what says the version is a file of its own.
+    subprocess.run(["cp", "-rs", Path(vllm.__file__).parent, later], check=True)
+    for name in ("version.py", "_version.py"):
+        (later / "vllm" / name).unlink(missing_ok=True)
+    (later / "vllm/version.py").write_text(
+        "__version__ = '0.99.0'\n__version_tuple__ = (0, 99, 0)\n"
+    )
+    run = subprocess.run(
+        [*VLLM, "serve", str(model), "--attention-backend", "dca"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(later), *sys.path[:1]])},
+    )
+    said = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert (
+        "The attention backend DCA is not available: vLLM 0.99.0 is installed, and tested are "
+        f"{', '.join(TESTED_VLLM)}" in said
+    )
+    assert "Unknown attention backend: 'DCA'" in said
