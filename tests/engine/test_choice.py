@@ -145,19 +145,21 @@ def unusable(reason: str) -> Callable[[Needs], Any]:
 
 
 def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(PROVIDERS["cuda"]) == ["vllm_flash_attn", "flash_attn", "triton"]
+    assert list(PROVIDERS["cuda"]) == ["vllm_flash_attn", "flash_attn", "xformers", "triton"]
     assert choose("cpu", None, NEEDS)[0] == "compiled"
-    # Without vLLM's CUDA build and the flash-attn package.
+    # Without vLLM's CUDA build, the flash-attn package, and a GPU for xformers.
     assert choose("cuda", None, NEEDS)[0] == "triton"
-    for name in ("vllm_flash_attn", "flash_attn"):
+    for name in ("vllm_flash_attn", "flash_attn", "xformers"):
         with pytest.raises(ValueError, match=rf"no attention provider.*{name}: "):
             choose("cuda", name, NEEDS)
     with pytest.raises(
-        ValueError, match=r"'xformers' is not known.*vllm_flash_attn, flash_attn"
+        ValueError, match=r"'flashinfer' is not known.*vllm_flash_attn, flash_attn"
     ):
-        choose("cuda", "xformers", NEEDS)
+        choose("cuda", "flashinfer", NEEDS)
     monkeypatch.setitem(PROVIDERS["cuda"], "triton", unusable("no Triton"))
-    with pytest.raises(ValueError, match=r"vllm_flash_attn: .*; flash_attn: .*; triton: no T"):
+    with pytest.raises(
+        ValueError, match=r"vllm_flash_attn: .*; flash_attn: .*; xf.*: .*; triton: no T"
+    ):
         choose("cuda", None, NEEDS)
 
 

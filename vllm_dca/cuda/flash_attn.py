@@ -34,7 +34,7 @@ def bundled_with_vllm(
     Raises:
         UnusableProviderError: it cannot serve these needs.
     """
-    _check(needs, page_multiple=16, largest_head=512 if fa_version == 4 else 256)
+    check(needs, page_multiple=16, largest_head=512 if fa_version == 4 else 256)
     return functools.partial(_bundled, flash_attn_varlen_func, fa_version, num_multiprocessors)
 
 
@@ -65,11 +65,16 @@ def package(needs: Needs) -> AttentionProvider:
         from flash_attn.flash_attn_interface import flash_attn_varlen_func
     except ImportError as error:
         raise UnusableProviderError(f"flash-attn 2 is not installed ({error})") from error
-    _check(needs, page_multiple=256, largest_head=256)
+    check(needs, page_multiple=256, largest_head=256)
     return functools.partial(_package, flash_attn_varlen_func)
 
 
-def _check(needs: Needs, page_multiple: int, largest_head: int) -> None:
+def check(needs: Needs, page_multiple: int, largest_head: int) -> None:
+    """What flash-attention asks of a model, whoever brings it along.
+
+    Raises:
+        UnusableProviderError: it cannot serve these needs.
+    """
     if needs.dtype not in (torch.float16, torch.bfloat16):
         raise UnusableProviderError(
             f"it takes float16 and bfloat16, and the model {needs.dtype}"

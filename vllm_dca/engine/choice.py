@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.platforms import current_platform
 
-from vllm_dca.cuda import flash_attn
+from vllm_dca.cuda import flash_attn, xformers_pass
 from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderError
 
 
@@ -28,6 +27,7 @@ def _torch(needs: Needs) -> AttentionProvider:
 
 def _vllm_flash_attn(needs: Needs) -> AttentionProvider:
     try:
+        from vllm.platforms import current_platform
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except ImportError as error:
@@ -53,13 +53,16 @@ def _triton(needs: Needs) -> AttentionProvider:
     return attention
 
 
-# In order of preference. All are providers of one pass but the compiled kernel, which takes all
-# of DCA at once, `vllm_dca.cpu.compiled`.
+# In order of preference. xformers copies a pass's keys, so it goes after what reads them in
+# their pages; it multiplies by flash-attention, so it goes before Triton's plain pass. All are
+# providers of one pass but the compiled kernel, which takes all of DCA at once,
+# `vllm_dca.cpu.compiled`.
 PROVIDERS: dict[str, dict[str, Callable[[Needs], Callable[..., Any]]]] = {
     "cpu": {"compiled": _compiled, "torch": _torch},
     "cuda": {
         "vllm_flash_attn": _vllm_flash_attn,
         "flash_attn": flash_attn.package,
+        "xformers": xformers_pass.provider,
         "triton": _triton,
     },
 }

@@ -12,7 +12,8 @@ import torch
 from vllm_dca.method.geometry import IntArray
 
 
-@dataclass
+# Compared by identity: a provider may keep what it works out of one for all layers of a step.
+@dataclass(eq=False)
 class PagedSegments:
     """Runs of queries and the pages that each reads, in the terms of flash-attention.
 
