@@ -196,6 +196,8 @@ def _print_explanation(found: Explanation) -> None:
         + (f"; {others} keep another attention" if others else ""),
     )
     _line("prefill by", f"{found.provider or 'unknown'}, on this machine ({found.device_type})")
+    if settings.sparse is not None:
+        _line("sparse prefill", settings.sparse.described)
     rank = f" on each of {found.ranks} ranks" if found.ranks > 1 else ""
     _line(
         "KV cache",

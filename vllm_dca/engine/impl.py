@@ -9,8 +9,10 @@ from vllm_dca.engine.metadata import DcaMetadata
 from vllm_dca.engine.refusals import REFUSED_IN_LAYERS
 from vllm_dca.method.device import Device
 from vllm_dca.method.kv_cache import split_kv
+from vllm_dca.method.lines import Rule
 from vllm_dca.method.prefill import prefill_attention
 from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse import sparse_attention
 
 
 class DcaImpl(AttentionImpl[DcaMetadata]):
@@ -19,7 +21,9 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
     Attributes:
         rotation: how to turn this layer's queries.
         device: how to run.
-        cache_dtype: of the KV cache; `prepare` sets all three.
+        cache_dtype: of the KV cache.
+        rule: how lines of sparse prefill are selected; None where attention is dense. `prepare`
+            sets all four.
     """
 
     def __init__(
@@ -63,12 +67,18 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.rotation: QueryRotation | None = None
         self.device: Device | None = None
         self.cache_dtype: torch.dtype | None = None
+        self.rule: Rule | None = None
 
     def prepare(
-        self, rotation: QueryRotation, device: Device, cache_dtype: torch.dtype
+        self,
+        rotation: QueryRotation,
+        device: Device,
+        cache_dtype: torch.dtype,
+        rule: Rule | None = None,
     ) -> None:
         """Settle what shows only when the whole model is there; before the first step."""
         self.rotation, self.device, self.cache_dtype = rotation, device, cache_dtype
+        self.rule = rule
 
     def do_kv_cache_update(
         self,
@@ -126,19 +136,53 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         if self.cache_dtype != query.dtype:
             kv_cache = kv_cache.view(self.cache_dtype)
             scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
-        decode_tokens = attn_metadata.num_decode_tokens
-        all_tokens = attn_metadata.num_actual_tokens
-        if attn_metadata.decode is not None:
+        step = attn_metadata.sparse
+        if self.rule is None or step is None:
+            self._attend(query, kv_cache, output, attn_metadata, scales)
+            return output
+        assert self.device.sparse is not None
+        sparse_attention(
+            query,
+            kv_cache,
+            output,
+            plan=step.plan,
+            rule=self.rule,
+            rotation=self.rotation,
+            softmax_scale=self.scale,
+            operations=self.device.sparse,
+        )
+        rest = query[step.plan.rest]
+        if len(rest):
+            attended = torch.empty(
+                len(rest), *output.shape[1:], dtype=output.dtype, device=output.device
+            )
+            self._attend(rest, kv_cache, attended, step.rest, scales)
+            output[step.plan.rest] = attended
+        return output
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+        metadata: DcaMetadata,
+        scales: dict[str, torch.Tensor | None],
+    ) -> None:
+        """Dense: decode rows, then prefills."""
+        assert self.rotation is not None
+        assert self.device is not None
+        decode_tokens, all_tokens = metadata.num_decode_tokens, metadata.num_actual_tokens
+        if metadata.decode is not None:
             self.device.decode(
                 query[:decode_tokens],
                 kv_cache,
                 output[:decode_tokens],
-                plan=attn_metadata.decode,
+                plan=metadata.decode,
                 rotation=self.rotation,
                 softmax_scale=self.scale,
                 **scales,
             )
-        if attn_metadata.prefill is not None:
+        if metadata.prefill is not None:
             assert self.device.prefill is not None
             key_cache, value_cache = split_kv(kv_cache)
             prefill_attention(
@@ -146,10 +190,9 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
                 key_cache,
                 value_cache,
                 output[decode_tokens:all_tokens],
-                plan=attn_metadata.prefill,
+                plan=metadata.prefill,
                 rotation=self.rotation,
                 softmax_scale=self.scale,
                 operations=self.device.prefill,
                 **scales,
             )
-        return output

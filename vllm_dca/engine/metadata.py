@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -17,16 +17,44 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.support import DRAFTERS_ON_THE_CPU
 from vllm_dca.method.planning import PrefillPlan, plan_prefill
+from vllm_dca.method.sparse import SparsePlan
+from vllm_dca.method.sparse_planning import dense_rest, sparse_segments
 
 
 @dataclass
 class DcaMetadata:
-    """A step's batch, decode rows first; either part may be absent."""
+    """A step's batch, decode rows first; either part may be absent.
+
+    Attributes:
+        num_decode_tokens: how many rows `decode` answers.
+        num_actual_tokens: how many it and `prefill` answer together.
+        decode: a plan of the device's planner.
+        prefill: a plan of the rest.
+        sparse: what sparse layers do instead, where a part of the batch is sparse.
+    """
 
     num_decode_tokens: int
     num_actual_tokens: int
     decode: Any
     prefill: PrefillPlan | None
+    sparse: "SparseStep | None" = None
+
+
+class SparseStep(NamedTuple):
+    """A step with sparse segments, and its other tokens as a batch of their own."""
+
+    plan: SparsePlan
+    rest: DcaMetadata
+
+
+class _Requests(NamedTuple):
+    """Where each request's new tokens begin, and its length: on the device and on the host."""
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    host_starts: torch.Tensor
+    host_lengths: torch.Tensor | None
+    block_table: torch.Tensor
 
 
 class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
@@ -96,30 +124,83 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.decode_threshold
         )
-        geometry = self.settings.geometry
-        length = self.settings.original_max_position_embeddings
+        # Exact for prefills, and no copy from a device.
+        host_lengths = common.seq_lens_cpu_upper_bound
+        if self.host_lengths_are_short:
+            host_lengths = common.seq_lens
+        requests = _Requests(
+            common.query_start_loc,
+            common.seq_lens,
+            common.query_start_loc_cpu,
+            host_lengths,
+            common.block_table_tensor,
+        )
+        metadata = self._plan(requests, num_decodes, num_prefills, num_decode_tokens)
+        metadata.num_actual_tokens = common.num_actual_tokens
+        metadata.sparse = self._plan_sparse(requests, num_decodes, num_prefills)
+        return metadata
+
+    def _plan(
+        self, requests: _Requests, num_decodes: int, num_prefills: int, num_decode_tokens: int
+    ) -> DcaMetadata:
+        """All of it dense."""
         decode = prefill = None
+        num_tokens = num_decode_tokens
         if num_decodes:
             decode = self.plan_decode(
-                common.query_start_loc[: num_decodes + 1],
-                common.seq_lens[:num_decodes],
-                common.block_table_tensor[:num_decodes],
+                requests.query_start_loc[: num_decodes + 1],
+                requests.seq_lens[:num_decodes],
+                requests.block_table[:num_decodes],
                 num_decode_tokens,
             )
         if num_prefills:
-            requests = slice(num_decodes, num_decodes + num_prefills)
-            # Exact for prefills, and no copy from a device.
-            seq_lens = common.seq_lens_cpu_upper_bound
-            if self.host_lengths_are_short:
-                seq_lens = common.seq_lens
-            assert seq_lens is not None
-            query_start_loc = common.query_start_loc_cpu[num_decodes:].numpy()
+            rows = slice(num_decodes, num_decodes + num_prefills)
+            assert requests.host_lengths is not None
+            query_start_loc = requests.host_starts[num_decodes : rows.stop + 1].numpy()
+            num_tokens = int(query_start_loc[-1])
             prefill = plan_prefill(
-                query_start_loc[: num_prefills + 1] - num_decode_tokens,
-                seq_lens[requests].numpy(),
-                common.block_table_tensor[requests],
+                query_start_loc - num_decode_tokens,
+                requests.host_lengths[rows].numpy(),
+                requests.block_table[rows],
                 self.block_size,
-                geometry,
-                length,
+                self.settings.geometry,
+                self.settings.original_max_position_embeddings,
             )
-        return DcaMetadata(num_decode_tokens, common.num_actual_tokens, decode, prefill)
+        return DcaMetadata(num_decode_tokens, num_tokens, decode, prefill)
+
+    def _plan_sparse(
+        self, requests: _Requests, num_decodes: int, num_prefills: int
+    ) -> SparseStep | None:
+        """What sparse layers do instead, if any segment is sparse; on the CPU only."""
+        if self.settings.sparse is None:
+            return None
+        count = num_decodes + num_prefills
+        starts, lengths = requests.query_start_loc[: count + 1], requests.seq_lens[:count]
+        geometry = self.settings.geometry
+        segments = sparse_segments(
+            starts.numpy(), lengths.numpy(), geometry.chunk_len, self.settings.sparse.threshold
+        )
+        if not segments:
+            return None
+        rest = dense_rest(segments, starts.numpy(), lengths.numpy())
+        # Where prefills are planned apart, no decode row is in a segment.
+        decodes = num_decodes if num_prefills else len(rest.request)
+        of_rest = _Requests(
+            rest.query_start_loc,
+            rest.seq_lens,
+            rest.query_start_loc,
+            rest.seq_lens,
+            requests.block_table[rest.request],
+        )
+        plan = SparsePlan(
+            segments,
+            rest.tokens,
+            requests.block_table,
+            geometry,
+            self.settings.original_max_position_embeddings,
+        )
+        num_decode_tokens = int(rest.query_start_loc[decodes])
+        return SparseStep(
+            plan,
+            self._plan(of_rest, decodes, len(rest.request) - decodes, num_decode_tokens),
+        )

@@ -4,13 +4,14 @@ What only a layer can tell is refused by `vllm_dca.engine.impl`, in the words of
 REFUSED_IN_LAYERS; positions that cannot be remapped, by `vllm_dca.engine.remap`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import iter_rope_parameters
 
+from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import (
     DRAFTERS,
     DRAFTERS_ON_THE_CPU,
@@ -18,6 +19,7 @@ from vllm_dca.engine.support import (
     KV_CACHE_DTYPES,
     NOPE_MODELS,
 )
+from vllm_dca.method.sparse_config import MODE_KEY, OFF
 
 
 class Refusal(NamedTuple):
@@ -114,6 +116,14 @@ def _parallel_drafting(vllm_config: VllmConfig) -> str:
     return f"parallel drafting by {speculative.method} (drafting one after the other does)"
 
 
+def _sparse(vllm_config: VllmConfig) -> str:
+    options = vllm_config.additional_config.get(OPTIONS)
+    asked = isinstance(options, Mapping) and options.get(MODE_KEY, OFF) != OFF
+    if not asked or current_platform.is_cpu():
+        return ""
+    return f'sparse prefill on {current_platform.device_name} ("{MODE_KEY}": "{OFF}" does)'
+
+
 REFUSALS: Sequence[Refusal] = (
     Refusal("platform", "others", _platform),
     Refusal(
@@ -166,6 +176,7 @@ REFUSALS: Sequence[Refusal] = (
     ),
     Refusal("engine", "speculative decoding by other methods", _drafter),
     Refusal("engine", "parallel drafting (P-EAGLE, PARD)", _parallel_drafting),
+    Refusal("engine", "sparse prefill on CUDA", _sparse),
     Refusal(
         "engine",
         "decode context parallelism",

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import (
@@ -27,6 +28,7 @@ from vllm_dca.engine.transformers_rotary import PeriodicRotary
 from vllm_dca.engine.warmup import KERNELS
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import Device
+from vllm_dca.method.lines import Rule, rule_of
 from vllm_dca.method.provider import Needs
 from vllm_dca.method.rotary import QueryRotation, periodic_table, unit_table
 
@@ -89,7 +91,8 @@ def remap_layers(
         needs = _needs(layer, vllm_config)
         if needs not in devices:
             devices[needs] = current_device(needs, settings.prefill_provider)
-        layer.impl.prepare(rotation, devices[needs], needs.cache_dtype)
+        rule = _rule(layer, vllm_config)
+        layer.impl.prepare(rotation, devices[needs], needs.cache_dtype, rule)
         remapped.append(name)
     tables.forget_replaced(model)
     # A long prompt would else wait for it.
@@ -111,6 +114,17 @@ def _has_positions(layer_name: str, vllm_config: VllmConfig) -> bool:
     index = extract_layer_index(layer_name)
     # Past the model's own layers are a drafter's.
     return index >= len(rotating) or bool(rotating[index])
+
+
+def _rule(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
+    """How a layer's lines are selected; None where its prefill is dense, as a drafter's is."""
+    settings = settings_of(vllm_config).sparse
+    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    index = extract_layer_index(layer.layer_name)
+    if settings is None or index >= layers or layer.layer_name.startswith("draft_model."):
+        return None
+    rank, heads = get_tensor_model_parallel_rank(), layer.num_heads
+    return rule_of(settings, index, slice(rank * heads, (rank + 1) * heads))
 
 
 def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:

@@ -12,7 +12,7 @@ def settings_of(vllm_config: VllmConfig) -> DcaSettings:
     """The settings that `vllm_dca.engine.startup.configure` settled, in any process."""
     additional = vllm_config.additional_config
     try:
-        return DcaSettings(**additional[OPTIONS])
+        return DcaSettings.of_dict(additional[OPTIONS])
     except (KeyError, TypeError) as error:
         raise RuntimeError(
             "DCA runs, but was not configured: the engine's config was not made by "

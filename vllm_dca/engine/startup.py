@@ -12,6 +12,7 @@ from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.devices import current_processor
 from vllm_dca.engine.refusals import has_sliding_layers, refusals, rope_types
 from vllm_dca.engine.settings import OPTIONS
+from vllm_dca.engine.sparse import say_sparse, settle_sparse
 from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS, PROVED_MODELS
 from vllm_dca.method.config import DcaSettings, resolve_settings, validate_options
 
@@ -50,6 +51,8 @@ def configure(vllm_config: VllmConfig) -> None:
     settings = resolve_settings(
         options, checkpoint, _own_window(model_config), block_size_of(vllm_config)
     )
+    sparse = settle_sparse(vllm_config, options, checkpoint, settings.geometry)
+    settings = dataclasses.replace(settings, sparse=sparse)
     window = settings.window
     # A new dictionary: the old one is the user's EngineArgs, which may be used again.
     vllm_config.additional_config = {
@@ -85,11 +88,7 @@ def configure(vllm_config: VllmConfig) -> None:
             window,
             window,
         )
-    if checkpoint and checkpoint.get("sparse_attention_enabled"):
-        logger.warning(
-            "DCA: the checkpoint asks for sparse prefill, which is not supported yet; "
-            "attention runs dense: same answers or better, more time on long prompts."
-        )
+    say_sparse(vllm_config, settings, checkpoint)
 
 
 def _check_supported(vllm_config: VllmConfig) -> None:

@@ -26,6 +26,7 @@ SUPPORTED: dict[str, tuple[str, ...]] = {
         "prompts as embeddings",
         "reloading weights",
         "KV connectors",
+        "[sparse prefill](sparse.md) on the CPU",
         f"speculative decoding by {', '.join(DRAFTERS)} (on the CPU only: "
         f"{', '.join(DRAFTERS_ON_THE_CPU)})",
         "tensor and pipeline parallel",

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.sparse_config import SPARSE_KEYS, SparseSettings, validate_sparse_options
 
 SIZE_KEYS = ("chunk_size", "local_size")
 TEMPERATURE_KEY = "original_max_position_embeddings"
 PROVIDER_KEY = "prefill_provider"
-OPTION_KEYS = (*SIZE_KEYS, TEMPERATURE_KEY, PROVIDER_KEY)
+OPTION_KEYS = (*SIZE_KEYS, TEMPERATURE_KEY, PROVIDER_KEY, *SPARSE_KEYS)
 
 # The authors' ChunkLlama: chunk_size = 3/4 and local_size = 1/8 of the trained window, which
 # is 1/6 of the chunk_size.
@@ -40,6 +41,7 @@ class DcaSettings:
         window: what the model was trained on, tokens.
         prefill_provider: who computes the prefill's passes, see `vllm_dca.engine.choice`;
             None for the first that can.
+        sparse: of sparse prefill; None if all attention is dense.
     """
 
     chunk_size: int
@@ -48,6 +50,7 @@ class DcaSettings:
     source: str
     window: int
     prefill_provider: str | None = None
+    sparse: SparseSettings | None = None
 
     @property
     def geometry(self) -> ChunkGeometry:
@@ -58,12 +61,20 @@ class DcaSettings:
         """As vLLM's additional config carries it to every process."""
         return asdict(self)
 
+    @classmethod
+    def of_dict(cls, carried: Mapping[str, Any]) -> "DcaSettings":
+        """From what `to_dict` made."""
+        sparse = carried["sparse"]
+        return cls(
+            **{**carried, "sparse": None if sparse is None else SparseSettings(**sparse)}
+        )
+
 
 def validate_options(options: object) -> dict[str, Any]:
     """Check what the user put under "dca" in --additional-config.
 
     Raises:
-        ValueError: unknown keys, or values that are not positive integers.
+        ValueError: unknown keys, or unusable values.
     """
     if not isinstance(options, Mapping):
         raise ValueError(
@@ -76,11 +87,12 @@ def validate_options(options: object) -> dict[str, Any]:
             f'--additional-config: unknown under "dca": {", ".join(map(str, unknown))}. '
             f"Known: {', '.join(OPTION_KEYS)}."
         )
-    sizes = {key: _positive(key, options[key]) for key in options if key != PROVIDER_KEY}
+    numbers = (*SIZE_KEYS, TEMPERATURE_KEY)
+    sizes = {key: _positive(key, options[key]) for key in numbers if key in options}
     provider = options.get(PROVIDER_KEY)
     if not isinstance(provider, str | None):
         raise ValueError(f"DCA's {PROVIDER_KEY} must be a name, not {provider!r}.")
-    return {**sizes, PROVIDER_KEY: provider}
+    return {**sizes, PROVIDER_KEY: provider, **validate_sparse_options(options)}
 
 
 def _positive(key: str, value: object) -> int | None:

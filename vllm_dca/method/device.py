@@ -8,6 +8,7 @@ import torch
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.provider import AttentionProvider
 from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse import SparseOperations
 
 # From query_start_loc, seq_lens, block_table and the number of rows to a plan for `decode`.
 DecodePlanner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Any]
@@ -59,6 +60,7 @@ class Device(NamedTuple):
             a step has, and the number of KV heads.
         decode: attends from a few new tokens a request, or from any where `prefill` is None;
             see `vllm_dca.cpu.decode`.
+        sparse: the operations of sparse prefill; None where there are none.
     """
 
     provider: str
@@ -66,3 +68,4 @@ class Device(NamedTuple):
     write_kv: Callable[..., None]
     decode_planner: Callable[[DcaSettings, int, int, int], DecodePlanner]
     decode: Callable[..., None]
+    sparse: SparseOperations | None = None

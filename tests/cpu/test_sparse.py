@@ -1,0 +1,250 @@
+"""Sparse prefill on the CPU against its two specifications, each apart from the other."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import sparse as helper
+from tests.helpers.paged import Batch, Shape
+from vllm_dca.cpu import sparse
+from vllm_dca.method.lines import Lines, Rule, select
+from vllm_dca.method.sparse import SparseOperations, SparsePlan
+from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.reference import sparse as reference
+from vllm_dca.reference.attention import dual_chunk_attention
+
+OPERATIONS = {"torch": SparseOperations(sparse.weigh, sparse.attend)}
+PATHS = pytest.mark.parametrize("path", OPERATIONS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    """Segments of 256 rows and more, of few heads: chunks of 256 to 512."""
+    chunk_len = draw(st.sampled_from([256, 320, 512]))
+    total = draw(st.integers(400, 1100))
+    head_size = draw(st.sampled_from([8, 16, 40]))
+    return Shape(
+        lengths=[
+            (total, max(0, total - draw(st.integers(400, 600)))),
+            # A neighbour without segments.
+            *draw(st.sampled_from([[], [(70, 3)], [(300, 299)]])),
+        ],
+        chunk_len=chunk_len,
+        local_size=draw(st.sampled_from([1, 60, 300])),
+        block_size=draw(st.sampled_from([16, 64])),
+        num_kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 3)),
+        head_size=head_size,
+        rotary_dim=draw(st.sampled_from([head_size, head_size // 2])),
+        is_neox=draw(st.booleans()),
+        original_max_position_embeddings=draw(st.sampled_from([None, 100])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        mscale=draw(st.sampled_from([1.0, 1.2])),
+        tokens_first=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+def poisoned(batch: Batch, segment: Segment) -> torch.Tensor:
+    """The cache without what the segment must not read: later tokens and other requests."""
+    kept = torch.full_like(batch.kv_cache, torch.nan)
+    size = batch.shape.block_size
+    for page, block in enumerate(batch.block_table[segment.request].tolist()):
+        tokens = min(size, segment.end - page * size)
+        if tokens > 0:
+            kept[block, :, :tokens] = batch.kv_cache[block, :, :tokens]
+    return kept
+
+
+def attend(
+    batch: Batch, segment: Segment, plan: SparsePlan, lines: Lines, path: str
+) -> torch.Tensor:
+    query = batch.rotated_query()[segment.rows]
+    output = torch.full_like(query, torch.nan)
+    OPERATIONS[path].attend(
+        query,
+        poisoned(batch, segment),
+        output,
+        segment=segment,
+        plan=plan,
+        lines=lines,
+        rotation=batch.rotation(),
+        softmax_scale=batch.shape.scale,
+    )
+    return output
+
+
+def specified(
+    batch: Batch, segment: Segment, lines: Lines, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    rows = torch.arange(segment.begin, segment.end)
+    seen = reference.seen_keys(rows, reference.Lines(*lines))
+    query, key, value = helper.unrotated(batch, segment)
+    given = helper.options(batch)
+    return dual_chunk_attention(query, key, value, seen=seen, dtype=dtype, **given).double()
+
+
+def assert_attends(batch: Batch, segment: Segment, lines: Lines, output: torch.Tensor) -> None:
+    """As far from fp64 as the specification is in the batch's dtype, see Batch.tolerance."""
+    exact = specified(batch, segment, lines)
+    ordinary = (specified(batch, segment, lines, batch.shape.dtype) - exact).abs().max()
+    eps = torch.finfo(batch.shape.dtype).eps
+    largest = max(value.abs().max() for value in batch.values)
+    assert (output.double() - exact).abs().max() <= 2 * ordinary + 2 * eps * largest
+
+
+@PATHS
+@settings(max_examples=25, deadline=None)
+@given(shapes(), st.sampled_from([0, 70, 300]), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+def test_attends_to_given_lines(path: str, shape: Shape, threshold: int, share: float) -> None:
+    batch = Batch.random(shape)
+    plan = helper.plan(batch, threshold)
+    for segment in plan.segments:
+        lines = helper.random_lines(batch, segment, share, shape.seed)
+        assert_attends(batch, segment, lines, attend(batch, segment, plan, lines, path))
+
+
+@PATHS
+def test_all_lines_are_dense_attention(path: str) -> None:
+    """A row's verticals twice over, as distances too."""
+    batch = Batch.random(Shape([(600, 0)], 320, 64, block_size=16))
+    plan, dense = helper.plan(batch), batch.reference()
+    for segment in plan.segments:
+        every = helper.random_lines(batch, segment, 1.0)
+        found = attend(batch, segment, plan, every, path).double()
+        assert (found - dense[segment.rows]).abs().max() <= batch.tolerance()
+
+
+def weigh(batch: Batch, rule: Rule, path: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    plan = helper.plan(batch)
+    return [
+        OPERATIONS[path].weigh(
+            batch.rotated_query()[segment.rows],
+            poisoned(batch, segment),
+            segment=segment,
+            plan=plan,
+            rule=rule,
+            rotation=batch.rotation(),
+            softmax_scale=batch.shape.scale,
+        )
+        for segment in plan.segments
+    ]
+
+
+def weights_of(
+    batch: Batch, segment: Segment, rule: Rule, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Along the lines, by the specification."""
+    query, key, _ = helper.unrotated(batch, segment)
+    weights = reference.probe_weights(
+        query[-64:], key, helper.reference_rule(rule), dtype=dtype, **helper.options(batch)
+    ).double()
+    i = torch.arange(segment.end - 64, segment.end)[:, None]
+    line = i // rule.line_width - torch.arange(segment.end) // rule.line_width
+    slash = torch.zeros(len(weights), int(line.max()) + 1, dtype=torch.float64)
+    slash.index_add_(1, line.clamp(min=0).flatten(), weights.flatten(1))
+    return weights.sum(1), slash
+
+
+BY_BUDGETS = Rule(torch.tensor([60] * 6), torch.tensor([200] * 6), 1.0, 0)
+BY_COVERAGE = Rule(None, None, 0.6, 70)
+
+
+@PATHS
+@settings(max_examples=15, deadline=None)
+@given(shapes(), st.sampled_from([BY_BUDGETS, BY_COVERAGE]))
+def test_weighs_lines(path: str, shape: Shape, rule: Rule) -> None:
+    batch = Batch.random(shape)
+    for found, segment in zip(
+        weigh(batch, rule, path), helper.plan(batch).segments, strict=True
+    ):
+        exact = weights_of(batch, segment, rule, torch.float64)
+        ordinary = weights_of(batch, segment, rule, shape.dtype)
+        for fast, right, rounded in zip(found, exact, ordinary, strict=True):
+            # A line's weight is a sum of 64 rows'.
+            least = 64 * torch.finfo(torch.float32).eps
+            allowed = 2 * (rounded - right).abs().max() + least * right.max()
+            assert (fast.double() - right).abs().max() <= allowed
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(64, 500),
+    st.one_of(
+        st.builds(
+            lambda v, s: Rule(torch.tensor(v), torch.tensor(s), 1.0, 0),
+            *[st.lists(st.integers(1, 600), min_size=2, max_size=2)] * 2,
+        ),
+        st.builds(
+            lambda share, least: Rule(None, None, share, least),
+            st.floats(0.1, 1.0),
+            st.sampled_from([0, 100, 1000]),
+        ),
+    ),
+    st.integers(0, 99),
+)
+def test_selects_as_specified(end: int, rule: Rule, seed: int) -> None:
+    """Whole numbers of 2^-20 add up exactly; few different ones, so that many are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    i = torch.arange(end - 64, end)[:, None]
+    steps = torch.randint(0, 1 << (1 + seed % 12), (2, 64, end), generator=generator)
+    weights = (steps * 2.0**-20).masked_fill(torch.arange(end) > i, 0.0)
+    line = (i // rule.line_width - torch.arange(end) // rule.line_width).clamp(min=0)
+    slash = torch.zeros(2, (end - 1) // rule.line_width + 1)
+    slash.index_add_(1, line.flatten(), weights.flatten(1))
+    found = select(weights.sum(1), slash, rule)
+    right = reference.select(weights.double(), i[:, 0], helper.reference_rule(rule))
+    assert torch.equal(found.verticals, right.verticals)
+    assert torch.equal(found.distances, right.distances)
+
+
+@pytest.mark.parametrize("rule", [BY_BUDGETS, BY_COVERAGE])
+@pytest.mark.parametrize("operations", OPERATIONS.values(), ids=OPERATIONS)
+def test_batched_equals_single(rule: Rule, operations: SparseOperations) -> None:
+    """Not a bit may differ: a segment's lines and answers are its request's own."""
+    from vllm_dca.method.sparse import sparse_attention
+
+    lengths = [(700, 0), (40, 0), (900, 300)]
+    batch = Batch.random(Shape(lengths, 320, 64, block_size=16))
+
+    def answers(batch: Batch, query: torch.Tensor, plan: SparsePlan) -> torch.Tensor:
+        output = torch.full_like(query, torch.nan)
+        given: dict[str, Any] = {"rotation": batch.rotation(), "rule": rule}
+        sparse_attention(
+            query,
+            batch.kv_cache,
+            output,
+            plan=plan,
+            softmax_scale=batch.shape.scale,
+            operations=operations,
+            **given,
+        )
+        return output
+
+    query, plan = batch.rotated_query(), helper.plan(batch)
+    together = answers(batch, query, plan)
+    # The others' rows are left alone.
+    assert together[plan.rest].isnan().all()
+    assert (
+        not together[torch.cat([torch.arange(700)[s.rows] for s in plan.segments[:2]])]
+        .isnan()
+        .any()
+    )
+    assert {segment.request for segment in plan.segments} == {0, 2}
+    start = 0
+    for request, (total, cached) in enumerate(lengths):
+        rows = slice(start, start + total - cached)
+        alone = helper.plan(
+            dataclasses.replace(
+                batch, shape=dataclasses.replace(batch.shape, lengths=[(total, cached)])
+            )
+        )._replace(block_table=batch.block_table[request : request + 1])
+        torch.testing.assert_close(
+            answers(batch, query[rows], alone), together[rows], rtol=0, atol=0, equal_nan=True
+        )
+        start = rows.stop

@@ -1,0 +1,192 @@
+"""Sparse prefill through the engine: as the reference answers, whatever else a step holds."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import checkpoints
+from tests.helpers import sparse as helper
+from tests.helpers.answers import generate, of_prompt
+from tests.helpers.inprocess import engine
+from vllm_dca.cpu import compiled
+from vllm_dca.reference.model import prompt_logprobs
+from vllm_dca.reference.sparse import Rule
+
+# What the project promises for fp32.
+ATOL = 1e-3
+SIZES = {"chunk_size": 512, "local_size": 64}  # chunks of 448
+THRESHOLD = 150
+STEP = 450
+LENGTH = 1180
+STEPS = [450, 450, 280]
+AUTO = {"sparse": "auto", "sparse_coverage": 0.5, "sparse_min_keys": 64}
+AUTO_RULE = Rule(coverage=0.5, min_keys=64)
+BUDGETS = [[(40 + 10 * head, 110 + 50 * head) for head in range(4)] for _ in range(2)]
+PROMPT = checkpoints.tokens(LENGTH)
+
+
+def options(**sparse: Any) -> dict[str, Any]:
+    return {
+        "additional_config": {"dca": {**SIZES, "sparse_threshold": THRESHOLD, **sparse}},
+        "max_num_batched_tokens": STEP,
+        "max_model_len": 1300,
+    }
+
+
+def expected(
+    model: Path, rules: list[Rule], prompt: list[int] = PROMPT, steps: list[int] = STEPS
+) -> torch.Tensor:
+    return helper.prompt_logprobs(
+        model, prompt, steps=steps, threshold=THRESHOLD, rules=rules, **SIZES
+    )
+
+
+def assert_close(found: torch.Tensor, right: torch.Tensor, atol: float = ATOL) -> None:
+    torch.testing.assert_close(found.double(), right, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
+
+
+@pytest.fixture(scope="module")
+def by_reference(llama: Path) -> torch.Tensor:
+    """What `auto` answers, which is neither dense nor what other steps answer."""
+    right = expected(llama, [AUTO_RULE] * 2)
+    dense = prompt_logprobs(llama, PROMPT, **SIZES)
+    assert_close(right[: THRESHOLD - 1], dense[: THRESHOLD - 1], atol=1e-9)
+    assert (right - dense).abs()[THRESHOLD:].max() > 100 * ATOL
+    return right
+
+
+@pytest.mark.each_minor
+def test_auto_agrees_with_the_reference(
+    llama: Path, by_reference: torch.Tensor, dca_log: list[str]
+) -> None:
+    """Twice the same bits; dense requests beside it; and a cached prefix."""
+    with engine(llama, **options(**AUTO)) as llm:
+        [first] = generate(llm, [PROMPT], prompt_logprobs=0)
+        assert_close(of_prompt(first), by_reference)
+        [second] = generate(llm, [PROMPT], prompt_logprobs=0)
+        assert torch.equal(of_prompt(first), of_prompt(second))
+    assert sum("DCA: sparse prefill from position 150 on" in line for line in dca_log) == 1
+
+
+def test_torch_agrees_with_the_reference(
+    llama: Path, by_reference: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler() -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(compiled, "library", no_compiler)
+    with engine(llama, **options(**AUTO)) as llm:
+        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
+    assert_close(of_prompt(output), by_reference)
+
+
+def as_list(budgets: Any) -> Any:
+    """As Qwen2.5-1M's file has it."""
+    return [
+        {str(head): ["vertical_and_slash", *pair, 0.5] for head, pair in enumerate(layer)}
+        for layer in budgets
+    ]
+
+
+def as_dictionary(budgets: Any) -> Any:
+    return {str(layer): heads for layer, heads in enumerate(as_list(budgets))}
+
+
+@pytest.mark.parametrize("form", [as_list, as_dictionary])
+def test_a_checkpoint_s_budgets(form: Any, tmp_path: Path) -> None:
+    """A file in Qwen's own format, found by vLLM beside a config that asks for DCA."""
+    asked = {**SIZES, "original_max_position_embeddings": 100}
+    model = checkpoints.write(
+        tmp_path,
+        "Qwen2Config",
+        dual_chunk_attention_config={
+            **asked,
+            "sparse_attention_enabled": True,
+            "sparse_attention_threshold": THRESHOLD,
+            "sparse_attention_last_q": 64,
+        },
+    )
+    (tmp_path / "sparse_attention_config.json").write_text(json.dumps(form(BUDGETS)))
+    rules = [Rule(*zip(*layer, strict=True), continuous=True) for layer in BUDGETS]
+    right = helper.prompt_logprobs(
+        model, PROMPT, steps=STEPS, threshold=THRESHOLD, rules=rules, **asked
+    )
+    dense = prompt_logprobs(model, PROMPT, **asked)
+    assert (right - dense).abs().max() > 100 * ATOL
+    given = options() | {"additional_config": {"dca": {"sparse": "checkpoint"}}}
+    with engine(model, **given) as llm:
+        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
+    assert_close(of_prompt(output), right)
+
+
+REFUSED = [
+    ({"sparse": "on"}, "must be one of off, checkpoint, auto, not 'on'"),
+    ({"sparse_coverage": 0.9}, 'sparse_coverage is for "sparse": "auto"'),
+    ({**AUTO, "sparse_coverage": 0}, "above 0 and up to 1, not 0"),
+    ({**AUTO, "sparse_coverage": "x"}, "must be a number, not 'x'"),
+    ({**AUTO, "sparse_threshold": -1}, "must be a number of tokens, not -1"),
+    ({**AUTO, "sparse_budgets": "x"}, 'sparse_budgets is for "sparse": "checkpoint"'),
+    ({"sparse": "checkpoint"}, "the checkpoint has no sparse_attention_config.json"),
+    ({"sparse": "checkpoint", "sparse_budgets": "/nowhere"}, "/nowhere cannot be read"),
+    ({**AUTO, "local_size": 50}, "multiple of 64, but chunk_size 512 - local_size 50 = 462"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED)
+def test_refused_at_start_up(llama: Path, given: dict[str, Any], message: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    refused = options() | {"additional_config": {"dca": {**SIZES, **given}}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EngineArgs(
+            str(llama), attention_backend="dca", block_size=2, **refused
+        ).create_engine_config()
+
+
+def test_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_dca.engine import refusals
+
+    given = options(**AUTO)
+    args = EngineArgs(str(llama), attention_backend="dca", block_size=16, **given)
+    config = args.create_engine_config()
+    config.additional_config = given["additional_config"]
+    assert refusals.refusals(config) == []
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
+    [refused] = refusals.refusals(config)
+    assert refused.startswith("sparse prefill on")
+    assert '"off" does' in refused
+
+
+@pytest.mark.parametrize(
+    ("sparse", "message"),
+    [
+        ({}, "has None for head 0 of layer 1"),
+        ({"0": {"0": ["vertical_and_slash", 1, 1, 1]}}, "has None for head 1 of layer 0"),
+        ([[["block_sparse", 1, 1, 1]] * 4] * 2, "'block_sparse', 1, 1, 1] for head 0"),
+        ({"first": {}}, "must be a list, or an object by number"),
+    ],
+)
+def test_budgets_of_every_head_are_needed(
+    llama: Path, tmp_path: Path, sparse: Any, message: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps(sparse or {"0": as_list(BUDGETS)[0]}))
+    given = options(sparse="checkpoint", sparse_budgets=str(file))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EngineArgs(
+            str(llama), attention_backend="dca", block_size=16, **given
+        ).create_engine_config()

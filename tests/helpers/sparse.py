@@ -1,0 +1,121 @@
+"""Sparse prefill of a random batch in a paged cache, by the fast code and by the reference."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.paged import Batch, query_start_loc
+from vllm_dca.method.lines import Lines, Rule
+from vllm_dca.method.sparse import SparsePlan
+from vllm_dca.method.sparse_planning import Segment, dense_rest, sparse_segments
+from vllm_dca.reference import sparse as reference
+
+
+def plan(batch: Batch, threshold: int = 0) -> SparsePlan:
+    """As the engine plans a step."""
+    shape = batch.shape
+    starts = query_start_loc(shape.lengths).numpy()
+    ends = [total for total, _ in shape.lengths]
+    segments = sparse_segments(starts, ends, shape.chunk_len, threshold)
+    return SparsePlan(
+        segments,
+        dense_rest(segments, starts, ends).tokens,
+        batch.block_table,
+        shape.geometry,
+        shape.original_max_position_embeddings,
+    )
+
+
+def options(batch: Batch) -> dict[str, Any]:
+    """What the reference wants to know beside queries, keys and values."""
+    shape = batch.shape
+    return {
+        "chunk_size": shape.geometry.chunk_size,
+        "local_size": shape.local_size,
+        "inv_freq": batch.inv_freq,
+        "is_neox": shape.is_neox,
+        "scale": shape.scale,
+        "original_max_position_embeddings": shape.original_max_position_embeddings,
+    }
+
+
+def unrotated(batch: Batch, segment: Segment) -> tuple[torch.Tensor, ...]:
+    """A segment's queries, and the keys and values up to its end, for the reference."""
+    shape, request = batch.shape, segment.request
+    lengthen = torch.ones(shape.head_size, dtype=torch.float64)
+    lengthen[: shape.rotary_dim] = shape.mscale
+    cached = shape.lengths[request][1]
+    return (
+        batch.queries[request][segment.begin - cached : segment.end - cached] * lengthen,
+        batch.keys[request][: segment.end] * lengthen,
+        batch.values[request][: segment.end],
+    )
+
+
+def reference_rule(rule: Rule) -> reference.Rule:
+    """The same for the reference, which shares no code with the rest."""
+    budgets: Sequence[Any] = [
+        None if each is None else each.tolist() for each in (rule.verticals, rule.slashes)
+    ]
+    return reference.Rule(*budgets, rule.coverage, rule.min_keys, rule.continuous)
+
+
+def random_lines(batch: Batch, segment: Segment, share: float, seed: int = 0) -> Lines:
+    """Any keys and distances, and a row's own key, which the band gives."""
+    shape, generator = batch.shape, torch.Generator().manual_seed(seed)
+    heads = shape.num_kv_heads * shape.group
+    verticals = torch.rand(heads, segment.end, generator=generator) < share
+    distances = torch.rand(heads, segment.end + 65, generator=generator) < share
+    distances[:, 1:65] = True
+    return Lines(verticals, distances)
+
+
+def prompt_logprobs(
+    model_dir: Path,
+    tokens: list[int],
+    *,
+    steps: Sequence[int],
+    threshold: int,
+    rules: Sequence[reference.Rule],
+    **sizes: Any,
+) -> torch.Tensor:
+    """Log-probability of every token but the first, given those before it, in fp64.
+
+    A Llama or Qwen2 by Hugging Face's code, its attention replaced by the reference.
+
+    Args:
+        model_dir: the checkpoint.
+        tokens: the sequence.
+        steps: how many tokens each step of the engine took.
+        threshold: the position from which attention is sparse.
+        rules: of each layer.
+        sizes: as of `dual_chunk_attention`.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    def attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        attended = reference.sparse_attention(
+            *(t[0].transpose(0, 1) for t in (query, key, value)),
+            steps=steps,
+            threshold=threshold,
+            rule=rules[module.layer_idx],
+            inv_freq=model.model.rotary_emb.inv_freq,
+            scale=module.scaling,
+            **sizes,
+        )
+        return attended[None], None
+
+    AttentionInterface.register("sparse_reference", attention)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float64, attn_implementation="sparse_reference"
+    ).eval()
+    modeling: Any = importlib.import_module(type(model).__module__)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(modeling, "apply_rotary_pos_emb", lambda query, key, *_: (query, key))
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    predicted = torch.tensor(tokens[1:])[:, None]
+    return logits[:-1].log_softmax(-1).gather(1, predicted)[:, 0]

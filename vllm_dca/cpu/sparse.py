@@ -1,0 +1,122 @@
+"""Sparse prefill on the CPU by torch: right, and no faster than dense.
+
+Scores are computed with every key, and masked.
+"""
+
+import torch
+
+from vllm_dca.cpu.turn import turn_queries
+from vllm_dca.method.lines import PROBE, Lines, Rule
+from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse import SparsePlan
+from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_planning import Segment, turns_of
+
+
+def weigh(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    *,
+    segment: Segment,
+    plan: SparsePlan,
+    rule: Rule,
+    rotation: QueryRotation,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention from a segment's last rows, summed along the lines.
+
+    Args:
+        query: [num_rows, num_heads, head_size], the segment's, rotated to their offsets.
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any physical order.
+        segment: which.
+        plan: of the step.
+        rule: says what lines are, and with which positions scores are computed.
+        rotation: how this layer turns queries.
+        softmax_scale: factor on the dot products.
+
+    Returns:
+        [num_heads, end] fp32 of each key, and [num_heads, num_lines] of each diagonal or block.
+    """
+    end, width = segment.end, rule.line_width
+    scores = _Scores(kv_cache, segment, plan, rotation, softmax_scale, rule.continuous)
+    weights = scores.of(query[-PROBE:], end - PROBE, end).softmax(-1)
+    i = torch.arange(end - PROBE, end)[:, None]
+    line = (i // width - torch.arange(end) // width).clamp(min=0)
+    slash = torch.zeros(len(weights), (end - 1) // width + 1)
+    slash.index_add_(1, line.flatten(), weights.flatten(1))
+    return weights.sum(1), slash
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    segment: Segment,
+    plan: SparsePlan,
+    lines: Lines,
+    rotation: QueryRotation,
+    softmax_scale: float,
+) -> None:
+    """Attend along lines, tile by tile, in fp32.
+
+    Args:
+        query: as of `weigh`, and so the others.
+        output: [num_rows, num_heads, head_size], written.
+        lines: of each head.
+    """
+    scores = _Scores(kv_cache, segment, plan, rotation, softmax_scale)
+    begin = segment.begin
+    for start in range(begin // TILE * TILE, segment.end, TILE):
+        first, end = max(start, begin), min(start + TILE, segment.end)
+        rows = slice(first - begin, end - begin)
+        j = torch.arange(end)
+        seen = lines.verticals[:, :end] | lines.distances[:, start + TILE - j]
+        found = scores.of(query[rows], first, end)
+        weights = found.masked_fill_(~seen[:, None], -torch.inf).softmax(-1)
+        value = scores.value[:, :end]
+        attended = weights.unflatten(0, (len(value), -1)) @ value[:, None]
+        output[rows] = attended.flatten(0, 1).transpose(0, 1)
+
+
+class _Scores:
+    """Scaled scores with a segment's keys, gathered from their pages."""
+
+    def __init__(
+        self,
+        kv_cache: torch.Tensor,
+        segment: Segment,
+        plan: SparsePlan,
+        rotation: QueryRotation,
+        softmax_scale: float,
+        continuous: bool = False,
+    ) -> None:
+        pages = -(-segment.end // kv_cache.shape[2])
+        table = plan.block_table[segment.request, :pages]
+        gathered = kv_cache.index_select(0, table).transpose(0, 1).flatten(1, 2)
+        # [num_kv_heads, end, head_size]
+        self.key, self.value = gathered[:, : segment.end].float().chunk(2, dim=-1)
+        self.plan, self.rotation, self.scale = plan, rotation, softmax_scale
+        self.continuous = continuous
+        chunk_len = plan.geometry.chunk_len
+        own = segment.begin // chunk_len * chunk_len
+        self.borders = max(own - chunk_len, 0), own
+
+    def of(self, query: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """[num_heads, end - begin, end] fp32 for the rows there, -inf for later keys."""
+        length = self.plan.original_max_position_embeddings
+        turns = turns_of(begin, end, self.plan.geometry, length, self.continuous)
+        tokens = torch.arange(end - begin)
+        grouped = (len(self.key), -1)
+        inter_end, succ_end = self.borders
+        parts = []
+        for region, keys in enumerate(
+            (slice(succ_end, end), slice(inter_end, succ_end), slice(0, inter_end))
+        ):
+            turned = turn_queries(
+                query.float(), self.rotation, tokens, turns.turn[region], turns.temperature
+            ).transpose(0, 1)
+            scores = (turned * self.scale).unflatten(0, grouped) @ self.key[:, None, keys].mT
+            parts.append(scores.flatten(0, 1))
+        future = torch.arange(end) > torch.arange(begin, end)[:, None]
+        return torch.cat(parts[::-1], dim=-1).masked_fill_(future, -torch.inf)

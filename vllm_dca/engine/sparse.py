@@ -1,0 +1,120 @@
+"""Sparse prefill at start-up: its options, a checkpoint's budgets, and what is said of them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.weight_utils import get_sparse_attention_config
+from vllm.platforms import current_platform
+
+from vllm_dca.method.config import DcaSettings
+from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.sparse_config import (
+    BUDGETS_KEY,
+    CHECKPOINT,
+    MODE_KEY,
+    OFF,
+    SparseSettings,
+    resolve_sparse,
+)
+from vllm_dca.method.sparse_planning import LEAST_ROWS
+
+# vLLM's logger is set up for its own package only.
+logger = init_logger("vllm.plugins.dca")
+
+IN_CHECKPOINT = "sparse_attention_config"
+
+
+def settle_sparse(
+    vllm_config: VllmConfig,
+    options: Mapping[str, Any],
+    checkpoint: Mapping[str, Any] | None,
+    geometry: ChunkGeometry,
+) -> SparseSettings | None:
+    """The settings of sparse prefill; None if it is off.
+
+    Args:
+        vllm_config: of the engine.
+        options: the user's, validated.
+        checkpoint: its dual_chunk_attention_config; vLLM put its budgets there.
+        geometry: the chunk sizes.
+
+    Raises:
+        ValueError: what was given, what is needed, what would work.
+    """
+    if options[MODE_KEY] == OFF:
+        return None
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    if most < LEAST_ROWS:
+        raise ValueError(
+            f"DCA's sparse prefill needs steps of {LEAST_ROWS} tokens or more, and "
+            f"--max-num-batched-tokens is {most}."
+        )
+    hf_config = vllm_config.model_config.hf_text_config
+    return resolve_sparse(
+        options,
+        checkpoint,
+        geometry,
+        _budgets(vllm_config, options, checkpoint),
+        _attended_layers(hf_config),
+        hf_config.num_attention_heads,
+    )
+
+
+def _budgets(
+    vllm_config: VllmConfig, options: Mapping[str, Any], checkpoint: Mapping[str, Any] | None
+) -> object:
+    if options[MODE_KEY] != CHECKPOINT:
+        return None
+    if BUDGETS_KEY in options:
+        path = Path(options[BUDGETS_KEY])
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"DCA's {BUDGETS_KEY} {path} cannot be read: {error}.") from error
+    if checkpoint is not None:
+        return checkpoint.get(IN_CHECKPOINT)
+    # vLLM reads it for models with a dual_chunk_attention_config only.
+    return get_sparse_attention_config(vllm_config.model_config, vllm_config.load_config)
+
+
+def _attended_layers(hf_config: Any) -> list[int]:
+    kinds = getattr(hf_config, "layer_types", None)
+    if kinds is None:
+        return list(range(hf_config.num_hidden_layers))
+    return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+def say_sparse(
+    vllm_config: VllmConfig, settings: DcaSettings, checkpoint: Mapping[str, Any] | None
+) -> None:
+    """A line on what will be done, or on what the checkpoint would have."""
+    sparse = settings.sparse
+    if sparse is None:
+        if checkpoint and checkpoint.get("sparse_attention_enabled"):
+            remedy = "It is not supported on this device yet."
+            if current_platform.is_cpu():
+                option = json.dumps({"dca": {MODE_KEY: CHECKPOINT}})
+                remedy = f"--additional-config '{option}' switches it on."
+            logger.warning(
+                "DCA: the checkpoint asks for sparse prefill, which is off: attention runs "
+                "dense, same answers or better, more time on long prompts. %s",
+                remedy,
+            )
+        return
+    logger.info(
+        "DCA: sparse prefill %s, where a step has %d tokens or more of a chunk.",
+        sparse.described,
+        LEAST_ROWS,
+    )
+    max_model_len = vllm_config.model_config.max_model_len
+    if sparse.threshold + LEAST_ROWS > max_model_len:
+        logger.warning(
+            "DCA: no prompt of up to %d tokens reaches sparse prefill, which begins at %d. "
+            "Choose a smaller sparse_threshold, or a larger --max-model-len.",
+            max_model_len,
+            sparse.threshold,
+        )

@@ -1,0 +1,196 @@
+"""Options of sparse prefill, and the budgets that a checkpoint brings for it.
+
+Like `vllm_dca.method.config`, it knows nothing of vLLM.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_dca.method.geometry import ChunkGeometry
+
+MODE_KEY = "sparse"
+THRESHOLD_KEY = "sparse_threshold"
+COVERAGE_KEY = "sparse_coverage"
+MIN_KEYS_KEY = "sparse_min_keys"
+BUDGETS_KEY = "sparse_budgets"
+SPARSE_KEYS = (MODE_KEY, THRESHOLD_KEY, COVERAGE_KEY, MIN_KEYS_KEY, BUDGETS_KEY)
+OFF, CHECKPOINT, AUTO = "off", "checkpoint", "auto"
+# Which options go with which mode.
+_OPTIONS = {
+    OFF: (),
+    CHECKPOINT: (THRESHOLD_KEY, BUDGETS_KEY),
+    AUTO: (THRESHOLD_KEY, COVERAGE_KEY, MIN_KEYS_KEY),
+}
+# Qwen's checkpoints' own.
+THRESHOLD = 32768
+# FlexPrefill's.
+COVERAGE = 0.95
+MIN_KEYS = 1024
+# Rows that share the keys of a slash; a tile lies in one chunk.
+TILE = 64
+KIND = "vertical_and_slash"
+
+# Of each layer, by its number, and each head: verticals and slashes.
+Budgets = tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True)
+class SparseSettings:
+    """Resolved settings of sparse prefill.
+
+    Attributes:
+        threshold: tokens before this position attend to all before them.
+        coverage: with "auto", the share of attention that a head's lines cover.
+        min_keys: with "auto", at least as many verticals and as many keys in blocks.
+        budgets: with "checkpoint", of each layer and head; a layer without has none.
+    """
+
+    threshold: int
+    coverage: float
+    min_keys: int
+    budgets: Budgets | None
+
+    @property
+    def described(self) -> str:
+        """For people to read."""
+        start = f"from position {self.threshold} on, by "
+        if self.budgets is not None:
+            return f"{start}the checkpoint's budgets"
+        return (
+            f"{start}lines that cover {self.coverage:g} of each head's attention, at least "
+            f"{self.min_keys} keys of either kind"
+        )
+
+
+def validate_sparse_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check those of the user's options that are of sparse prefill.
+
+    Raises:
+        ValueError: unusable values, or options that the mode has no use for.
+    """
+    mode = options.get(MODE_KEY, OFF)
+    if mode not in _OPTIONS:
+        raise ValueError(
+            f"DCA's {MODE_KEY} must be one of {', '.join(_OPTIONS)}, not {mode!r}."
+        )
+    given = {key: options[key] for key in SPARSE_KEYS[1:] if key in options}
+    for key in given:
+        if key not in _OPTIONS[mode]:
+            modes = " or ".join(f'"{each}"' for each in _OPTIONS if key in _OPTIONS[each])
+            raise ValueError(
+                f'DCA\'s {key} is for "{MODE_KEY}": {modes}, and that is {mode!r}.'
+            )
+    for key in (THRESHOLD_KEY, MIN_KEYS_KEY):
+        value = given.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"DCA's {key} must be a number of tokens, not {value!r}.")
+    coverage = given.get(COVERAGE_KEY, COVERAGE)
+    if isinstance(coverage, bool) or not isinstance(coverage, int | float):
+        raise ValueError(f"DCA's {COVERAGE_KEY} must be a number, not {coverage!r}.")
+    if not 0 < coverage <= 1:
+        raise ValueError(f"DCA's {COVERAGE_KEY} must be above 0 and up to 1, not {coverage}.")
+    if not isinstance(given.get(BUDGETS_KEY, ""), str):
+        raise ValueError(f"DCA's {BUDGETS_KEY} must be a file's path.")
+    return {MODE_KEY: mode, **given}
+
+
+def resolve_sparse(
+    options: Mapping[str, Any],
+    checkpoint: Mapping[str, Any] | None,
+    geometry: ChunkGeometry,
+    config: object,
+    attended: Sequence[int],
+    num_heads: int,
+) -> SparseSettings | None:
+    """Settle sparse prefill; None if it is off.
+
+    Args:
+        options: as `validate_sparse_options` returns them.
+        checkpoint: its dual_chunk_attention_config, if it has one.
+        geometry: the chunk sizes.
+        config: with "checkpoint", its sparse_attention_config, or nothing.
+        attended: numbers of the layers that DCA attends.
+        num_heads: query heads of a layer.
+
+    Raises:
+        ValueError: what was given, what is needed, what would work.
+    """
+    mode = options[MODE_KEY]
+    if mode == OFF:
+        return None
+    chunk_len = geometry.chunk_len
+    if chunk_len % TILE:
+        better = geometry.chunk_size - max(chunk_len // TILE, 1) * TILE
+        raise ValueError(
+            f"DCA's sparse prefill needs a chunk length that is a multiple of {TILE}, but "
+            f"chunk_size {geometry.chunk_size} - local_size {geometry.local_size} = "
+            f"{chunk_len}: choose another, such as local_size {better}."
+        )
+    budgets = None
+    if mode == CHECKPOINT:
+        if not config:
+            raise ValueError(
+                f'DCA\'s "{MODE_KEY}": "{CHECKPOINT}" needs budgets, and the checkpoint has no '
+                f"sparse_attention_config.json. Name such a file by {BUDGETS_KEY}, or choose "
+                f'"{AUTO}", which serves any model.'
+            )
+        budgets = read_budgets(config, attended, num_heads)
+    threshold = (checkpoint or {}).get("sparse_attention_threshold", THRESHOLD)
+    return SparseSettings(
+        options.get(THRESHOLD_KEY, threshold),
+        options.get(COVERAGE_KEY, COVERAGE),
+        options.get(MIN_KEYS_KEY, MIN_KEYS),
+        budgets,
+    )
+
+
+def read_budgets(config: object, attended: Sequence[int], num_heads: int) -> Budgets:
+    """From what a sparse_attention_config.json holds.
+
+    Args:
+        config: by layer, as a list or by number, and then by head: ["vertical_and_slash",
+            verticals, slashes, a score].
+        attended: the layers that must have budgets.
+        num_heads: how many heads of each must.
+
+    Raises:
+        ValueError: a layer or head without a budget, or one of another kind.
+    """
+    layers = _numbered(config, "sparse_attention_config")
+    return tuple(
+        _of_layer(layers, layer, num_heads) if layer in attended else ()
+        for layer in range(max(attended) + 1)
+    )
+
+
+def _of_layer(
+    layers: Mapping[int, object], layer: int, num_heads: int
+) -> tuple[tuple[int, int], ...]:
+    heads = _numbered(layers.get(layer, {}), f"layer {layer} of sparse_attention_config")
+    return tuple(_of_head(heads.get(head), layer, head) for head in range(num_heads))
+
+
+def _of_head(entry: object, layer: int, head: int) -> tuple[int, int]:
+    match entry:
+        case [str(kind), int(verticals), int(slashes), *_] if (
+            kind == KIND and min(verticals, slashes) >= 0
+        ):
+            return verticals, slashes
+    raise ValueError(
+        f"DCA's sparse prefill needs a budget of each head, but sparse_attention_config has "
+        f'{entry!r} for head {head} of layer {layer}, not ["{KIND}", verticals, slashes, '
+        "score]."
+    )
+
+
+def _numbered(given: object, what: str) -> dict[int, object]:
+    try:
+        match given:
+            case list():
+                return dict(enumerate(given))
+            case dict():
+                return {int(number): value for number, value in given.items()}
+    except ValueError:
+        pass
+    raise ValueError(f"DCA: {what} must be a list, or an object by number, not {given!r:.99}.")

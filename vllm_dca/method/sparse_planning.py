@@ -1,0 +1,145 @@
+"""From a batch's lengths to its sparse segments, and to what is left dense."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_dca.method.geometry import ChunkGeometry, split_at_chunk_borders
+from vllm_dca.method.planning import query_temperature
+
+LEAST_ROWS = 256  # segments with fewer rows are dense
+
+
+class Segment(NamedTuple):
+    """New tokens of one request, inside one chunk and past the threshold.
+
+    Attributes:
+        first: index of the first one among the batch's tokens.
+        begin: its absolute position.
+        end: the position after the last one.
+        request: whose it is, a row of the block table.
+    """
+
+    first: int
+    begin: int
+    end: int
+    request: int
+
+    @property
+    def rows(self) -> slice:
+        """Its tokens among the batch's."""
+        return slice(self.first, self.first + self.end - self.begin)
+
+
+class Dense(NamedTuple):
+    """What is left, as a batch of its own: pieces of requests, each with all keys before it.
+
+    Attributes:
+        tokens: [num_tokens] int64, which of the batch's tokens these are.
+        query_start_loc: [num_pieces + 1] int32, first of them in each piece.
+        seq_lens: [num_pieces] int32, tokens of its request up to the piece's end.
+        request: [num_pieces] int64, its row of the block table.
+    """
+
+    tokens: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    request: torch.Tensor
+
+
+def sparse_segments(
+    query_start_loc: npt.ArrayLike, seq_lens: npt.ArrayLike, chunk_len: int, threshold: int
+) -> list[Segment]:
+    """The sparse segments of a batch, in its order.
+
+    Args:
+        query_start_loc: [num_requests + 1], first new token of each request.
+        seq_lens: [num_requests], tokens of each request, cached and new.
+        chunk_len: s, in tokens.
+        threshold: the first position that is sparse.
+    """
+    runs = split_at_chunk_borders(query_start_loc, seq_lens, chunk_len)
+    before = np.clip(threshold - runs.position, 0, runs.length)
+    kept = (runs.length - before >= LEAST_ROWS).nonzero()[0]
+    columns = (
+        (runs.token + before)[kept],
+        (runs.position + before)[kept],
+        (runs.position + runs.length)[kept],
+        runs.request[kept],
+    )
+    return [Segment(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+def dense_rest(
+    segments: list[Segment], query_start_loc: npt.ArrayLike, seq_lens: npt.ArrayLike
+) -> Dense:
+    """What `sparse_segments` leaves of a batch; a request without segments stays whole.
+
+    Args:
+        segments: the batch's.
+        query_start_loc: as of `sparse_segments`.
+        seq_lens: likewise.
+    """
+    starts, ends = np.asarray(query_start_loc), np.asarray(seq_lens)
+    of_request: dict[int, list[Segment]] = {}
+    for segment in segments:
+        of_request.setdefault(segment.request, []).append(segment)
+    tokens, lengths, piece_ends, requests = [], [], [], []
+    for request, (start, stop, end) in enumerate(
+        zip(starts[:-1].tolist(), starts[1:].tolist(), ends.tolist(), strict=True)
+    ):
+        first = start
+        nothing = Segment(stop, end, end, request)
+        for segment in (*of_request.get(request, ()), nothing):
+            if segment.first > first:
+                tokens.append(torch.arange(first, segment.first))
+                lengths.append(segment.first - first)
+                piece_ends.append(segment.begin)
+                requests.append(request)
+            first = segment.rows.stop
+    return Dense(
+        torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64),
+        torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        torch.tensor(piece_ends, dtype=torch.int32),
+        torch.tensor(requests, dtype=torch.int64),
+    )
+
+
+class Turns(NamedTuple):
+    """How far the queries of some rows turn, for intra, succ and inter.
+
+    Attributes:
+        turn: [3, num_rows] int64, positions.
+        temperature: [num_rows] fp32, factor to scale each by; None where there is none.
+    """
+
+    turn: torch.Tensor
+    temperature: torch.Tensor | None
+
+
+def turns_of(
+    begin: int,
+    end: int,
+    geometry: ChunkGeometry,
+    original_max_position_embeddings: int | None,
+    continuous: bool = False,
+) -> Turns:
+    """Of the rows at positions begin .. end - 1, which lie in one chunk.
+
+    `continuous`: to positions that DCA does not clamp, with which Qwen's budgets select.
+    """
+    position = np.arange(begin, end)
+    offset = position % geometry.chunk_len
+    further = [np.zeros_like(offset), geometry.succ_turn(offset), geometry.inter_turn(offset)]
+    if continuous:
+        further[1:] = (
+            np.full_like(offset, size) for size in (geometry.chunk_len, geometry.chunk_size)
+        )
+    temperature = None
+    if original_max_position_embeddings is not None:
+        temperature = torch.from_numpy(
+            query_temperature(position, original_max_position_embeddings)
+        )
+    return Turns(torch.from_numpy(np.stack(further)), temperature)
