@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from triton import knobs
 
 from tests.helpers.paged import Batch, Shape
 from vllm_dca.cpu import compiled, paged_pass
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.cuda import flash_attn
+from vllm_dca.cuda.decode import decode_attention
+from vllm_dca.engine import devices
 from vllm_dca.engine.choice import PROVIDERS, choose
 from vllm_dca.method.device import PrefillOperations
 from vllm_dca.method.provider import (
@@ -171,6 +174,22 @@ def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose("cpu", None, NEEDS)[0] == "torch"
     with pytest.raises(ValueError, match=r"compiled: it cannot be compiled here \(no C\+\+"):
         choose("cpu", "compiled", NEEDS)
+
+
+def test_the_gpus_code_runs_on_a_cpu_in_the_interpreter_only(
+    monkeypatch: pytest.MonkeyPatch, dca_log: list[str]
+) -> None:
+    device = devices.current_device(NEEDS, "triton")
+    assert device.provider == "triton"
+    assert device.decode is decode_attention
+    [line] = dca_log
+    assert "runs the code for GPUs on this CPU" in line
+    assert "in Triton's interpreter" in line
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match=r"triton: without a GPU.*set TRITON_INTERPRET=1"):
+        devices.current_device(NEEDS, "triton")
+    with pytest.raises(ValueError, match=r"'flash_attn' is not known.*compiled, torch, or"):
+        devices.current_device(NEEDS, "flash_attn")
 
 
 @pytest.mark.parametrize(

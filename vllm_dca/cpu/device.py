@@ -21,7 +21,7 @@ def by_kernel() -> Device:
     return Device(
         "compiled",
         None,
-        _store_by(compiled.write_kv),
+        kv_cache.without_scales(compiled.write_kv),
         _planner_of(compiled.CompiledPlan),
         compiled.attention,
         SparseOperations(sparse.weigh, sparse.attend),
@@ -33,27 +33,11 @@ def by_torch() -> Device:
     return Device(
         "torch",
         PrefillOperations(turn_queries, attention, merge_parts),
-        _store_by(kv_cache.write_kv),
+        kv_cache.without_scales(kv_cache.write_kv),
         _planner_of(DecodePlan),
         decode.decode_attention,
         SparseOperations(sparse.weigh, sparse.attend),
     )
-
-
-def _store_by(write_kv: Callable[..., None]) -> Callable[..., None]:
-    def store(
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        kv_cache_dtype: str,
-        k_scale: torch.Tensor,
-        v_scale: torch.Tensor,
-    ) -> None:
-        # The cache is of the model's dtype: nothing is scaled.
-        write_kv(key, value, kv_cache, slot_mapping)
-
-    return store
 
 
 def _planner_of(

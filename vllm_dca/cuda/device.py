@@ -3,18 +3,19 @@
 from collections.abc import Callable
 
 import torch
+from triton import knobs
 
 from vllm_dca.cuda import decode, merge, plan_decode, turn
+from vllm_dca.method import kv_cache
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import DecodePlanner, Device, PrefillOperations
-from vllm_dca.method.kv_cache import split_kv
 from vllm_dca.method.provider import AttentionProvider
 
 
 def with_provider(
     provider: str,
     attend: AttentionProvider,
-    reshape_and_cache: Callable[..., None],
+    write_kv: Callable[..., None],
     num_multiprocessors: int,
     device: torch.device,
 ) -> Device:
@@ -23,24 +24,10 @@ def with_provider(
     Args:
         provider: its name.
         attend: computes a pass.
-        reshape_and_cache: stores keys and values, as vLLM's `reshape_and_cache_flash`.
+        write_kv: stores keys and values, see `Device`; `storing_by` makes one.
         num_multiprocessors: of the GPU.
         device: of everything.
     """
-
-    def store(
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        kv_cache_dtype: str,
-        k_scale: torch.Tensor,
-        v_scale: torch.Tensor,
-    ) -> None:
-        key_cache, value_cache = split_kv(kv_cache)
-        reshape_and_cache(
-            key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
-        )
 
     def decode_planner(
         settings: DcaSettings, block_size: int, max_rows: int, num_kv_heads: int
@@ -56,7 +43,42 @@ def with_provider(
     return Device(
         provider,
         PrefillOperations(turn.turn_queries, attend, merge.merge_parts),
-        store,
+        write_kv,
         decode_planner,
         decode.decode_attention,
     )
+
+
+def storing_by(reshape_and_cache: Callable[..., None]) -> Callable[..., None]:
+    """A `Device.write_kv` that calls vLLM's `reshape_and_cache_flash`."""
+
+    def store(
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache_: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache_dtype: str,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+    ) -> None:
+        key_cache, value_cache = kv_cache.split_kv(kv_cache_)
+        reshape_and_cache(
+            key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+        )
+
+    return store
+
+
+def interprets() -> bool:
+    """Whether Triton runs kernels by its interpreter in this process, which needs no GPU."""
+    return bool(knobs.runtime.interpret)
+
+
+def interpreted(attend: AttentionProvider) -> Device:
+    """A GPU of one multiprocessor, played by the CPU.
+
+    Args:
+        attend: computes a pass, without a GPU.
+    """
+    store = kv_cache.without_scales(kv_cache.write_kv)
+    return with_provider("triton", attend, store, 1, torch.device("cpu"))

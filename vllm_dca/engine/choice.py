@@ -53,10 +53,25 @@ def _triton(needs: Needs) -> AttentionProvider:
     return attention
 
 
+def _interpreted(needs: Needs) -> AttentionProvider:
+    try:
+        from vllm_dca.cuda.device import interprets
+    except ImportError as error:
+        raise UnusableProviderError(f"Triton is not installed ({error})") from error
+    if not interprets():
+        raise UnusableProviderError(
+            "without a GPU it runs in Triton's interpreter only, which is for tests: set "
+            "TRITON_INTERPRET=1 if that is meant"
+        )
+    from vllm_dca.cuda.paged_pass import attention
+
+    return attention
+
+
 # In order of preference. xformers copies a pass's keys, so it goes after what reads them in
 # their pages; it multiplies by flash-attention, so it goes before Triton's plain pass. All are
 # providers of one pass but the compiled kernel, which takes all of DCA at once,
-# `vllm_dca.cpu.compiled`.
+# `vllm_dca.cpu.compiled`. "interpreter" is CUDA's path on a CPU.
 PROVIDERS: dict[str, dict[str, Callable[[Needs], Callable[..., Any]]]] = {
     "cpu": {"compiled": _compiled, "torch": _torch},
     "cuda": {
@@ -65,6 +80,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Needs], Callable[..., Any]]]] = {
         "xformers": xformers_pass.provider,
         "triton": _triton,
     },
+    "interpreter": {"triton": _interpreted},
 }
 
 
@@ -74,7 +90,7 @@ def choose(
     """A provider's name, the provider, and why those before it cannot serve.
 
     Args:
-        device_type: "cpu" or "cuda".
+        device_type: "cpu", "cuda" or "interpreter".
         asked: the user's prefill_provider, or None to take the first that can serve.
         needs: what it has to serve.
 

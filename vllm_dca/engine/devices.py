@@ -5,7 +5,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_dca.cpu.processor import Processor, processor
-from vllm_dca.engine.choice import choose
+from vllm_dca.engine.choice import PROVIDERS, choose
 from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
 
@@ -30,8 +30,11 @@ def current_device(needs: Needs, prefill_provider: str | None) -> Device:
     Raises:
         ValueError: it has no provider for the needs, or not the one that was asked for.
     """
-    make = _cpu if current_platform.is_cpu() else _cuda
-    return make(needs, prefill_provider)
+    if not current_platform.is_cpu():
+        return _cuda(needs, prefill_provider)
+    if prefill_provider in PROVIDERS["interpreter"]:
+        return _interpreted(needs, prefill_provider)
+    return _cpu(needs, prefill_provider)
 
 
 def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
@@ -46,6 +49,18 @@ def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
     return device.by_kernel() if provider == "compiled" else device.by_torch()
 
 
+def _interpreted(needs: Needs, prefill_provider: str | None) -> Device:
+    _, attend, _ = choose("interpreter", prefill_provider, needs)
+    from vllm_dca.cuda import device
+
+    logger.warning(
+        "DCA: prefill_provider %s runs the code for GPUs on this CPU, prefills and decodes, in "
+        "Triton's interpreter: for tests, and very slowly.",
+        prefill_provider,
+    )
+    return device.interpreted(attend)
+
+
 def _cuda(needs: Needs, prefill_provider: str | None) -> Device:
     from vllm._custom_ops import reshape_and_cache_flash
 
@@ -55,7 +70,7 @@ def _cuda(needs: Needs, prefill_provider: str | None) -> Device:
     return device.with_provider(
         provider,
         attend,
-        reshape_and_cache_flash,
+        device.storing_by(reshape_and_cache_flash),
         current_platform.num_compute_units(),
         torch.device(current_platform.device_type),
     )

@@ -1,5 +1,7 @@
 """Keys and values in vLLM's paged cache, K and V side by side in the last axis."""
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -33,3 +35,22 @@ def write_kv(
     slots = slot_mapping[real]
     for cache, new in zip(split_kv(kv_cache), (key, value), strict=True):
         cache[slots // block_size, slots % block_size] = new[real]
+
+
+def without_scales(write_kv: Callable[..., None]) -> Callable[..., None]:
+    """A `Device.write_kv` that calls a function like `write_kv`: the cache is of the model's
+    dtype, nothing is scaled.
+    """
+
+    def store(
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache_dtype: str,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+    ) -> None:
+        write_kv(key, value, kv_cache, slot_mapping)
+
+    return store
