@@ -4,11 +4,14 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers import runners
 
 # pytest-xdist's workers share the cores: what waits in a loop for its threads must not wait for
 # those of another worker.
@@ -26,6 +29,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     # What only hardware can show.
     collect_ignore = ["cuda/test_gpu.py"]
+else:
+    # What rehearses a GPU.
+    rehearsals = ("cuda_graphs", "cuda_path", "model_runner_v2")
+    collect_ignore = [f"engine/test_{name}.py" for name in rehearsals]
 
 DEMO_MODEL = Path(
     os.environ.get("DCA_DEMO_MODEL", Path(__file__).parents[1] / ".cache" / "demo-model")
@@ -58,6 +65,13 @@ def demo_llm() -> Any:
         max_num_batched_tokens=1000,  # prefills are cut at odd places
         max_num_seqs=16,
     )
+
+
+@pytest.fixture(scope="module")
+def runner(request: pytest.FixtureRequest) -> Iterator[tuple[str, ProcessPoolExecutor]]:
+    """A model runner of vLLM's, and a process with it; see `tests.helpers.runners.under`."""
+    with runners.start(request.param) as child:
+        yield request.param, child
 
 
 @pytest.fixture

@@ -227,21 +227,29 @@ def test_passes_that_no_token_needs_are_not_launched() -> None:
 def test_nothing_waits_for_the_device() -> None:
     """Neither planning a step nor a layer's own work reads anything back."""
     batch = Batch.random(Shape([(70, 40), (20, 0)]))
-    query, key_cache, value_cache = batch.rotated_query(), *split_kv(batch.kv_cache)
+    query, kv_cache, block_table, starts = (
+        tensor.to(DEVICE)
+        for tensor in (
+            batch.rotated_query(),
+            batch.kv_cache,
+            batch.block_table,
+            query_start_loc([(70, 69), (20, 19)]),
+        )
+    )
+    rotation = batch.rotation(DEVICE)
     steps = planner(batch.shape, 4, 4)
-    seq_lens = torch.tensor([70, 20], dtype=torch.int32)
+    seq_lens = torch.tensor([70, 20], dtype=torch.int32, device=DEVICE)
     with NeverWaits():
-        found = plan_prefill([0, 30, 50], [70, 20], batch.block_table, 4, batch.shape.geometry)
+        found = plan_prefill([0, 30, 50], [70, 20], block_table, 4, batch.shape.geometry)
         prefill_attention(
             query,
-            key_cache,
-            value_cache,
+            *split_kv(kv_cache),
             torch.empty_like(query),
             plan=found,
-            rotation=batch.rotation(),
+            rotation=rotation,
             softmax_scale=1.0,
             operations=TRITON,
         )
-        steps.plan(query_start_loc([(70, 69), (20, 19)]), seq_lens, batch.block_table, 2)
+        steps.plan(starts, seq_lens, block_table, 2)
     with NeverWaits(), pytest.raises(AssertionError, match="waits for the device"):
         seq_lens.max().item()

@@ -1,11 +1,8 @@
 """The CUDA path in vLLM's own engine on the CPU: real metadata, kernels in the interpreter.
 
-What only a GPU has is replaced: vLLM's kernel that stores keys and values, and the count of
-multiprocessors. Which provider is chosen is not: without flash-attention, it is Triton's.
+Under both of vLLM's model runners: V2, CUDA's default, schedules asynchronously here as there.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,100 +10,41 @@ import pytest
 import torch
 
 from tests.helpers import checkpoints, interpreter
-from tests.helpers.answers import drafted, generate, of_answer, of_prompt
-from tests.helpers.inprocess import engine, in_a_child
-from vllm_dca.engine import devices, remap
-from vllm_dca.method.kv_cache import write_kv
+from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.inprocess import engine
+from tests.helpers.runners import under
 from vllm_dca.reference.model import prompt_logprobs
 
 interpreter.repair()
+# What the project promises for fp32.
 ATOL = 1e-3
 SIZES = {"chunk_size": 48, "local_size": 16}
-NGRAM = {
-    "max_model_len": 128,
-    "speculative_config": {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_min": 1,
-        "prompt_lookup_max": 2,
-    },
-}
+DCA = {"additional_config": {"dca": {**SIZES, "prefill_provider": "triton"}}}
+# Two steps for most prompts, cut at odd places.
+OPTIONS: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 53, **DCA}
 
 
-@contextlib.contextmanager
-def cuda_path() -> Iterator[None]:
-    """DCA runs as on CUDA, and did so in the end."""
-    from vllm import _custom_ops
-    from vllm.platforms import current_platform
-
-    ran: list[str] = []
-
-    def reshape_and_cache_flash(
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        kv_cache_dtype: str,
-        k_scale: torch.Tensor,
-        v_scale: torch.Tensor,
-    ) -> None:
-        both = torch.as_strided(
-            key_cache,
-            (*key_cache.shape[:3], 2 * key_cache.shape[3]),
-            key_cache.stride(),
-            key_cache.storage_offset(),
-        )
-        write_kv(key, value, both.transpose(1, 2), slot_mapping)
-        ran.append("store")
-
-    def current_device(needs: Any, provider: str | None) -> devices.Device:
-        device = devices._cuda(needs, provider)
-
-        def decode(*args: Any, **kwargs: Any) -> None:
-            device.decode(*args, **kwargs)
-            ran.append("decode")
-
-        assert device.provider == "triton"
-        return device._replace(decode=decode)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_custom_ops, "reshape_and_cache_flash", reshape_and_cache_flash)
-        patch.setattr(current_platform, "num_compute_units", lambda: 1, raising=False)
-        patch.setattr(remap, "current_device", current_device)
-        yield
-    assert {"store", "decode"} <= set(ran)
+def assert_agrees(model: Path, prompt: list[int], answer: Any) -> None:
+    """An answer's log-probabilities are the reference's."""
+    tokens, logprobs = of_answer(answer)
+    expected = prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
 
 
+@under("V1", "V2")
 def test_engine_agrees_with_reference(tmp_path: Path) -> None:
     """Prompts and answers across chunks, and prefills and decodes in one batch."""
     llama = checkpoints.write(tmp_path, "LlamaConfig")
     prompts = [checkpoints.tokens(length, length) for length in (100, 31)]
-    options = {"max_model_len": 128, "max_num_batched_tokens": 50}
-    with cuda_path(), engine(llama, additional_config={"dca": SIZES}, **options) as llm:
+    with engine(llama, **OPTIONS) as llm, interpreter.launches() as launched:
         answers = generate(llm, prompts, max_tokens=4, prompt_logprobs=0)
     for prompt, answer in zip(prompts, answers, strict=True):
-        tokens, logprobs = of_answer(answer)
-        expected = prompt_logprobs(llama, prompt + tokens, **SIZES)
-        found = torch.cat([of_prompt(answer), logprobs]).double()
+        found = of_prompt(answer).double()
+        expected = prompt_logprobs(llama, prompt, **SIZES)
         torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
-
-
-def test_speculated_rows_answer_as_single_ones(tmp_path: Path) -> None:
-    """Verification has several rows a request, here across the border at 64 tokens."""
-    in_a_child(_speculated_rows, tmp_path)
-
-
-def _speculated_rows(tmp_path: Path) -> None:
-    # So few words that whatever is generated was seen before, and is drafted from.
-    llama = checkpoints.write(tmp_path, "LlamaConfig", vocab_size=16)
-    prompt = [3 + 7 * i % 13 for i in range(60)]
-    with cuda_path(), engine(llama, additional_config={"dca": SIZES}, **NGRAM) as llm:
-        [speculated] = generate(llm, [prompt], max_tokens=8)
-        assert drafted(llm) > 0
-    tokens, logprobs = of_answer(speculated)
-    expected = prompt_logprobs(llama, prompt + tokens, **SIZES)[-len(tokens) :]
-    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+        assert_agrees(llama, prompt, answer)
+    names = {name for name, *_ in launched}
+    assert names >= {"plan_kernel", "split_kernel", "reduce_kernel", "attention_kernel"}
 
 
 @pytest.mark.parametrize("temperature", [None, 40])
@@ -119,14 +57,10 @@ def test_a_long_prompt_finds_its_kernels_compiled(
     from vllm_dca.engine.impl import DcaImpl
 
     llama = checkpoints.write(tmp_path, "LlamaConfig")
-    sizes = {**SIZES, "original_max_position_embeddings": temperature}
-    options = {"max_model_len": 128, "max_num_batched_tokens": 50}
+    sizes = {**DCA["additional_config"]["dca"], "original_max_position_embeddings": temperature}
+    options = {**OPTIONS, "additional_config": {"dca": sizes}}
     registry = JitWarmupRegistry(None)
-    with (
-        cuda_path(),
-        registry.activate(),
-        engine(llama, additional_config={"dca": sizes}, **options) as llm,
-    ):
+    with registry.activate(), engine(llama, **options) as llm:
         registry.vllm_config = llm.llm_engine.vllm_config
         layers = registry.vllm_config.compilation_config.static_forward_context.values()
         caches = [layer.kv_cache for layer in layers if isinstance(layer.impl, DcaImpl)]

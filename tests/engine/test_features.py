@@ -10,8 +10,9 @@ import torch
 
 from tests.conftest import DEMO_MODEL, DEMO_SIZES
 from tests.helpers import checkpoints
-from tests.helpers.answers import drafted, generate, of_answer, of_prompt
-from tests.helpers.inprocess import engine
+from tests.helpers.answers import accepted, drafted, generate, of_answer, of_prompt
+from tests.helpers.companions import write_adapter, write_eagle
+from tests.helpers.inprocess import engine, runner_of
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 pytestmark = pytest.mark.each_minor
@@ -114,36 +115,6 @@ def test_lora_adapters_beside_the_model(llama: Path, tmp_path: Path) -> None:
         )
     for output, model in zip(outputs, (merged, llama), strict=True):
         assert_close(of_prompt(output), prompt_logprobs(model, PROMPT, **SIZES))
-
-
-def write_adapter(model: Path, directory: Path) -> tuple[Path, Path]:
-    """A random LoRA adapter of the attention's projections; the model that has it merged in."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    adapter, rank = directory / "adapter", 8
-    adapter.mkdir()
-    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    merged = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, weight in merged.named_parameters():
-        if name.split(".")[-2] not in names:
-            continue
-        b, a = (
-            torch.randn(shape, generator=generator) * 0.2
-            for shape in ((len(weight), rank), (rank, weight.shape[1]))
-        )
-        stem = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
-        weight.data += b @ a
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    config |= {"r": rank, "lora_alpha": rank, "target_modules": names}
-    config |= {"base_model_name_or_path": str(model)}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    merged.save_pretrained(directory / "merged")
-    return adapter, directory / "merged"
 
 
 def test_quantised_weights(tmp_path: Path) -> None:
@@ -299,15 +270,6 @@ def test_prefills_cut_at_odd_places_among_many_requests(llama: Path, budget: int
         assert_close(logprobs, answered(llama, prompt, tokens))
 
 
-def accepted(llm: Any) -> int:
-    """Drafted tokens that the model kept."""
-    return sum(
-        metric.value
-        for metric in llm.get_metrics()
-        if metric.name == "vllm:spec_decode_num_accepted_tokens"
-    )
-
-
 def test_a_draft_model_drafts_past_its_window(llama: Path) -> None:
     """The model drafts for itself: if its layers attend as they should, each draft is right."""
     draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
@@ -327,48 +289,11 @@ def test_eagle_heads_are_attended_by_dca(method: str, llama: Path, tmp_path: Pat
     with engine(llama, speculative_config=draft, **DCA) as llm:
         [output] = generate(llm, [PROMPT], max_tokens=30)
         assert drafted(llm) > 0
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
         [layer] = [
             module
-            for module in worker.model_runner.drafter.model.modules()
+            for module in runner_of(llm).drafter.model.modules()
             if hasattr(module, "attn_backend")
         ]
         assert layer.attn_backend.get_name() == "DCA"
     tokens, logprobs = of_answer(output)
     assert_close(logprobs, answered(llama, PROMPT, tokens))
-
-
-def write_eagle(directory: Path, method: str) -> Path:
-    """A random EAGLE head: one layer over the model's hidden states and the next token."""
-    import transformers
-    from safetensors.torch import save_file
-
-    config = checkpoints.config("LlamaConfig", num_hidden_layers=1)
-    layer = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    size = config.hidden_size
-    tensors = {
-        name.removeprefix("model."): tensor.contiguous()
-        for name, tensor in layer.state_dict().items()
-        if "layers.0" in name and "input_layernorm" not in name
-    }
-    if method == "eagle":
-        config.architectures = ["EagleLlamaForCausalLM"]
-        tensors["fc.weight"] = torch.randn(size, 2 * size) * 0.1
-        tensors["embed_tokens.weight"] = layer.state_dict()["model.embed_tokens.weight"]
-    else:
-        config.architectures = ["LlamaForCausalLMEagle3"]
-        config.draft_vocab_size = config.vocab_size
-        config.eagle_aux_hidden_state_layer_ids = [0, 1, 2]
-        tensors = {
-            name.replace("layers.0", "midlayer"): torch.cat([tensor, tensor], 1)
-            if any(part in name for part in ("q_proj", "k_proj", "v_proj"))
-            else tensor
-            for name, tensor in tensors.items()
-        }
-        for norm in ("midlayer.input_layernorm", "midlayer.hidden_norm", "norm"):
-            tensors[f"{norm}.weight"] = torch.ones(size)
-        tensors["fc.weight"] = torch.randn(size, 3 * size) * 0.1
-        tensors["lm_head.weight"] = layer.state_dict()["lm_head.weight"]
-    config.save_pretrained(directory)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory

@@ -50,8 +50,18 @@ def assert_same_answer(one: Any, other: Any, atol: float) -> None:
 
 def drafted(llm: Any) -> int:
     """Tokens that speculation proposed so far."""
-    return sum(
-        metric.value
-        for metric in llm.get_metrics()
-        if metric.name == "vllm:spec_decode_num_draft_tokens"
-    )
+    return _total(llm, "vllm:spec_decode_num_draft_tokens")
+
+
+def accepted(llm: Any) -> int:
+    """Drafted tokens that the model kept so far."""
+    return _total(llm, "vllm:spec_decode_num_accepted_tokens")
+
+
+def preemptions(llm: Any) -> int:
+    """Requests that had to make room so far."""
+    return _total(llm, "vllm:num_preemptions")
+
+
+def _total(llm: Any, name: str) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)

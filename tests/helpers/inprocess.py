@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# On a GPU decodes run in CUDA graphs, as users' do; torch.compile would take long a model.
+EXECUTION: dict[str, Any] = {"enforce_eager": True}
+if torch.cuda.is_available():
+    EXECUTION = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
 @contextlib.contextmanager
@@ -18,13 +24,13 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
     defaults = {
         "attention_backend": "dca",
         "dtype": "float32",
-        "enforce_eager": True,
         "skip_tokenizer_init": True,
         "max_model_len": 1024,
         "block_size": 16,
         "max_num_batched_tokens": 100,
         "num_gpu_blocks_override": 200,
         "disable_log_stats": False,
+        **EXECUTION,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -38,6 +44,12 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
                 del llm
         finally:
             cleanup_dist_env_and_memory()
+
+
+def runner_of(llm: Any) -> Any:
+    """Its model runner."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    return worker.model_runner
 
 
 def in_a_child(function: Callable[..., None], *args: Any) -> None:

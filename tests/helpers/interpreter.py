@@ -1,11 +1,20 @@
 """Triton's interpreter, with the arithmetic that a GPU has.
 
-As it comes (3.9), it rounds fp32 to bf16 by cutting bits off, and its matrix product takes bf16
-bit patterns for integers. Both are given torch's conversions here. tests/conftest.py switches
-the interpreter on for the process.
+As it comes (3.9), it
+
+- rounds fp32 to bf16 by cutting bits off, and its matrix product takes bf16 bit patterns for
+  integers: both are given torch's conversions here;
+- refuses masks in which integers had a part ("mask has unsupported dtype"), as vLLM's kernels
+  have them: they are made booleans;
+- looks through the whole language for every function that a kernel calls, though the kernel's
+  own launch did: a fifth of the time.
+
+tests/conftest.py switches the interpreter on for the process.
 """
 
 import contextlib
+import functools
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -45,10 +54,43 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type:
     return interpreter.TensorHandle(product.numpy() + d.data, d.dtype.scalar)
 
 
+def _create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):  # type: ignore[no-untyped-def]
+    return _LOAD(self, ptrs, _booleans(mask), other, cache_policy, is_volatile)
+
+
+def _create_masked_store(self, ptrs, value, mask, cache_policy):  # type: ignore[no-untyped-def]
+    return _STORE(self, ptrs, value, _booleans(mask), cache_policy)
+
+
+def _booleans(mask: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    return interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
+
+
+def _patch_lang(function: Any) -> Any:
+    languages = [each for each in (tl, tl.core) if each in _modules(function)]
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        return _PATCH_LANG(function)
+    return interpreter._LangPatchScope()
+
+
+@functools.cache
+def _modules(function: Any) -> list[Any]:
+    return [each for each in function.__globals__.values() if inspect.ismodule(each)]
+
+
+_LOAD = interpreter.InterpreterBuilder.create_masked_load
+_STORE = interpreter.InterpreterBuilder.create_masked_store
+_PATCH_LANG = interpreter._patch_lang
+
+
 def repair() -> None:
-    """Put the conversions in; they change nothing where there is a GPU."""
+    """Put these in; they change nothing where there is a GPU."""
     interpreter._convert_float = _convert_float
-    interpreter.InterpreterBuilder.create_dot = _create_dot
+    interpreter._patch_lang = _patch_lang
+    builder = interpreter.InterpreterBuilder
+    builder.create_dot = _create_dot
+    builder.create_masked_load = _create_masked_load
+    builder.create_masked_store = _create_masked_store
 
 
 @contextlib.contextmanager

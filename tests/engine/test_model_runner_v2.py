@@ -1,0 +1,238 @@
+"""vLLM's features with DCA as CUDA runs them: Model Runner V2, and the CUDA path.
+
+All of it in the interpreter, so that a step takes a third of a second: short prompts, past
+several chunks of 32 tokens. Where an engine need not be another, it answers for several.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.test_parallel import ONE_CORE_EACH
+from tests.helpers import checkpoints, interpreter
+from tests.helpers.answers import (
+    accepted,
+    drafted,
+    generate,
+    of_answer,
+    of_prompt,
+    preemptions,
+)
+from tests.helpers.companions import write_adapter, write_eagle
+from tests.helpers.inprocess import engine, runner_of
+from tests.helpers.runners import under
+from vllm_dca.reference.model import forward, prompt_logprobs
+
+interpreter.repair()
+# What the project promises for fp32.
+ATOL = 1e-3
+SIZES = {"chunk_size": 48, "local_size": 16}
+DCA = {"additional_config": {"dca": {**SIZES, "prefill_provider": "triton"}}}
+OPTIONS: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 53, **DCA}
+PROMPT = checkpoints.tokens(100)
+
+
+def write(directory: Path, **changes: Any) -> Path:
+    """A tiny Llama."""
+    return checkpoints.write(directory, "LlamaConfig", **changes)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ATOL)
+
+
+def assert_agrees(model: Path, prompt: list[int], output: Any) -> None:
+    """The log-probabilities of an answer are the reference's."""
+    tokens, logprobs = of_answer(output)
+    assert_close(logprobs, prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :])
+
+
+@under("V2")
+def test_batches_prefixes_samples_and_structures(tmp_path: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    llama = write(tmp_path)
+    checkpoints.write_tokenizer(llama)
+    prompts = [checkpoints.tokens(length, length) for length in (70, 33, 5)]
+    again = prompts[0][:64] + checkpoints.tokens(20)
+    samples = SamplingParams(n=3, temperature=1.0, max_tokens=3, logprobs=0, detokenize=False)
+    with engine(llama, skip_tokenizer_init=False, **OPTIONS) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        assert type(runner_of(llm)).__module__ == "vllm.v1.worker.cpu.model_runner"
+        outputs = generate(llm, prompts, max_tokens=4)
+        [cached] = generate(llm, [again], max_tokens=3)
+        [sampled] = llm.generate([{"prompt_token_ids": again}], samples, use_tqdm=False)
+        letters = "ABCDEFGH"
+        structure = StructuredOutputsParams(choice=list(letters))
+        [chosen] = llm.generate(
+            [{"prompt_token_ids": PROMPT}],
+            SamplingParams(temperature=0, max_tokens=4, structured_outputs=structure),
+            use_tqdm=False,
+        )
+        tokenizer = llm.get_tokenizer()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_agrees(llama, prompt, output)
+    assert cached.num_cached_tokens == 64
+    assert_agrees(llama, again, cached)
+    assert len({tuple(sample.token_ids) for sample in sampled.outputs}) == 3
+    for sample in sampled.outputs:
+        sampled.outputs = [sample]
+        assert_agrees(llama, again, sampled)
+    logits, _ = forward(llama, PROMPT, **SIZES)
+    likelihood = {letter: logits[-1, tokenizer.encode(letter)[0]] for letter in letters}
+    assert chosen.outputs[0].text == max(likelihood, key=likelihood.get)
+
+
+@under("V2")
+def test_preempted_requests_and_weights_reloaded(tmp_path: Path) -> None:
+    """Three requests of up to 51 tokens, four pages each, where there are ten."""
+    llama = write(tmp_path / "llama")
+    other = write(tmp_path / "other", seed=1)
+    prompts = [checkpoints.tokens(44 + seed, seed) for seed in range(3)]
+    with engine(llama, num_gpu_blocks_override=11, **OPTIONS) as llm:
+        outputs = generate(llm, prompts, max_tokens=6)
+        assert preemptions(llm) > 0
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        llm.reset_prefix_cache()
+        [reloaded] = generate(llm, prompts[:1], max_tokens=2)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_agrees(llama, prompt, output)
+    assert_agrees(other, prompts[0], reloaded)
+
+
+@under("V2")
+def test_lora(tmp_path: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llama = write(tmp_path / "llama")
+    adapter, merged = write_adapter(llama, tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=0, detokenize=False)
+    with engine(llama, enable_lora=True, max_lora_rank=8, **OPTIONS) as llm:
+        # One after the other: in one step, vLLM's operators for CPUs take -1, which stands for
+        # no adapter, for the last one.
+        for request, model in (
+            (LoRARequest("adapter", 1, str(adapter)), merged),
+            (None, llama),
+        ):
+            [output] = llm.generate(
+                [{"prompt_token_ids": PROMPT}], params, lora_request=request, use_tqdm=False
+            )
+            assert_agrees(model, PROMPT, output)
+
+
+@under("V2")
+def test_pooling(tmp_path: Path) -> None:
+    llama = write(tmp_path)
+    checkpoints.write_tokenizer(llama)
+    _, hidden = forward(llama, PROMPT, **SIZES)
+    expected = torch.nn.functional.normalize(hidden[-1], dim=-1)
+    options = {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False}
+    with engine(llama, **options, **OPTIONS) as llm:
+        [output] = llm.embed([{"prompt_token_ids": PROMPT}], use_tqdm=False)
+    assert_close(torch.tensor(output.outputs.embedding), expected)
+
+
+@under("V2")
+def test_prompts_as_embeddings(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from vllm import SamplingParams
+
+    llama = write(tmp_path)
+    table = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
+    params = SamplingParams(
+        temperature=0, max_tokens=2, ignore_eos=True, logprobs=0, detokenize=False
+    )
+    with engine(llama, enable_prompt_embeds=True, **OPTIONS) as llm:
+        prompt = {"prompt_embeds": table[torch.tensor(PROMPT)]}
+        [output] = llm.generate([prompt], params, use_tqdm=False)
+    assert_agrees(llama, PROMPT, output)
+
+
+@under("V2")
+def test_a_kv_connector(tmp_path: Path) -> None:
+    from vllm.config import KVTransferConfig
+
+    llama = write(tmp_path / "llama")
+    shared = KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"shared_storage_path": str(tmp_path / "store")},
+    )
+    options = {**OPTIONS, "max_num_batched_tokens": 128, "kv_transfer_config": shared}
+    for cached in (0, 96):
+        with engine(llama, **options) as llm:
+            [output] = generate(llm, [PROMPT], max_tokens=3)
+        assert output.num_cached_tokens == cached
+        assert_agrees(llama, PROMPT, output)
+
+
+@under("V1", "V2", apart=True)
+def test_ngram(tmp_path: Path) -> None:
+    """Rows of one request on both sides of the border at 64 tokens."""
+    # So few words that whatever is generated was seen before, and is drafted from.
+    llama = write(tmp_path, vocab_size=16)
+    prompt = [3 + 7 * i % 13 for i in range(60)]
+    lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    draft = {"speculative_config": {**lookup, "num_speculative_tokens": 3}}
+    with engine(llama, **draft, **OPTIONS) as llm:
+        [output] = generate(llm, [prompt], max_tokens=8)
+        assert drafted(llm) > 0
+    assert_agrees(llama, prompt, output)
+
+
+@under("V2")
+def test_eagle(tmp_path: Path) -> None:
+    llama = write(tmp_path / "llama")
+    head = write_eagle(tmp_path / "head", "eagle3")
+    draft = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3}
+    prompts = [checkpoints.tokens(60), checkpoints.tokens(29)]
+    with engine(llama, speculative_config=draft, **OPTIONS) as llm:
+        outputs = generate(llm, prompts, max_tokens=6)
+        assert drafted(llm) > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_agrees(llama, prompt, output)
+
+
+@under("V2")
+def test_a_draft_model(tmp_path: Path) -> None:
+    """The model drafts for itself: if its layers attend as they should, each draft is right."""
+    llama = write(tmp_path)
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
+    prompts = [checkpoints.tokens(60), checkpoints.tokens(29)]
+    with engine(llama, speculative_config=draft, **OPTIONS) as llm:
+        outputs = generate(llm, prompts, max_tokens=9)
+        assert accepted(llm) == drafted(llm) > 6
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_agrees(llama, prompt, output)
+
+
+@under("V2")
+def test_two_ranks(tmp_path: Path) -> None:
+    llama = write(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ONE_CORE_EACH.items():
+            patch.setenv(name, value)
+        with engine(llama, tensor_parallel_size=2, **OPTIONS) as llm:
+            [output] = generate(llm, [PROMPT], max_tokens=3, prompt_logprobs=0)
+    assert_close(of_prompt(output), prompt_logprobs(llama, PROMPT, **SIZES))
+    assert_agrees(llama, PROMPT, output)
+
+
+@under("V2")
+def test_sliding_layers(tmp_path: Path) -> None:
+    model = checkpoints.write(
+        tmp_path,
+        "Gemma3TextConfig",
+        head_dim=32,
+        sliding_window=20,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.5,
+    )
+    with engine(model, block_size=32, **OPTIONS) as llm:
+        [output] = generate(llm, [PROMPT], max_tokens=3)
+    assert_agrees(model, PROMPT, output)
