@@ -98,7 +98,7 @@ def test_wheel_has_the_package_and_nothing_else(built: Built, checkout: set[str]
         names = {n for n in wheel.namelist() if ".dist-info/" not in n}
     assert names == {n for n in checkout if n.startswith("vllm_dca/")}
     # What no `import` would miss.
-    assert {"vllm_dca/cpu/compiled.cpp", "vllm_dca/py.typed"} <= names
+    assert {"vllm_dca/cpu/compiled.cpp", "vllm_dca/cpu/few.h", "vllm_dca/py.typed"} <= names
 
 
 def test_sdist_has_all_that_the_suite_needs(built: Built, checkout: set[str]) -> None:

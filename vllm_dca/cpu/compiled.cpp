@@ -2,47 +2,37 @@
 //
 // Neighbouring rows of one request and one chunk make a tile. A task is a tile, a KV head and a
 // split of the keys: it reads each key and value once for all the tile's queries, and turns these
-// where the keys' region changes. With many queries, these lie along the lanes of vectors, in
-// panels, while keys and values are scalars, so that nothing is packed; with few, as in decode,
-// the entries of a head lie along the lanes. Tiles that are not full have several splits, which a
-// second loop merges. Tiles and splits depend on their own request only. Everything is computed in
-// fp32, and no key past a tile's last row is read. Beside it, how new keys and values are stored.
+// where the keys' region changes. Many queries go through panels.h, a few, as in decode, through
+// few.h. Tiles that are not full have several splits, which a second loop merges. Tiles and splits
+// depend on their own request only. Sums are in fp32, and no key past a tile's last row is read.
+// Beside it, how new keys and values are stored.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "vectors.h"
+#include "panels.h"
+#include "few.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kHeight = 8;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kHeight = 4;  // it has half as many registers
-#else
-constexpr int kLanes = 4, kHeight = 8;
-#endif
-constexpr int kWidth = 3 * kLanes;   // of a panel; kHeight * 3 vectors of sums stay in registers
 constexpr int64_t kFew = 16;         // queries of a tile
 constexpr int64_t kQueries = 384;    // at most, those of all heads that share keys
-constexpr int64_t kKeys = 128;       // taken at a time
-constexpr int64_t kFewKeys = 16;     // with few queries
 constexpr int64_t kSplit = 1024;     // keys of a split, at least,
 constexpr int64_t kRowKeys = 32;     // and this many for each row of its tile
-constexpr int64_t kHead = kLanes;    // before a partial result's values: a vector, to align them
-constexpr float kLowest = -1e30f;
-
-// At any address that holds floats.
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-
-inline Vector& at(float* place) { return *reinterpret_cast<Vector*>(place); }
-inline const Vector& at(const float* place) { return *reinterpret_cast<const Vector*>(place); }
 
 // As vllm_dca/cpu/compiled.py fills it. Strides are in elements; the last axes are dense.
 struct Arguments {
@@ -62,75 +52,29 @@ struct Arguments {
 
 // Rows first .. first + count - 1 with keys begin .. end - 1 of their request. Their
 // count * group queries are in `panels` panels of `lanes` lanes; few, in panels of one lane.
-// The partial results, [kv_heads, panels, kHead + size, lanes], start at `offset`: the largest score,
-// the sum of the weights and the weighted values of each query.
+// The partial results, [kv_heads, panels, kHead + size, lanes], start at `offset`: what was
+// subtracted from the scores, the sum of the weights and the weighted values of each query.
 struct Split {
   int64_t first, count, begin, end, lanes, panels, offset;
 };
 
-// Entries of a head, with zeros up to whole vectors.
-inline int64_t padded(int64_t head_size) { return (head_size + kLanes - 1) / kLanes * kLanes; }
-
-// e^x for x <= 0 (e^-87 below that) to some units in the last place, vectorised: x = n ln 2 + r,
-// and a polynomial for e^r (Cephes).
-inline float exponential(float x) {
-  x = std::max(x, -87.0f);
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = (1.9875691e-4f * r + 1.3981999e-3f) * r + 8.3334519e-3f;
-  p = ((p * r + 4.1665795e-2f) * r + 1.6666665e-1f) * r + 5.0000001e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
-
-// One of two vectors' even lanes (odd = 0) or odd ones, the first's before the second's.
-template <int odd, size_t... i>
-inline Vector every_other(Vector a, Vector b, std::index_sequence<i...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (2 * i + odd)...);
+// What numbers of type T are multiplied as.
+#if defined(__AVX512BF16__)
+template <typename T>
+using CellOf = std::conditional_t<std::is_same_v<T, c10::BFloat16>, Pair, float>;
 #else
-  typedef int Lanes __attribute__((vector_size(kLanes * sizeof(int))));
-  return __builtin_shuffle(a, b, Lanes{int(2 * i + odd)...});
+template <typename T>
+using CellOf = float;
 #endif
-}
+// Whether they lie in memory as cells.
+template <typename T>
+constexpr bool kAsCells = std::is_same_v<T, float> || std::is_same_v<CellOf<T>, Pair>;
 
-// Lane i of the result is the sum of the lanes of vector i.
-template <int kCount = kLanes>
-inline Vector sums(const Vector* of) {
-  if constexpr (kCount == 1) return *of;
-  else {
-    const Vector a = sums<kCount / 2>(of), b = sums<kCount / 2>(of + kCount / 2);
-    constexpr auto lanes = std::make_index_sequence<kLanes>();
-    return every_other<0>(a, b, lanes) + every_other<1>(a, b, lanes);
-  }
-}
-
-// c[i, j] (+)= sum over l of a[i, l] b[l, j] for any rows i, kTall at a time, and kVectors
-// vectors of columns j; a by both its strides, b and c by the stride of their rows.
-template <int kTall, int kVectors>
-void multiply(int64_t rows, const float* a, int64_t a_row, int64_t a_column, const float* b,
-              int64_t b_row, float* c, int64_t c_row, int64_t depth, bool add) {
-  for (; rows >= kTall; rows -= kTall, a += kTall * a_row, c += kTall * c_row) {
-    Vector sum[kTall][kVectors] = {};
-    if (add)
-      for (int i = 0; i < kTall; ++i)
-        for (int j = 0; j < kVectors; ++j) sum[i][j] = at(c + i * c_row + j * kLanes);
-    for (int64_t l = 0; l < depth; ++l) {
-      Vector right[kVectors];
-      for (int j = 0; j < kVectors; ++j) right[j] = at(b + l * b_row + j * kLanes);
-      for (int i = 0; i < kTall; ++i) {
-        const float left = a[i * a_row + l * a_column];
-        for (int j = 0; j < kVectors; ++j) sum[i][j] += left * right[j];
-      }
-    }
-    for (int i = 0; i < kTall; ++i)
-      for (int j = 0; j < kVectors; ++j) at(c + i * c_row + j * kLanes) = sum[i][j];
-  }
-  if constexpr (kTall > 1)
-    multiply<1, kVectors>(rows, a, a_row, a_column, b, b_row, c, c_row, depth, add);
+// Entries of a head, with zeros up to whole vectors.
+template <typename T>
+int64_t padded(int64_t head_size) {
+  constexpr int64_t whole = kLanes * kNumbers<CellOf<T>>;
+  return (head_size + whole - 1) / whole * whole;
 }
 
 // Zeros at first, from the start of a cache line.
@@ -141,111 +85,58 @@ struct Floats {
   std::vector<Line> lines;
 
   explicit Floats(int64_t count = 0) : lines((count + 15) / 16) {}
-  float* data() { return lines.data()->entries; }
+  template <typename Cell = float>
+  Cell* data() {
+    return reinterpret_cast<Cell*>(lines.data());
+  }
 };
 
-// What a thread works on: some keys and values, [keys, size], with the queries of a split,
-// [panels, size, lanes].
+// What a thread works on: some keys and values, [keys, size], and with pairs the values once more
+// as panels take them; the queries of a split, [panels, size, lanes]; weights.
 struct Workspace {
-  int64_t size;
-  Floats queries, scores = Floats(kKeys * kWidth), keys, values;
+  Floats queries, keys, values, paired, weights = Floats(kCells * kWidth);
 
-  explicit Workspace(int64_t size) : size(size), keys(kKeys * size), values(kKeys * size) {}
-
-  // Updates a panel's running softmax with n keys. Lane m must not see the keys from where
-  // hidden + t * group > m.
-  void attend_panel(int64_t panel, float* row_max, int64_t n, int64_t hidden, int64_t group) {
-    constexpr int W = kWidth;
-    float *row_sum = row_max + W, *acc = row_max + kHead * W, *score = scores.data();
-    multiply<kHeight, 3>(n, keys.data(), size, 1, queries.data() + panel * size * W, W, score, W,
-                         size, false);
-    for (int64_t t = 0; t < n; ++t)
-      std::fill(score + t * W, score + t * W + std::clamp<int64_t>(hidden + t * group, 0, W),
-                kLowest);
-    float top[W], rescale[W], added[W] = {};
-    std::copy(row_max, row_max + W, top);
-    for (int64_t t = 0; t < n; ++t)
-#pragma omp simd
-      for (int m = 0; m < W; ++m) top[m] = std::max(top[m], score[t * W + m]);
-    for (int64_t t = 0; t < n; ++t)
-#pragma omp simd
-      for (int m = 0; m < W; ++m)
-        added[m] += score[t * W + m] = exponential(score[t * W + m] - top[m]);
-#pragma omp simd
-    for (int m = 0; m < W; ++m) {
-      rescale[m] = exponential(row_max[m] - top[m]);
-      row_sum[m] = row_sum[m] * rescale[m] + added[m];
-      row_max[m] = top[m];
-    }
-    for (int64_t d = 0; d < size; ++d)
-#pragma omp simd
-      for (int m = 0; m < W; ++m) acc[d * W + m] *= rescale[m];
-    multiply<kHeight, 3>(size, values.data(), 1, size, score, W, acc, W, n, true);
-  }
-
-  // The same for few queries, a multiple of four, each with its partial[kHead + size]; query m sees
-  // the first seen + m / group keys.
-  void attend_few(int64_t count, float* partial, int64_t n, int64_t seen, int64_t group) {
-    constexpr int kTogether = kLanes / 4;  // keys whose products with four queries fill a vector
-    for (int64_t m = 0; m < count; m += 4)
-      for (int64_t t = 0; t < n; t += kTogether) {
-        Vector product[kLanes] = {};
-        for (int64_t d = 0; d < size; d += kLanes)
-          for (int i = 0; i < kLanes; ++i)
-            product[i] += at(queries.data() + (m + i / kTogether) * size + d) *
-                          at(keys.data() + (t + i % kTogether) * size + d);
-        const Vector sum = sums(product);
-        for (int i = 0; i < 4; ++i)
-          std::memcpy(scores.data() + (m + i) * kFewKeys + t,
-                      reinterpret_cast<const float*>(&sum) + i * kTogether,
-                      kTogether * sizeof(float));
-      }
-    for (int64_t m = 0; m < count; ++m) {
-      float *score = scores.data() + m * kFewKeys, *row_max = partial + m * (kHead + size);
-      std::fill(score + std::clamp<int64_t>(seen + m / group, 0, n), score + n, kLowest);
-      float top = *row_max, added = 0.0f;
-#pragma omp simd reduction(max : top)
-      for (int64_t t = 0; t < n; ++t) top = std::max(top, score[t]);
-#pragma omp simd reduction(+ : added)
-      for (int64_t t = 0; t < n; ++t) added += score[t] = exponential(score[t] - top);
-      if (top > *row_max) {
-        const float rescale = exponential(*row_max - top);
-        for (int64_t d = 1; d < kHead + size; ++d) row_max[d] *= rescale;
-        *row_max = top;
-      }
-      row_max[1] += added;
-    }
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= size; d += 4 * kLanes)
-      multiply<kHeight / 2, 4>(count, scores.data(), kFewKeys, 1, values.data() + d, size,
-                               partial + kHead + d, kHead + size, n, true);
-    for (; d < size; d += kLanes)
-      multiply<4, 1>(count, scores.data(), kFewKeys, 1, values.data() + d, size, partial + kHead + d,
-                     kHead + size, n, true);
-  }
+  explicit Workspace(int64_t size)
+      : keys(kCells * size), values(kCells * size), paired(kCells * size) {}
 };
 
-// queries[panels, size, lanes]: those of a tile, turned for a region, and scaled.
+template <typename T>
+void copy_numbers(const T* from, int64_t count, CellOf<T>* to) {
+  if constexpr (kAsCells<T>) std::memcpy(to, from, count * sizeof(T));
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = float(from[i]);
+}
+
+// queries[panels, size, lanes]: those of a tile, turned for a region, and scaled, for weights that
+// are powers of two.
 template <typename T>
 void turn_queries(const Arguments& a, const Split& split, int64_t kv_head, int64_t region,
-                  float* queries) {
+                  CellOf<T>* queries) {
+  constexpr int64_t N = kNumbers<CellOf<T>>;
   const int64_t pairs = a.rotary_dim / 2, lanes = split.lanes;
+  std::vector<float> turned(a.head_size);
   for (int64_t m = 0; m < split.count * a.group; ++m) {
     const int64_t row = split.first + m / a.group;
-    const float scale = a.scale * (a.temperature ? a.temperature[row] : 1.0f);
+    const float scale = 1.44269504f * a.scale * (a.temperature ? a.temperature[row] : 1.0f);
     const float* cos = a.cos_sin + a.turn[region * a.rows + row] * a.rotary_dim;
     const float* sin = cos + pairs;
     const T* from = static_cast<const T*>(a.query) + row * a.query_stride[0] +
                     (kv_head * a.group + m % a.group) * a.query_stride[1];
-    float* to = queries + m / lanes * padded(a.head_size) * lanes + m % lanes;
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const int64_t first = a.is_neox ? pair : 2 * pair;
-      const int64_t second = a.is_neox ? pair + pairs : 2 * pair + 1;
+    auto turn = [&](int64_t pair, int64_t first, int64_t second) {
       const float x = float(from[first]) * scale, y = float(from[second]) * scale;
-      to[first * lanes] = x * cos[pair] - y * sin[pair];
-      to[second * lanes] = y * cos[pair] + x * sin[pair];
-    }
-    for (int64_t d = a.rotary_dim; d < a.head_size; ++d) to[d * lanes] = float(from[d]) * scale;
+      turned[first] = x * cos[pair] - y * sin[pair];
+      turned[second] = y * cos[pair] + x * sin[pair];
+    };
+    if (a.is_neox)
+      for (int64_t pair = 0; pair < pairs; ++pair) turn(pair, pair, pair + pairs);
+    else
+      for (int64_t pair = 0; pair < pairs; ++pair) turn(pair, 2 * pair, 2 * pair + 1);
+    for (int64_t d = a.rotary_dim; d < a.head_size; ++d) turned[d] = float(from[d]) * scale;
+
+    CellOf<T>* to = queries + m / lanes * padded<T>(a.head_size) / N * lanes + m % lanes;
+    for (int64_t d = 0; d < a.head_size; ++d)
+      if constexpr (N == 1) to[d * lanes] = turned[d];
+      else to[d / 2 * lanes].numbers[d % 2] = c10::BFloat16(turned[d]).x;
   }
 }
 
@@ -253,50 +144,81 @@ void turn_queries(const Arguments& a, const Split& split, int64_t kv_head, int64
 template <typename T>
 void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& work,
             float* partial) {
-  const int64_t size = work.size, block = a.block_size, lanes = split.lanes;
-  const int64_t panel_size = (kHead + size) * lanes, step = lanes == 1 ? kFewKeys : kKeys;
+  using Cell = CellOf<T>;
+  constexpr int64_t N = kNumbers<Cell>;
+  const int64_t size = padded<T>(a.head_size), block = a.block_size, lanes = split.lanes;
+  const int64_t panel_size = (kHead + size) * lanes, depth = size / N;
   const int64_t position = a.position[split.first], chunk = position / a.chunk_len;
+  const bool is_few = lanes == 1, in_place = is_few && kAsCells<T> && size == a.head_size;
   const int32_t* pages = a.block_table + a.request[split.first] * a.table_stride;
+  auto slot = [&](int64_t token) {
+    return static_cast<const T*>(a.kv_cache) + pages[token / block] * a.cache_stride[0] +
+           kv_head * a.cache_stride[1] + token % block * a.cache_stride[2];
+  };
   auto for_each_slot = [&](int64_t token, int64_t end, auto use) {
     while (token < end) {
-      const int64_t page = token / block, stop = std::min(end, (page + 1) * block);
-      const T* from = static_cast<const T*>(a.kv_cache) + pages[page] * a.cache_stride[0] +
-                      kv_head * a.cache_stride[1] + (token - page * block) * a.cache_stride[2];
+      const T* from = slot(token);
+      const int64_t stop = std::min(end, (token / block + 1) * block);
       for (; token < stop; ++token, from += a.cache_stride[2]) use(token, from);
     }
   };
-  std::fill(partial, partial + split.panels * panel_size, 0.0f);
-  for (int64_t panel = 0; panel < split.panels; ++panel)
-    std::fill_n(partial + panel * panel_size, lanes, kLowest);
-  work.queries = Floats(split.panels * size * lanes);
+  work.queries = Floats(split.panels * depth * lanes);
+  Cell *queries = work.queries.data<Cell>(), *weights = work.weights.data<Cell>();
+  Cell *keys = work.keys.data<Cell>(), *values = work.values.data<Cell>();
+  Cell* paired = work.paired.data<Cell>();
+  if (is_few) {
+    std::fill(partial, partial + split.panels * panel_size, 0.0f);
+    for (int64_t m = 0; m < split.panels; ++m) partial[m * panel_size] = kLowest;
+  }
+  Few<Cell> few{queries, partial, weights, split.panels, size};
+  const int64_t step = is_few ? kFewKeys : kCells * N;
   int64_t turned_for = -1;
 
   for (int64_t begin = split.begin, end; begin < split.end; begin = end) {
     const int64_t key_chunk = begin / a.chunk_len;
     const int64_t region = std::min<int64_t>(chunk - key_chunk, 2);
     end = std::min({begin + step, split.end, (key_chunk + 1) * a.chunk_len});
-    if (region != turned_for)
-      turn_queries<T>(a, split, kv_head, turned_for = region, work.queries.data());
-    for_each_slot(begin, end, [&](int64_t t, const T* from) {
-      std::copy_n(from, a.head_size, work.keys.data() + (t - begin) * size);
-      std::copy_n(from + a.head_size, a.head_size, work.values.data() + (t - begin) * size);
-    });
+    if (in_place) end = std::min(end, (begin / block + 1) * block);
+    if (region != turned_for) turn_queries<T>(a, split, kv_head, turned_for = region, queries);
     // What comes next is fetched while this is multiplied.
     for_each_slot(end, std::min(end + step, split.end), [&](int64_t, const T* from) {
       for (int64_t d = 0; d < 2 * a.head_size; d += 64 / sizeof(T)) __builtin_prefetch(from + d);
     });
-    if (lanes == 1)
-      work.attend_few(split.panels, partial, end - begin, position + 1 - begin, a.group);
-    else
-      for (int64_t panel = 0; panel < split.panels; ++panel)
-        work.attend_panel(panel, partial + panel * panel_size, end - begin,
-                          (begin - position) * a.group - panel * kWidth, a.group);
+    const int64_t n = end - begin;
+    if (in_place) {
+      const Cell* from = reinterpret_cast<const Cell*>(slot(begin));
+      few.attend({from, from + depth, a.cache_stride[2] / N, n}, position + 1 - begin, a.group);
+      continue;
+    }
+    for_each_slot(begin, end, [&](int64_t t, const T* from) {
+      copy_numbers(from, a.head_size, keys + (t - begin) * depth);
+      copy_numbers(from + a.head_size, a.head_size, values + (t - begin) * depth);
+    });
+    if (is_few) {
+      few.attend({keys, values, depth, n}, position + 1 - begin, a.group);
+      continue;
+    }
+    const int64_t rows = (n + kTall - 1) / kTall * kTall;
+    std::fill(keys + n * depth, keys + rows * depth, Cell{});
+    std::fill(values + n * depth, values + rows * depth, Cell{});
+    if constexpr (N == 2)
+      for (int64_t t = 0; t < rows; t += 2)
+        pair_up(values + t * depth, values + (t + 1) * depth, size, paired + t * depth);
+    for (int64_t i = 0; i < split.panels; ++i) {
+      float* place = partial + i * panel_size;
+      Panel<Cell> panel{queries + i * depth * kWidth, place, place + kWidth,
+                        place + kHead * kWidth, weights, size};
+      panel.attend(keys, N == 2 ? paired : values, n, (begin - position) * a.group - i * kWidth,
+                   a.group, begin == split.begin);
+    }
   }
+  if (is_few) few.finish();
 }
 
 // Cuts rows into tiles, and each tile's keys into splits start[tile] .. start[tile + 1] - 1;
 // returns the size of all partial results.
-int64_t plan(const Arguments& a, std::vector<Split>& splits, std::vector<int64_t>& start) {
+int64_t plan(const Arguments& a, int64_t size, std::vector<Split>& splits,
+             std::vector<int64_t>& start) {
   const int64_t most = std::max<int64_t>(kQueries / a.group, 1);
   int64_t offset = 0;
   start.push_back(0);
@@ -308,13 +230,14 @@ int64_t plan(const Arguments& a, std::vector<Split>& splits, std::vector<int64_t
       ++next;
     const int64_t count = next - first, keys = a.position[next - 1] + 1;
     const int64_t queries = count * a.group, lanes = queries <= kFew ? 1 : kWidth;
-    const int64_t panels = lanes == 1 ? (queries + 3) / 4 * 4 : (queries + lanes - 1) / lanes;
+    const int64_t panels = lanes == 1 ? queries : (queries + lanes - 1) / lanes;
     // A full tile has others beside it. The more rows, the longer, as their partials are larger.
     const bool full = count > 1 && count == most;
     const int64_t length = full ? keys : std::max(kSplit, kRowKeys * count);
     for (int64_t begin = 0; begin < keys; begin += length) {
-      splits.push_back({first, count, begin, std::min(begin + length, keys), lanes, panels, offset});
-      offset += a.kv_heads * panels * (kHead + padded(a.head_size)) * lanes;
+      const int64_t end = std::min(begin + length, keys);
+      splits.push_back({first, count, begin, end, lanes, panels, offset});
+      offset += a.kv_heads * panels * (kHead + size) * lanes;
     }
     start.push_back(splits.size());
   }
@@ -323,10 +246,11 @@ int64_t plan(const Arguments& a, std::vector<Split>& splits, std::vector<int64_t
 
 template <typename T>
 void attend_all(const Arguments& a) {
-  const int64_t size = padded(a.head_size);
+  const int64_t size = padded<T>(a.head_size);
   std::vector<Split> splits;
   std::vector<int64_t> start;
-  const std::unique_ptr<Floats::Line[]> partials(new Floats::Line[plan(a, splits, start) / 16 + 1]);
+  const int64_t floats = plan(a, size, splits, start);
+  const std::unique_ptr<Floats::Line[]> partials(new Floats::Line[floats / 16 + 1]);
   auto partial = [&](const Split& split, int64_t kv_head) {
     return partials[0].entries + split.offset +
            kv_head * split.panels * (kHead + size) * split.lanes;
@@ -354,7 +278,7 @@ void attend_all(const Arguments& a) {
         std::fill(acc.begin(), acc.end(), 0.0f);
         for (int64_t i = begin; i < end; ++i) {
           const float* part = partial(splits[i], kv_head) + query;
-          const float weight = exponential(part[0] - row_max);
+          const float weight = power_of_two<float>(everywhere(part[0] - row_max))[0];
           row_sum += part[lanes] * weight;
           for (int64_t d = 0; d < size; ++d) acc[d] += part[(kHead + d) * lanes] * weight;
         }

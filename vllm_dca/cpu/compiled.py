@@ -1,4 +1,4 @@
-"""Dual chunk attention on the CPU by a compiled kernel, `compiled.cpp`.
+"""Dual chunk attention on the CPU by a compiled kernel, `compiled.cpp` and what it includes.
 
 It takes prefills and decode rows alike, in one call a layer. Where there is no compiler, the
 three passes over `vllm_dca.cpu.paged_pass` and `vllm_dca.cpu.decode` do the same.
@@ -16,6 +16,7 @@ from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.rotary import QueryRotation
 
 SOURCE = Path(__file__).with_name("compiled.cpp")
+PARTS = ("vectors.h", "panels.h", "few.h")
 # Beyond inductor's own.
 FLAGS = ("-ffp-contract=fast", "-fno-math-errno")
 ATTEND = {
@@ -96,6 +97,14 @@ class CompiledPlan:
         assert bool((self.rows.position >= 0).all())
 
 
+def _source() -> str:
+    """The kernel as one text: torch's builder takes no other, and keeps what it built by it."""
+    text = SOURCE.read_text()
+    for part in PARTS:
+        text = text.replace(f'#include "{part}"', SOURCE.with_name(part).read_text())
+    return text
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compile the kernel, or find it compiled.
@@ -115,7 +124,7 @@ def library() -> ctypes.CDLL:
     # Inductor's flags for gcc leave vectors to the code that it generates.
     vectors = ("-ftree-loop-vectorize",) if cpp_builder.is_gcc() else ()
     flags = (named, *vectors, *FLAGS)
-    return CppCodeCache.load(SOURCE.read_text(), extra_flags=flags, needs_vec_isa=False)
+    return CppCodeCache.load(_source(), extra_flags=flags, needs_vec_isa=False)
 
 
 def attention(

@@ -1,0 +1,206 @@
+// Vectors of one instruction set, and what the tiles of panels.h and few.h do with them.
+
+namespace {
+
+// A tile's sums, kTall x kVectors of them, stay in registers while it is multiplied.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTall = 8, kVectors = 3;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kTall = 4, kVectors = 3;  // it has half as many registers
+#else
+constexpr int kLanes = 4, kTall = 4, kVectors = 2;
+#endif
+constexpr int kWidth = kVectors * kLanes;
+constexpr int64_t kHead = kLanes;  // before a partial result's values: a vector, to align them
+constexpr float kLowest = -1e30f;
+
+// At any address that holds floats.
+typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+// What is multiplied at once: a number, or with AVX512_BF16 a pair of bfloat16 whose two products
+// are summed. Other half precision is converted to float first.
+struct Pair {
+  uint16_t numbers[2];
+};
+template <typename Cell>
+constexpr int kNumbers = std::is_same_v<Cell, Pair> ? 2 : 1;
+
+template <typename Cell>
+inline Vector& at(Cell* place) {
+  return *reinterpret_cast<Vector*>(place);
+}
+template <typename Cell>
+inline const Vector& at(const Cell* place) {
+  return *reinterpret_cast<const Vector*>(place);
+}
+
+inline Vector everywhere(float number) { return Vector{} + number; }
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// Lane i is element of(i) of both vectors, the first's before the second's.
+template <typename Of, size_t... i>
+inline Vector shuffle(Vector a, Vector b, Of of, std::index_sequence<i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, of(i)...);
+#else
+  return __builtin_shuffle(a, b, Integers{of(i)...});
+#endif
+}
+constexpr auto kEach = std::make_index_sequence<kLanes>();
+
+template <size_t... i>
+inline Integers numbered(std::index_sequence<i...>) {
+  return Integers{int(i)...};
+}
+
+// In every lane, what `combine` makes of all lanes.
+template <int step = kLanes / 2, typename Combine>
+inline Vector over_lanes(Vector x, Combine combine) {
+  if constexpr (step == 0) return x;
+  else {
+    constexpr auto turned = [](int i) { return (i + step) % kLanes; };
+    return over_lanes<step / 2>(combine(x, shuffle(x, x, turned, kEach)), combine);
+  }
+}
+
+// Where lane i takes its first summand from, when two vectors become one of `count` vectors' sums.
+template <int count>
+constexpr int joined(int i) {
+  if (count >= 8) return i / 4 * 8 + i % 4;
+  return i / 4 * 4 + (count == 4 ? i / 2 % 2 * kLanes + i % 2 : i % 2 * kLanes + i / 2 % 2);
+}
+
+// Lane i of the result is the sum of the lanes of vector i. Neighbours are joined within 128 bits
+// first, where that costs least.
+template <int count = kLanes>
+inline Vector sums(const Vector* of) {
+  if constexpr (count == 1) return *of;
+  else {
+    const Vector a = sums<count / 2>(of), b = sums<count / 2>(of + count / 2);
+    constexpr auto one = [](int i) { return joined<count>(i); };
+    constexpr auto other = [](int i) { return joined<count>(i) + (count >= 8 ? 4 : 2); };
+    return shuffle(a, b, one, kEach) + shuffle(a, b, other, kEach);
+  }
+}
+
+// 2^x for x <= 100, and 2^-126 below that: an integer n nearest to x, and a polynomial for the rest
+// (minimax, to 8e-8; for pairs, whose rounding is 25 times as coarse, to 8e-5).
+template <typename Cell>
+inline Vector power_of_two(Vector x) {
+  const Vector shift = everywhere(0x1.8p23f);  // beyond it, floats are integers
+  x = larger(x, everywhere(-126.0f));
+  const Vector n = x + shift, r = x - (n - shift);
+  Vector p;
+  if constexpr (std::is_same_v<Cell, Pair>) {
+    p = 0.0551716691f * r + 0.242611122f;
+    p = (p * r + 0.693260985f) * r + 0.999928074f;
+  } else {
+    p = 0.0013276472f * r + 0.00967554133f;
+    p = (p * r + 0.0555071327f) * r + 0.240221197f;
+    p = (p * r + 0.693146967f) * r + 1.00000007f;
+  }
+  return reinterpret_cast<Vector>(reinterpret_cast<Integers>(p) +
+                                  (reinterpret_cast<Integers>(n) << 23));
+}
+
+// The same cell in every lane; cells lie in vectors of floats whatever they are.
+template <typename Cell>
+inline Vector everywhere(const Cell* cell) {
+  if constexpr (std::is_same_v<Cell, float>) return everywhere(*cell);
+  else {
+    int32_t bits;
+    std::memcpy(&bits, cell, sizeof bits);
+    return reinterpret_cast<Vector>(Integers{} + bits);
+  }
+}
+
+// sum + left * right, lane by lane.
+template <typename Cell>
+inline Vector add_product(Vector sum, Vector left, Vector right) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Cell, Pair>)
+    return _mm512_dpbf16_ps(sum, (__m512bh)(left), (__m512bh)(right));
+#endif
+  return sum + left * right;
+}
+
+// sum[i][j] += sum over l of a[i, l] b[l, j], a by both its strides, b with rows of kWidth.
+template <typename Cell>
+inline void multiply(Vector (&sum)[kTall][kVectors], const Cell* a, int64_t a_row, int64_t a_column,
+                     const Cell* b, int64_t depth) {
+  for (int64_t l = 0; l < depth; ++l, a += a_column, b += kWidth) {
+    Vector right[kVectors];
+    for (int j = 0; j < kVectors; ++j) right[j] = at(b + j * kLanes);
+    for (int i = 0; i < kTall; ++i) {
+      const Vector left = everywhere(a + i * a_row);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = add_product<Cell>(sum[i][j], left, right[j]);
+    }
+  }
+}
+
+inline bool any_above(Vector x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(x > everywhere(limit)));
+#else
+  return over_lanes(x, larger)[0] > limit;
+#endif
+}
+
+// A key's weights for each lane's query as cells; as pairs, with those of the key beside it.
+inline void store_rows(Vector a, Vector, float* to) { at(to) = a; }
+
+// A query's weights side by side as cells: a vector of floats, or two of them rounded to pairs.
+inline void store_numbers(const Vector* from, float* to) { at(to) = *from; }
+
+// Values of a token, along the lanes; as pairs, with those of the token beside it.
+template <int kWide>
+inline void load_values(Vector (&to)[kWide], const float* value, const float*) {
+  for (int j = 0; j < kWide; ++j) to[j] = at(value + j * kLanes);
+}
+
+#if defined(__AVX512BF16__)
+inline void store_numbers(const Vector* from, Pair* to) {
+  at(to) = (Vector)_mm512_cvtne2ps_pbh((__m512)from[1], (__m512)from[0]);
+}
+
+inline void store_rows(Vector a, Vector b, Pair* to) {
+  typedef int16_t Order __attribute__((vector_size(64)));
+  constexpr Order order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  at(to) = (Vector)_mm512_permutexvar_epi16((__m512i)order, (__m512i)both);
+}
+
+// cells[i] is the pair of a's number i and b's.
+inline void pair_up(const Pair* a, const Pair* b, int64_t count, Pair* cells) {
+  typedef uint16_t Numbers __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  auto widened = [](const Pair* place, int64_t i) {
+    const Numbers found = *reinterpret_cast<const Numbers*>(place->numbers + i);
+    return __builtin_convertvector(found, Integers);
+  };
+  for (int64_t i = 0; i < count; i += kLanes)
+    at(cells + i) = reinterpret_cast<Vector>(widened(a, i) | widened(b, i) << 16);
+}
+
+// In an order of its own, which costs one instruction a vector: `in_order` undoes it.
+template <int kWide>
+inline void load_values(Vector (&to)[kWide], const Pair* value, const Pair* beside) {
+  for (int j = 0; j < kWide; j += 2) {
+    const __m512i a = (__m512i)at(value + j / 2 * kLanes), b = (__m512i)at(beside + j / 2 * kLanes);
+    to[j] = (Vector)_mm512_unpacklo_epi16(a, b);
+    to[j + 1] = (Vector)_mm512_unpackhi_epi16(a, b);
+  }
+}
+
+// Two vectors of sums over what `load_values` gave.
+inline void in_order(float* place) {
+  float of[2 * kLanes];
+  std::memcpy(of, place, sizeof of);
+  for (int i = 0; i < 2 * kLanes; ++i) place[i] = of[i / 8 * 4 + i % 4 + i / 4 % 2 * kLanes];
+}
+#endif
+
+}  // namespace
