@@ -1,0 +1,177 @@
+"""Whatever is asked for, in any mixture: served as asked, or refused in words that name it.
+
+Never an error of Python's own, never another attention, never a setting passed over.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import checkpoints
+from tests.helpers.answers import generate, of_prompt
+from tests.helpers.inprocess import engine
+from vllm_dca.method.config import OPTION_KEYS
+from vllm_dca.method.sparse_config import SPARSE_KEYS
+from vllm_dca.reference.model import prompt_logprobs
+
+ATOL = 1e-3
+SIZES = st.sampled_from([8, 16, 32, 48, 64, 96, 100, 128, 256])
+NONSENSE = st.sampled_from([0, -16, 1.5, "64", "", True, None, [], {}, 10**30])
+VALUES = SIZES | NONSENSE
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "chunk_size": VALUES,
+        "local_size": VALUES,
+        "original_max_position_embeddings": VALUES,
+        "prefill_provider": st.sampled_from([None, "torch", "flash_attn", "nonsense", 7]),
+        "sparse": st.sampled_from(["off", "auto", "checkpoint", "nonsense", False]),
+        "sparse_threshold": VALUES,
+        "sparse_coverage": st.sampled_from([0.5, 0.95, 1, 0, 2.0, "0.9"]),
+        "chunk_len": SIZES,
+    },
+)
+CHECKPOINT = st.fixed_dictionaries(
+    {},
+    optional={
+        "chunk_size": VALUES,
+        "local_size": VALUES,
+        "original_max_position_embeddings": VALUES,
+        "sparse_attention_enabled": st.just(False),
+    },
+)
+GIVEN = st.fixed_dictionaries(
+    {"dca": OPTIONS | st.sampled_from([None, [], "chunk_size", 64])},
+    optional={
+        "checkpoint": CHECKPOINT,
+        "block_size": st.sampled_from([8, 16, 17, 32, 64, 128]),
+        "max_model_len": st.sampled_from([1, 64, 128, 129, 500, 4096, 0]),
+        "kv_cache_dtype": st.sampled_from(["auto", "fp8", "bfloat16", "nonsense"]),
+        "dtype": st.sampled_from(["float32", "bfloat16", "float64"]),
+        "scaling": st.sampled_from(list(checkpoints.SCALINGS)),
+    },
+)
+# What a refusal may name instead of the key: what people type, and what DCA worked out from it.
+WORDS = {
+    "dca": ('"dca"', "DCA"),
+    "checkpoint": ("DCA",),
+    "block_size": ("block size", "--block-size", "block_size"),
+    "max_model_len": ("max_model_len", "max-model-len"),
+    "kv_cache_dtype": ("--kv-cache-dtype", "cache_dtype"),
+    "dtype": ("dtype",),
+    "scaling": ("scaling",),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    made = {None: checkpoints.write(folder / "plain", "LlamaConfig")}
+    for name, parameters in checkpoints.SCALINGS.items():
+        made[name] = checkpoints.write(
+            folder / name.replace(" ", "-"), "LlamaConfig", rope_parameters=parameters
+        )
+    return made
+
+
+def arguments(given: dict[str, Any], models: dict[str | None, Path]) -> dict[str, Any]:
+    """The engine's arguments for what was given."""
+    rest = {key: given[key] for key in given if key not in ("dca", "checkpoint", "scaling")}
+    if "checkpoint" in given:
+        rest["hf_overrides"] = {"dual_chunk_attention_config": given["checkpoint"]}
+    return {
+        "model": str(models[given.get("scaling")]),
+        "attention_backend": "dca",
+        "additional_config": {"dca": given["dca"]},
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "block_size": 16,
+        **rest,
+    }
+
+
+def assert_served_as_asked(given: dict[str, Any], found: Any) -> None:
+    """Everything that was given is what the engine will have."""
+    from vllm_dca.engine.backend import DcaBackend
+
+    assert found.attention_config.backend.get_class() is DcaBackend
+    settled = found.additional_config["dca"]
+    assert set(given["dca"]) <= set(OPTION_KEYS)
+    asked = dict(given["dca"])
+    sparse = {key: asked.pop(key) for key in SPARSE_KEYS if key in asked}
+    assert (settled["sparse"] is not None) == (sparse.pop("sparse", "off") != "off")
+    for key, value in sparse.items():
+        assert settled["sparse"][key.removeprefix("sparse_")] == value
+    for key, value in asked.items():
+        assert settled[key] == value
+    sizes_named = {"chunk_size", "local_size"} & set(given["dca"])
+    for key in ("chunk_size", "local_size"):
+        if not sizes_named and key in given.get("checkpoint", {}):
+            assert settled[key] == given["checkpoint"][key]
+    assert 0 < settled["local_size"] < settled["chunk_size"]
+    assert (settled["chunk_size"] - settled["local_size"]) % given.get("block_size", 16) == 0
+    if "max_model_len" in given:
+        assert found.model_config.max_model_len == given["max_model_len"]
+
+
+def assert_refused_by_name(given: dict[str, Any], error: Exception) -> None:
+    """The message names something that was given."""
+    words = [word for key in given for word in WORDS[key]]
+    assert any(word in str(error) for word in words), error
+
+
+@given(given=GIVEN)
+@settings(
+    max_examples=300,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_settled_as_asked_or_refused_by_name(
+    given: dict[str, Any], models: dict[str | None, Path]
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        found = EngineArgs(**arguments(given, models)).create_engine_config()
+    except (ValueError, NotImplementedError) as error:
+        assert_refused_by_name(given, error)
+    else:
+        assert_served_as_asked(given, found)
+
+
+@pytest.mark.nightly
+@given(given=GIVEN)
+@settings(max_examples=60, deadline=None, print_blob=True)
+def test_what_starts_agrees_with_the_reference(
+    given: dict[str, Any], models: dict[str | None, Path]
+) -> None:
+    options = arguments(given, models)
+    model = Path(options.pop("model"))
+    prompt = checkpoints.tokens(300)
+    try:
+        with engine(model, **options) as llm:
+            found = llm.llm_engine.vllm_config
+            assert_served_as_asked(given, found)
+            if found.model_config.max_model_len <= len(prompt):
+                return
+            [answer] = generate(llm, [prompt], prompt_logprobs=0)
+            settled = found.additional_config["dca"]
+    except (ValueError, NotImplementedError) as error:
+        assert_refused_by_name(given, error)
+        return
+    if given.get("dtype") == "bfloat16":
+        return
+    temperature = settled["original_max_position_embeddings"]
+    expected = prompt_logprobs(
+        model,
+        prompt,
+        chunk_size=settled["chunk_size"],
+        local_size=settled["local_size"],
+        original_max_position_embeddings=temperature,
+    )
+    torch.testing.assert_close(of_prompt(answer).double(), expected, rtol=0, atol=ATOL)
