@@ -1,6 +1,7 @@
 """Sparse prefill on the CPU against its two specifications, each apart from the other."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -10,14 +11,19 @@ from hypothesis import strategies as st
 
 from tests.helpers import sparse as helper
 from tests.helpers.paged import Batch, Shape
-from vllm_dca.cpu import sparse
+from vllm_dca.cpu import compiled, compiled_sparse, sparse
 from vllm_dca.method.lines import Lines, Rule, select
 from vllm_dca.method.sparse import SparseOperations, SparsePlan
 from vllm_dca.method.sparse_planning import Segment
 from vllm_dca.reference import sparse as reference
 from vllm_dca.reference.attention import dual_chunk_attention
 
-OPERATIONS = {"torch": SparseOperations(sparse.weigh, sparse.attend)}
+OPERATIONS = {
+    "torch": SparseOperations(sparse.weigh, select, sparse.attend),
+    "compiled": SparseOperations(
+        compiled_sparse.weigh, compiled_sparse.select, compiled_sparse.attend
+    ),
+}
 PATHS = pytest.mark.parametrize("path", OPERATIONS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -151,6 +157,19 @@ def weights_of(
     return weights.sum(1), slash
 
 
+def assert_weighed(batch: Batch, rule: Rule, path: str) -> None:
+    for found, segment in zip(
+        weigh(batch, rule, path), helper.plan(batch).segments, strict=True
+    ):
+        exact = weights_of(batch, segment, rule, torch.float64)
+        ordinary = weights_of(batch, segment, rule, batch.shape.dtype)
+        for fast, right, rounded in zip(found, exact, ordinary, strict=True):
+            # A line's weight is a sum of 64 rows'.
+            least = 64 * torch.finfo(torch.float32).eps
+            allowed = 2 * (rounded - right).abs().max() + least * right.max()
+            assert (fast.double() - right).abs().max() <= allowed
+
+
 BY_BUDGETS = Rule(torch.tensor([60] * 6), torch.tensor([200] * 6), 1.0, 0)
 BY_COVERAGE = Rule(None, None, 0.6, 70)
 
@@ -159,19 +178,10 @@ BY_COVERAGE = Rule(None, None, 0.6, 70)
 @settings(max_examples=15, deadline=None)
 @given(shapes(), st.sampled_from([BY_BUDGETS, BY_COVERAGE]))
 def test_weighs_lines(path: str, shape: Shape, rule: Rule) -> None:
-    batch = Batch.random(shape)
-    for found, segment in zip(
-        weigh(batch, rule, path), helper.plan(batch).segments, strict=True
-    ):
-        exact = weights_of(batch, segment, rule, torch.float64)
-        ordinary = weights_of(batch, segment, rule, shape.dtype)
-        for fast, right, rounded in zip(found, exact, ordinary, strict=True):
-            # A line's weight is a sum of 64 rows'.
-            least = 64 * torch.finfo(torch.float32).eps
-            allowed = 2 * (rounded - right).abs().max() + least * right.max()
-            assert (fast.double() - right).abs().max() <= allowed
+    assert_weighed(Batch.random(shape), rule, path)
 
 
+@PATHS
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(64, 500),
@@ -188,7 +198,7 @@ def test_weighs_lines(path: str, shape: Shape, rule: Rule) -> None:
     ),
     st.integers(0, 99),
 )
-def test_selects_as_specified(end: int, rule: Rule, seed: int) -> None:
+def test_selects_as_specified(path: str, end: int, rule: Rule, seed: int) -> None:
     """Whole numbers of 2^-20 add up exactly; few different ones, so that many are equal."""
     generator = torch.Generator().manual_seed(seed)
     i = torch.arange(end - 64, end)[:, None]
@@ -197,7 +207,7 @@ def test_selects_as_specified(end: int, rule: Rule, seed: int) -> None:
     line = (i // rule.line_width - torch.arange(end) // rule.line_width).clamp(min=0)
     slash = torch.zeros(2, (end - 1) // rule.line_width + 1)
     slash.index_add_(1, line.flatten(), weights.flatten(1))
-    found = select(weights.sum(1), slash, rule)
+    found = OPERATIONS[path].select(weights.sum(1), slash, rule)
     right = reference.select(weights.double(), i[:, 0], helper.reference_rule(rule))
     assert torch.equal(found.verticals, right.verticals)
     assert torch.equal(found.distances, right.distances)
@@ -248,3 +258,23 @@ def test_batched_equals_single(rule: Rule, operations: SparseOperations) -> None
             answers(batch, query[rows], alone), together[rows], rtol=0, atol=0, equal_nan=True
         )
         start = rows.stop
+
+
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2")])
+def test_for_lesser_processors(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they exist: other processors than x86 have no such flags."""
+    if not torch.cpu._is_avx2_supported():
+        flags = ()
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
+    library = functools.cache(compiled.library.__wrapped__)
+    monkeypatch.setattr(compiled_sparse, "library", library)
+    for dtype in DTYPES:
+        batch = Batch.random(Shape([(700, 0)], 320, 64, block_size=16, dtype=dtype))
+        plan = helper.plan(batch)
+        for segment in plan.segments:
+            lines = helper.random_lines(batch, segment, 0.1)
+            assert_attends(
+                batch, segment, lines, attend(batch, segment, plan, lines, "compiled")
+            )
+        for rule in (BY_BUDGETS, BY_COVERAGE):
+            assert_weighed(batch, rule, "compiled")

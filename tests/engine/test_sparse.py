@@ -1,7 +1,9 @@
 """Sparse prefill through the engine: as the reference answers, whatever else a step holds."""
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,16 @@ import torch
 
 from tests.helpers import checkpoints
 from tests.helpers import sparse as helper
-from tests.helpers.answers import generate, of_prompt
-from tests.helpers.inprocess import engine
+from tests.helpers.answers import (
+    assert_same_answer,
+    drafted,
+    generate,
+    of_answer,
+    of_prompt,
+    preemptions,
+)
+from tests.helpers.companions import write_adapter
+from tests.helpers.inprocess import engine, in_a_child
 from vllm_dca.cpu import compiled
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
@@ -20,9 +30,9 @@ from vllm_dca.reference.sparse import Rule
 ATOL = 1e-3
 SIZES = {"chunk_size": 512, "local_size": 64}  # chunks of 448
 THRESHOLD = 150
-STEP = 450
+STEP = 512
 LENGTH = 1180
-STEPS = [450, 450, 280]
+STEPS = [512, 512, 156]
 AUTO = {"sparse": "auto", "sparse_coverage": 0.5, "sparse_min_keys": 64}
 AUTO_RULE = Rule(coverage=0.5, min_keys=64)
 BUDGETS = [[(40 + 10 * head, 110 + 50 * head) for head in range(4)] for _ in range(2)]
@@ -43,6 +53,46 @@ def expected(
     return helper.prompt_logprobs(
         model, prompt, steps=steps, threshold=THRESHOLD, rules=rules, **SIZES
     )
+
+
+@contextlib.contextmanager
+def schedule_of(llm: Any) -> Iterator[dict[str, list[tuple[int, int]]]]:
+    """By request: how many tokens each step found computed, and how many it took."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    found: dict[str, list[tuple[int, int]]] = {}
+    original = scheduler.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        cached = output.scheduled_cached_reqs
+        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request in output.scheduled_new_reqs:
+            computed[request.req_id] = request.num_computed_tokens
+        for name, count in output.num_scheduled_tokens.items():
+            found.setdefault(name, []).append((computed[name], count))
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "schedule", schedule)
+        yield found
+
+
+def assert_answers(
+    output: Any, schedule: dict[str, list[tuple[int, int]]], model: Path, rules: list[Rule]
+) -> list[int]:
+    """As the reference answers in the steps that the request had, which are returned.
+
+    Where a request began anew, only what it answered from there on is compared.
+    """
+    [own] = [steps for name, steps in schedule.items() if name.startswith(output.request_id)]
+    begun = max(index for index, (computed, _) in enumerate(own) if computed == 0)
+    steps = [count for _, count in own[begun:]]
+    tokens, logprobs = of_answer(output)
+    sequence = [*output.prompt_token_ids, *tokens][: sum(steps) + 1]
+    right = expected(model, rules, sequence, [*steps, len(sequence) - sum(steps)])
+    answered = len(own) - begun - sum(count > 1 for _, count in own[begun:]) + 1
+    assert_close(logprobs[-answered:], right[-answered:])
+    return steps
 
 
 def assert_close(found: torch.Tensor, right: torch.Tensor, atol: float = ATOL) -> None:
@@ -68,13 +118,108 @@ def by_reference(llama: Path) -> torch.Tensor:
 def test_auto_agrees_with_the_reference(
     llama: Path, by_reference: torch.Tensor, dca_log: list[str]
 ) -> None:
-    """Twice the same bits; dense requests beside it; and a cached prefix."""
+    """The same steps give the same bits; decode rows are dense."""
     with engine(llama, **options(**AUTO)) as llm:
         [first] = generate(llm, [PROMPT], prompt_logprobs=0)
         assert_close(of_prompt(first), by_reference)
         [second] = generate(llm, [PROMPT], prompt_logprobs=0)
         assert torch.equal(of_prompt(first), of_prompt(second))
+        with schedule_of(llm) as schedule:
+            [output] = generate(llm, [checkpoints.tokens(LENGTH, 1)], max_tokens=8)
+        steps = assert_answers(output, schedule, llama, [AUTO_RULE] * 2)
+        assert steps == [*STEPS, *[1] * 7]
+        # A cached prefix answers as the steps did that made it.
+        [again] = generate(llm, [checkpoints.tokens(LENGTH, 1)], max_tokens=8)
+        assert again.num_cached_tokens == LENGTH // 16 * 16
+        assert_same_answer(again, output, ATOL)
     assert sum("DCA: sparse prefill from position 150 on" in line for line in dca_log) == 1
+
+
+@pytest.mark.each_minor
+def test_steps_that_hold_other_requests(llama: Path) -> None:
+    """Dense ones, decode rows and other sparse ones: they change where a step cuts, no more."""
+    lengths = [LENGTH, 30, 900, 140, 700]
+    prompts = [checkpoints.tokens(length, seed) for seed, length in enumerate(lengths)]
+    with engine(llama, **options(**AUTO)) as llm, schedule_of(llm) as schedule:
+        outputs = generate(llm, prompts, max_tokens=6)
+    steps = [assert_answers(each, schedule, llama, [AUTO_RULE] * 2) for each in outputs]
+    assert any(512 not in own and max(own) > 256 for own in steps)
+
+
+def test_preempted_requests(llama: Path) -> None:
+    """What is computed anew is a prefill, in other steps."""
+    prompts = [checkpoints.tokens(600, seed) for seed in range(2)]
+    given = {**options(**AUTO), "num_gpu_blocks_override": 78, "max_model_len": 700}
+    with (
+        engine(llama, enable_prefix_caching=False, **given) as llm,
+        schedule_of(llm) as schedule,
+    ):
+        outputs = generate(llm, prompts, max_tokens=60)
+        assert preemptions(llm) > 0
+    steps = [assert_answers(each, schedule, llama, [AUTO_RULE] * 2) for each in outputs]
+    assert max(own[0] + own[1] for own in steps) > 600
+
+
+def test_lora_adapters(llama: Path, tmp_path: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapter, merged = write_adapter(llama, tmp_path)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    with engine(llama, enable_lora=True, max_lora_rank=8, **options(**AUTO)) as llm:
+        [output] = llm.generate(
+            [{"prompt_token_ids": PROMPT}],
+            params,
+            lora_request=LoRARequest("adapter", 1, str(adapter)),
+            use_tqdm=False,
+        )
+    assert_close(of_prompt(output), expected(merged, [AUTO_RULE] * 2))
+
+
+def test_speculation(tmp_path: Path) -> None:
+    in_a_child(_speculate, tmp_path)
+
+
+def _speculate(tmp_path: Path) -> None:
+    # So few words that whatever is generated was seen before, and is drafted from.
+    model = checkpoints.write(tmp_path, "LlamaConfig", vocab_size=16)
+    prompt = [3 + 7 * i % 13 for i in range(900)]
+    lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    given = {"speculative_config": {**lookup, "num_speculative_tokens": 4}}
+    with engine(model, **given, **options(**AUTO)) as llm:
+        [output] = generate(llm, [prompt], max_tokens=30)
+        assert drafted(llm) > 0
+    tokens, logprobs = of_answer(output)
+    steps = [512, 388, *[1] * 30]
+    right = expected(model, [AUTO_RULE] * 2, [*prompt, *tokens], steps)
+    assert_close(logprobs, right[-30:])
+
+
+def test_only_dca_s_layers_of_a_hybrid(tmp_path: Path) -> None:
+    model = checkpoints.write(
+        tmp_path,
+        "Gemma3TextConfig",
+        head_dim=32,
+        sliding_window=40,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        initializer_range=0.5,
+    )
+    budgets = {"1": {str(head): ["vertical_and_slash", 40, 110, 1] for head in range(4)}}
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps(budgets))
+    dense = prompt_logprobs(model, PROMPT, **SIZES)
+    for own in (
+        {"sparse": "auto", "sparse_min_keys": 2 * LENGTH},
+        {"sparse": "checkpoint", "sparse_budgets": str(file)},
+    ):
+        given = {**options(**own), "block_size": 32, "num_gpu_blocks_override": 300}
+        with engine(model, **given) as llm:
+            [output] = generate(llm, [PROMPT], prompt_logprobs=0)
+        error = (of_prompt(output).double() - dense).abs()
+        assert error[: THRESHOLD - 1].max() <= ATOL
+        # With all lines it is dense.
+        assert (error.max() <= ATOL) == (own["sparse"] == "auto")
 
 
 def test_torch_agrees_with_the_reference(

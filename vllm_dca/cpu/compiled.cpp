@@ -11,7 +11,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -315,6 +317,10 @@ void store(const Tokens& a) {
 }
 
 }  // namespace
+
+#include "sparse.h"
+#include "weigh.h"
+#include "select.h"
 
 extern "C" int lanes() { return kLanes; }
 extern "C" void write_kv(const Tokens* a) { store(*a); }

@@ -16,7 +16,7 @@ from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.rotary import QueryRotation
 
 SOURCE = Path(__file__).with_name("compiled.cpp")
-PARTS = ("vectors.h", "panels.h", "few.h")
+PARTS = ("vectors.h", "panels.h", "few.h", "sparse.h", "weigh.h", "select.h")
 # Beyond inductor's own.
 FLAGS = ("-ffp-contract=fast", "-fno-math-errno")
 ATTEND = {
@@ -139,16 +139,39 @@ def attention(
     v_scale: torch.Tensor | None = None,
 ) -> None:
     """See `vllm_dca.cpu.decode.decode_attention`."""
+    arguments = arguments_of(
+        query,
+        kv_cache,
+        output,
+        plan.rows,
+        plan.block_table,
+        plan.chunk_len,
+        rotation,
+        softmax_scale,
+    )
+    getattr(library(), ATTEND[query.dtype])(ctypes.byref(arguments))
+
+
+def arguments_of(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    rows: Rows,
+    block_table: torch.Tensor,
+    chunk_len: int,
+    rotation: QueryRotation,
+    softmax_scale: float,
+) -> _Arguments:
+    """The kernel's; it holds no reference to the tensors."""
     _, num_kv_heads, block_size, width = kv_cache.shape
     num_rows, num_heads, head_size = query.shape
-    rows = plan.rows
     assert len(rows.position) == num_rows
     assert query.dtype == kv_cache.dtype == output.dtype
     assert rotation.cos_sin.dtype == torch.float32
     assert rotation.cos_sin.is_contiguous()
     assert width == 2 * head_size
     assert all(t.stride(-1) == 1 for t in (query, kv_cache, output))
-    arguments = _Arguments(
+    return _Arguments(
         query=query.data_ptr(),
         kv_cache=kv_cache.data_ptr(),
         output=output.data_ptr(),
@@ -157,7 +180,7 @@ def attention(
         position=rows.position.data_ptr(),
         request=rows.request.data_ptr(),
         turn=rows.turn.data_ptr(),
-        block_table=plan.block_table.data_ptr(),
+        block_table=block_table.data_ptr(),
         rows=num_rows,
         kv_heads=num_kv_heads,
         group=num_heads // num_kv_heads,
@@ -165,14 +188,13 @@ def attention(
         rotary_dim=rotation.cos_sin.shape[-1],
         is_neox=rotation.is_neox,
         block_size=block_size,
-        chunk_len=plan.chunk_len,
+        chunk_len=chunk_len,
         query_stride=query.stride()[:2],
         output_stride=output.stride()[:2],
         cache_stride=kv_cache.stride()[:3],
-        table_stride=plan.block_table.stride(0),
+        table_stride=block_table.stride(0),
         scale=softmax_scale,
     )
-    getattr(library(), ATTEND[query.dtype])(ctypes.byref(arguments))
 
 
 def write_kv(

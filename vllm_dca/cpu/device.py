@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vllm_dca.cpu import compiled, decode, sparse
+from vllm_dca.cpu import compiled, compiled_sparse, decode, sparse
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.paged_pass import attention
 from vllm_dca.cpu.plan_decode import DecodePlan
@@ -13,6 +13,7 @@ from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.method import kv_cache
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import DecodePlanner, Device, PrefillOperations
+from vllm_dca.method.lines import select
 from vllm_dca.method.sparse import SparseOperations
 
 
@@ -24,7 +25,7 @@ def by_kernel() -> Device:
         kv_cache.without_scales(compiled.write_kv),
         _planner_of(compiled.CompiledPlan),
         compiled.attention,
-        SparseOperations(sparse.weigh, sparse.attend),
+        SparseOperations(compiled_sparse.weigh, compiled_sparse.select, compiled_sparse.attend),
     )
 
 
@@ -36,7 +37,7 @@ def by_torch() -> Device:
         kv_cache.without_scales(kv_cache.write_kv),
         _planner_of(DecodePlan),
         decode.decode_attention,
-        SparseOperations(sparse.weigh, sparse.attend),
+        SparseOperations(sparse.weigh, select, sparse.attend),
     )
 
 

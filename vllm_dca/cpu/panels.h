@@ -9,14 +9,16 @@ constexpr float kSlack = 8.0f;
 
 // A panel's queries, [size, kWidth] numbers in cells, and where its results are: the subtracted
 // maxima, the sums of weights and the weighted values, [kHead + size, kWidth].
-template <typename Cell>
+template <typename Cell, int kWide = kVectors>
 struct Panel {
+  static constexpr int64_t kWidth = kWide * kLanes;
+
   const Cell* queries;
   float *maxima, *weight_sums, *sums;
   Cell* weights;  // [kCells, kWidth], to work with
   int64_t size;
 
-  using Tile = Vector[kTall][kVectors];
+  using Tile = Vector[kTall][kWide];
 
   // Updates it with n keys, [n, size], and values, [n / kNumbers, size], whose rows up to a whole
   // tile's are zeros. Lane m must not see the keys from where hidden + t * group > m. Keys that are
@@ -35,7 +37,7 @@ struct Panel {
     for (int64_t t = 0; t < n; t += kTall) {
       Tile tile;
       for (int i = 0; i < kTall; ++i)
-        for (int j = 0; j < kVectors; ++j) tile[i][j] = -at(maxima + j * kLanes);
+        for (int j = 0; j < kWide; ++j) tile[i][j] = -at(maxima + j * kLanes);
       multiply(tile, keys + t * depth, depth, 1, queries, depth);
       if (t + kTall > n || hidden + (t + kTall - 1) * group > 0)
         hide(tile, n - t, hidden + t * group, group);
@@ -55,7 +57,7 @@ struct Panel {
     const Integers lane = numbered(kEach);
     for (int i = 0; i < kTall; ++i) {
       const int from = i < n ? std::clamp<int64_t>(hidden + i * group, 0, kWidth) : kWidth;
-      for (int j = 0; j < kVectors; ++j)
+      for (int j = 0; j < kWide; ++j)
         tile[i][j] = lane + j * kLanes < from ? everywhere(kLowest) : tile[i][j];
     }
   }
@@ -69,12 +71,12 @@ struct Panel {
   // Weights up to 2^kSlack do no harm, so that the maxima rarely need to rise.
   static bool too_large(const Tile& tile) {
     Vector found = top(tile, 0);
-    for (int j = 1; j < kVectors; ++j) found = larger(found, top(tile, j));
+    for (int j = 1; j < kWide; ++j) found = larger(found, top(tile, j));
     return any_above(found, kSlack);
   }
 
   void raise(Tile& tile, bool first) {
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < kWide; ++j) {
       Vector by = top(tile, j);
       if (!first) {
         by = larger(by, Vector{});
@@ -88,7 +90,7 @@ struct Panel {
   }
 
   void weigh(Tile& tile, int64_t t) {
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < kWide; ++j) {
       Vector total = at(weight_sums + j * kLanes);
       for (int i = 0; i < kTall; ++i) total += tile[i][j] = power_of_two<Cell>(tile[i][j]);
       at(weight_sums + j * kLanes) = total;
@@ -104,10 +106,10 @@ struct Panel {
       Tile tile;
       float* to = sums + d * kWidth;
       for (int i = 0; i < kTall; ++i)
-        for (int j = 0; j < kVectors; ++j) tile[i][j] = at(to + i * kWidth + j * kLanes);
+        for (int j = 0; j < kWide; ++j) tile[i][j] = at(to + i * kWidth + j * kLanes);
       multiply(tile, values + begin * size + d, 1, size, weights + begin * kWidth, end - begin);
       for (int i = 0; i < kTall; ++i)
-        for (int j = 0; j < kVectors; ++j) at(to + i * kWidth + j * kLanes) = tile[i][j];
+        for (int j = 0; j < kWide; ++j) at(to + i * kWidth + j * kLanes) = tile[i][j];
     }
   }
 };

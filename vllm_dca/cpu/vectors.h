@@ -125,16 +125,16 @@ inline Vector add_product(Vector sum, Vector left, Vector right) {
   return sum + left * right;
 }
 
-// sum[i][j] += sum over l of a[i, l] b[l, j], a by both its strides, b with rows of kWidth.
-template <typename Cell>
-inline void multiply(Vector (&sum)[kTall][kVectors], const Cell* a, int64_t a_row, int64_t a_column,
+// sum[i][j] += sum over l of a[i, l] b[l, j], a by both its strides, b with rows of kWide vectors.
+template <typename Cell, int kWide>
+inline void multiply(Vector (&sum)[kTall][kWide], const Cell* a, int64_t a_row, int64_t a_column,
                      const Cell* b, int64_t depth) {
-  for (int64_t l = 0; l < depth; ++l, a += a_column, b += kWidth) {
-    Vector right[kVectors];
-    for (int j = 0; j < kVectors; ++j) right[j] = at(b + j * kLanes);
+  for (int64_t l = 0; l < depth; ++l, a += a_column, b += kWide * kLanes) {
+    Vector right[kWide];
+    for (int j = 0; j < kWide; ++j) right[j] = at(b + j * kLanes);
     for (int i = 0; i < kTall; ++i) {
       const Vector left = everywhere(a + i * a_row);
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = add_product<Cell>(sum[i][j], left, right[j]);
+      for (int j = 0; j < kWide; ++j) sum[i][j] = add_product<Cell>(sum[i][j], left, right[j]);
     }
   }
 }

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_dca.method.geometry import ChunkGeometry
-from vllm_dca.method.lines import Rule, select
+from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse_planning import Segment
 
@@ -34,10 +34,12 @@ class SparseOperations(NamedTuple):
 
     Attributes:
         weigh: how much of a segment's attention each line has.
+        select: the lines of the largest weight.
         attend: along the lines that were selected.
     """
 
     weigh: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    select: Callable[[torch.Tensor, torch.Tensor, Rule], Lines]
     attend: Callable[..., None]
 
 
@@ -73,5 +75,5 @@ def sparse_attention(
         }
         rows = query[segment.rows]
         weights = operations.weigh(rows, kv_cache, rule=rule, **of_segment)
-        lines = select(*weights, rule)
+        lines = operations.select(*weights, rule)
         operations.attend(rows, kv_cache, output[segment.rows], lines=lines, **of_segment)

@@ -1,0 +1,159 @@
+"""Sparse prefill on the CPU by the compiled kernel: `weigh.h`, `select.h`, `sparse.h`.
+
+The functions are those of `vllm_dca.cpu.sparse`.
+"""
+
+import ctypes
+
+import torch
+
+from vllm_dca.cpu.compiled import arguments_of, library
+from vllm_dca.cpu.rows import Rows
+from vllm_dca.method.lines import BAND, PROBE, SINKS, Lines, Rule
+from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse import SparsePlan
+from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_planning import Segment, turns_of
+
+
+class _Lines(ctypes.Structure):
+    """The kernel's `Lines`."""
+
+    _fields_ = (
+        ("vertical", ctypes.c_void_p),
+        ("slash", ctypes.c_void_p),
+        ("verticals", ctypes.c_void_p),
+        ("distances", ctypes.c_void_p),
+        ("budgets", ctypes.c_void_p),
+        ("end", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("lines", ctypes.c_int64),
+        ("slash_stride", ctypes.c_int64),
+        ("min_keys", ctypes.c_int64),
+        ("coverage", ctypes.c_double),
+    )
+
+
+def weigh(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    *,
+    segment: Segment,
+    plan: SparsePlan,
+    rule: Rule,
+    rotation: QueryRotation,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `vllm_dca.cpu.sparse.weigh`."""
+    heads, end = query.shape[1], segment.end
+    num_lines = (end - 1) // rule.line_width + 1
+    vertical = torch.empty(heads, end)
+    slash = torch.zeros(heads, 2 * TILE + num_lines)[:, 2 * TILE :]
+    probe = query[-PROBE:]
+    _call(
+        "weigh",
+        probe,
+        kv_cache,
+        probe,
+        _weights(vertical, slash, rule),
+        segment._replace(begin=end - PROBE),
+        plan,
+        rotation,
+        softmax_scale,
+        rule.continuous,
+    )
+    return vertical, slash
+
+
+def select(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> Lines:
+    """See `vllm_dca.method.lines.select`."""
+    heads, end = vertical.shape
+    assert vertical.is_contiguous()
+    assert slash.stride(1) == 1
+    chosen = Lines(
+        torch.zeros(heads, end, dtype=torch.bool),
+        torch.zeros(heads, end + TILE + 1, dtype=torch.bool),
+    )
+    lines = _weights(vertical, slash, rule)
+    lines.verticals, lines.distances = (each.data_ptr() for each in chosen)
+    budgets = None
+    if rule.verticals is not None and rule.slashes is not None:
+        budgets = torch.stack([rule.verticals, rule.slashes])
+        assert budgets.shape == (2, heads)
+        lines.budgets = budgets.data_ptr()
+    library().select_lines(ctypes.byref(lines), *map(ctypes.c_int64, (heads, SINKS, BAND)))
+    return chosen
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    segment: Segment,
+    plan: SparsePlan,
+    lines: Lines,
+    rotation: QueryRotation,
+    softmax_scale: float,
+) -> None:
+    """See `vllm_dca.cpu.sparse.attend`; the nearest 64 distances are taken to be there."""
+    verticals, distances = (each.contiguous() for each in lines)
+    selected = _Lines(
+        verticals=verticals.data_ptr(), distances=distances.data_ptr(), end=segment.end
+    )
+    _call(
+        "attend_lines",
+        query,
+        kv_cache,
+        output,
+        selected,
+        segment,
+        plan,
+        rotation,
+        softmax_scale,
+    )
+
+
+def _weights(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> _Lines:
+    return _Lines(
+        vertical=vertical.data_ptr(),
+        slash=slash.data_ptr(),
+        end=vertical.shape[1],
+        width=rule.line_width,
+        lines=slash.shape[1],
+        slash_stride=slash.stride(0),
+        min_keys=rule.min_keys,
+        coverage=rule.coverage,
+    )
+
+
+def _call(
+    name: str,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    lines: _Lines,
+    segment: Segment,
+    plan: SparsePlan,
+    rotation: QueryRotation,
+    softmax_scale: float,
+    continuous: bool = False,
+) -> None:
+    """The kernel's function for these rows, those of a segment."""
+    begin, end = segment.begin, segment.end
+    length = plan.original_max_position_embeddings
+    turn, temperature = turns_of(begin, end, plan.geometry, length, continuous)
+    position = torch.arange(begin, end)
+    rows = Rows(torch.zeros_like(position), position, turn, temperature)
+    arguments = arguments_of(
+        query,
+        kv_cache,
+        output,
+        rows,
+        plan.block_table[segment.request, None],
+        plan.geometry.chunk_len,
+        rotation,
+        softmax_scale,
+    )
+    dtype = str(query.dtype).removeprefix("torch.")
+    getattr(library(), f"{name}_{dtype}")(ctypes.byref(arguments), ctypes.byref(lines))
