@@ -1,6 +1,8 @@
 """vLLM's metadata builder: a step's batch becomes a decode plan and a prefill plan."""
 
+import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ class DcaMetadata:
         decode: a plan of the device's planner.
         prefill: a plan of the rest.
         sparse: what sparse layers do instead, where a part of the batch is sparse.
+        plan_again: makes `decode` anew, from the lengths that are on the device by then.
     """
 
     num_decode_tokens: int
@@ -38,6 +41,7 @@ class DcaMetadata:
     decode: Any
     prefill: PrefillPlan | None
     sparse: "SparseStep | None" = None
+    plan_again: Callable[[], Any] | None = None
 
 
 class SparseStep(NamedTuple):
@@ -76,6 +80,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.settings = settings_of(vllm_config)
+        # Model Runner V2 then drafts all of a step's tokens in one graph.
+        self.supports_draft_decode_metadata_update = self.settings.sparse is None
         speculative = vllm_config.speculative_config
         self.host_lengths_are_short = (
             speculative is not None and speculative.method in DRAFTERS_ON_THE_CPU
@@ -144,15 +150,17 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         self, requests: _Requests, num_decodes: int, num_prefills: int, num_decode_tokens: int
     ) -> DcaMetadata:
         """All of it dense."""
-        decode = prefill = None
+        decode = prefill = plan_again = None
         num_tokens = num_decode_tokens
         if num_decodes:
-            decode = self.plan_decode(
+            plan_again = functools.partial(
+                self.plan_decode,
                 requests.query_start_loc[: num_decodes + 1],
                 requests.seq_lens[:num_decodes],
                 requests.block_table[:num_decodes],
                 num_decode_tokens,
             )
+            decode = plan_again()
         if num_prefills:
             rows = slice(num_decodes, num_decodes + num_prefills)
             assert requests.host_lengths is not None
@@ -166,7 +174,9 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
                 self.settings.geometry,
                 self.settings.original_max_position_embeddings,
             )
-        return DcaMetadata(num_decode_tokens, num_tokens, decode, prefill)
+        return DcaMetadata(
+            num_decode_tokens, num_tokens, decode, prefill, plan_again=plan_again
+        )
 
     def _plan_sparse(
         self, requests: _Requests, num_decodes: int, num_prefills: int
@@ -204,3 +214,10 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             plan,
             self._plan(of_rest, decodes, len(rest.request) - decodes, num_decode_tokens),
         )
+
+    def update_draft_decode_metadata(self, metadata: DcaMetadata) -> None:
+        """Plan the next of a step's drafts, in the same buffers, by one launch and no host."""
+        assert metadata.prefill is None
+        assert metadata.sparse is None
+        assert metadata.plan_again is not None
+        metadata.decode = metadata.plan_again()
