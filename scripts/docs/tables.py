@@ -151,7 +151,7 @@ def demo() -> str:
 
 MADE_BY = (demo, perplexity, retrieval, sizes, cpu, cpu_growth, engine, linear_memory)
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
-TABLES["support"] = support_table.table
+TABLES |= {"support": support_table.table, "features": support_table.features}
 
 
 def rewritten(text: str) -> str:

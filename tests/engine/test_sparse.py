@@ -307,6 +307,10 @@ def test_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = args.create_engine_config()
     config.additional_config = given["additional_config"]
     assert refusals.refusals(config) == []
+    config.additional_config["dca"]["prefill_provider"] = "triton"
+    [refused] = refusals.refusals(config)
+    assert refused.startswith("sparse prefill by the code for GPUs")
+    del config.additional_config["dca"]["prefill_provider"]
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
     [refused] = refusals.refusals(config)

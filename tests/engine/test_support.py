@@ -10,7 +10,7 @@ from scripts.docs import tables
 from tests.helpers import checkpoints
 from vllm_dca.engine.refusals import REFUSALS, REFUSED_BY_VLLM, REFUSED_IN_LAYERS
 from vllm_dca.engine.support import PROVED_MODELS, ROPE_TYPES
-from vllm_dca.engine.support_table import SUPPORTED
+from vllm_dca.engine.support_table import FEATURES, SUPPORTED
 
 TESTS = Path(__file__).parent
 # Which test shows each thing that the table calls supported ...
@@ -27,6 +27,7 @@ PROOFS = {
     "mixed batches": "test_engine::test_batched_equals_single",
     "preemption": "test_models::test_preempted_requests_answer_as_if_alone",
     "torch.compile": "test_engine::test_prompt_logprobs_agree_with_the_reference",
+    "`--enforce-eager`": "test_models::test_llama",
     "`n` samples": "test_features::test_samples_share_a_prompt",
     "beam search": "test_features::test_beam_search",
     "log-probabilities": "test_engine::test_prompt_logprobs_agree_with_the_reference",
@@ -38,11 +39,55 @@ PROOFS = {
     "reloading weights": "test_features::test_weights_reloaded_in_place",
     "[sparse prefill]": "test_sparse::test_auto_agrees_with_the_reference",
     "KV connectors": "test_features::test_a_kv_connector_brings_keys_from_another_engine",
-    "speculative decoding": "test_features::test_a_draft_model_drafts_past_its_window",
-    "tensor and pipeline": "test_parallel::test_ranks_agree_with_reference",
+    "speculative decoding by ngram": "test_models::test_speculation_by_ngram_changes_no_answer",
+    "speculative decoding by EAGLE": "test_features::test_eagle_heads_are_attended_by_dca",
+    "speculative decoding by a draft model": (
+        "test_features::test_a_draft_model_drafts_past_its_window"
+    ),
+    "sliding-window layers": (
+        "test_models::test_sliding_layers_keep_their_attention_and_positions"
+    ),
+    "tensor parallel": "test_parallel::test_ranks_agree_with_reference",
+    "pipeline parallel": "test_parallel::test_ranks_agree_with_reference",
     "Ray": "test_ray::test_an_engine_over_two_nodes_agrees_with_the_reference",
     "data parallel": "test_parallel::test_data_parallel_engines_answer_alike",
     "any that divides": "test_models::test_any_block_size_that_divides_the_chunk_length",
+}
+# ... and each that the GPU's code was seen to serve in the interpreter, by model runner.
+IN_BATCHES = "test_model_runner_v2::test_batches_prefixes_samples_and_structures"
+AGREES = "test_cuda_path::test_engine_agrees_with_reference"
+INTERPRETED = {
+    "V1": {
+        "chunked prefill": AGREES,
+        "mixed batches": AGREES,
+        "log-probabilities": AGREES,
+        "`--enforce-eager`": AGREES,
+        "speculative decoding by ngram": "test_model_runner_v2::test_ngram",
+    },
+    "V2": {
+        "chunked prefill": AGREES,
+        "mixed batches": AGREES,
+        "log-probabilities": AGREES,
+        "`--enforce-eager`": AGREES,
+        "prefix caching": IN_BATCHES,
+        "preemption": "test_model_runner_v2::test_preempted_requests_and_weights_reloaded",
+        "CUDA graphs": "test_cuda_graphs::test_replays_of_other_batches",
+        "asynchronous scheduling": IN_BATCHES,
+        "`n` samples": IN_BATCHES,
+        "structured output": IN_BATCHES,
+        "LoRA": "test_model_runner_v2::test_lora",
+        "embeddings and pooling": "test_model_runner_v2::test_pooling",
+        "prompts as embeddings": "test_model_runner_v2::test_prompts_as_embeddings",
+        "reloading weights": (
+            "test_model_runner_v2::test_preempted_requests_and_weights_reloaded"
+        ),
+        "KV connectors": "test_model_runner_v2::test_a_kv_connector",
+        "speculative decoding by ngram": "test_model_runner_v2::test_ngram",
+        "speculative decoding by EAGLE": "test_model_runner_v2::test_eagle",
+        "speculative decoding by a draft model": "test_model_runner_v2::test_a_draft_model",
+        "tensor parallel": "test_model_runner_v2::test_two_ranks",
+        "sliding-window layers": "test_model_runner_v2::test_sliding_layers",
+    },
 }
 # ... and each that it calls refused.
 BY_CONFIG = "test_startup::test_models_that_are_refused_by_their_config"
@@ -71,14 +116,20 @@ REFUSED = {
 }
 
 
-def assert_proved(claims: list[str], proofs: dict[str, str]) -> None:
-    """Each claim starts with the name of exactly one proof, and its test exists."""
+def assert_proved(claims: list[str], proofs: dict[str, str], runner: str | None = None) -> None:
+    """Each claim starts with the name of exactly one proof, and its test exists.
+
+    With a model runner the test also says that it runs under that one.
+    """
     used = set()
     for claim in claims:
         [(start, proof)] = [pair for pair in proofs.items() if claim.startswith(pair[0])]
-        module, _, function = proof.partition("::")
+        module, _, name = proof.partition("::")
         tree = ast.parse((TESTS / f"{module}.py").read_text())
-        assert function in {getattr(node, "name", None) for node in tree.body}, claim
+        [test] = [node for node in tree.body if getattr(node, "name", None) == name]
+        if runner is not None:
+            [under] = [each for each in test.decorator_list if each.func.id == "under"]
+            assert runner in [argument.value for argument in under.args], claim
         used.add(start)
     assert used == set(proofs)
 
@@ -96,6 +147,12 @@ def test_every_claim_has_a_test() -> None:
         for claim in claims
     ]
     assert_proved(claims, PROOFS)
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_what_the_interpreter_showed_has_a_test(runner: str) -> None:
+    shown = [feature for feature, where in FEATURES.items() if getattr(where, runner.lower())]
+    assert_proved(shown, INTERPRETED[runner], runner)
 
 
 def test_every_refusal_has_a_test() -> None:

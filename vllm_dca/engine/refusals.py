@@ -11,6 +11,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import iter_rope_parameters
 
+from vllm_dca.engine.choice import PROVIDERS
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import (
     DRAFTERS,
@@ -19,6 +20,7 @@ from vllm_dca.engine.support import (
     KV_CACHE_DTYPES,
     NOPE_MODELS,
 )
+from vllm_dca.method.config import PROVIDER_KEY
 from vllm_dca.method.sparse_config import MODE_KEY, OFF
 
 
@@ -119,9 +121,14 @@ def _parallel_drafting(vllm_config: VllmConfig) -> str:
 def _sparse(vllm_config: VllmConfig) -> str:
     options = vllm_config.additional_config.get(OPTIONS)
     asked = isinstance(options, Mapping) and options.get(MODE_KEY, OFF) != OFF
-    if not asked or current_platform.is_cpu():
+    if not asked:
         return ""
-    return f'sparse prefill on {current_platform.device_name} ("{MODE_KEY}": "{OFF}" does)'
+    where = f"on {current_platform.device_name}"
+    if current_platform.is_cpu():
+        if options.get(PROVIDER_KEY) not in PROVIDERS["interpreter"]:
+            return ""
+        where = "by the code for GPUs"
+    return f'sparse prefill {where} ("{MODE_KEY}": "{OFF}" does)'
 
 
 REFUSALS: Sequence[Refusal] = (
