@@ -197,7 +197,7 @@ def test_eagle(tmp_path: Path) -> None:
         assert_agrees(llama, prompt, output)
 
 
-@under("V2")
+@under("V1", "V2")
 def test_a_draft_model(tmp_path: Path) -> None:
     """The model drafts for itself: if its layers attend as they should, each draft is right."""
     llama = write(tmp_path)

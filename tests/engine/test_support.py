@@ -63,6 +63,7 @@ INTERPRETED = {
         "log-probabilities": AGREES,
         "`--enforce-eager`": AGREES,
         "speculative decoding by ngram": "test_model_runner_v2::test_ngram",
+        "speculative decoding by a draft model": "test_model_runner_v2::test_a_draft_model",
     },
     "V2": {
         "chunked prefill": AGREES,

@@ -17,7 +17,6 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_dca.engine.settings import settings_of
-from vllm_dca.engine.support import DRAFTERS_ON_THE_CPU
 from vllm_dca.method.planning import PrefillPlan, plan_prefill
 from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_planning import dense_rest, sparse_segments
@@ -82,10 +81,9 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         self.settings = settings_of(vllm_config)
         # Model Runner V2 then drafts all of a step's tokens in one graph.
         self.supports_draft_decode_metadata_update = self.settings.sparse is None
-        speculative = vllm_config.speculative_config
-        self.host_lengths_are_short = (
-            speculative is not None and speculative.method in DRAFTERS_ON_THE_CPU
-        )
+        # A draft model reads a token more of each request than the step had, and vLLM does not
+        # add it to the lengths that it tells the host.
+        self.more = int(all(name.startswith("draft_model.") for name in layer_names))
         self.block_size = kv_cache_spec.block_size
         if self.settings.geometry.chunk_len % self.block_size:
             raise ValueError(
@@ -103,17 +101,17 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             )
         scheduler = vllm_config.scheduler_config
         assert self.reorder_batch_threshold is not None
+        self.decode_threshold = self.reorder_batch_threshold + self.more
         device_of_dca = layers[layer_names[0]].impl.device
         self.plan_decode = device_of_dca.decode_planner(
             self.settings,
             self.block_size,
             max(
-                scheduler.max_num_seqs * self.reorder_batch_threshold,
+                scheduler.max_num_seqs * self.decode_threshold,
                 vllm_config.compilation_config.max_cudagraph_capture_size or 0,
             ),
             kv_cache_spec.num_kv_heads,
         )
-        self.decode_threshold = self.reorder_batch_threshold
         if device_of_dca.prefill is None:
             self.decode_threshold = sys.maxsize
 
@@ -132,8 +130,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         )
         # Exact for prefills, and no copy from a device.
         host_lengths = common.seq_lens_cpu_upper_bound
-        if self.host_lengths_are_short:
-            host_lengths = common.seq_lens
+        if self.more and host_lengths is not None:
+            host_lengths = host_lengths + self.more
         requests = _Requests(
             common.query_start_loc,
             common.seq_lens,

@@ -15,7 +15,6 @@ from vllm_dca.engine.choice import PROVIDERS
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import (
     DRAFTERS,
-    DRAFTERS_ON_THE_CPU,
     HYBRID_MODELS,
     KV_CACHE_DTYPES,
     NOPE_MODELS,
@@ -94,16 +93,9 @@ def _cache_dtype(vllm_config: VllmConfig) -> str:
 
 def _drafter(vllm_config: VllmConfig) -> str:
     speculative = vllm_config.speculative_config
-    if speculative is None:
+    if speculative is None or speculative.method in DRAFTERS:
         return ""
-    usable = [
-        method
-        for method in DRAFTERS
-        if method not in DRAFTERS_ON_THE_CPU or current_platform.is_cpu()
-    ]
-    if speculative.method in usable:
-        return ""
-    return f"speculative decoding by {speculative.method} (by {', '.join(usable)} it does)"
+    return f"speculative decoding by {speculative.method} (by {', '.join(DRAFTERS)} it does)"
 
 
 def _parallel_drafting(vllm_config: VllmConfig) -> str:

@@ -56,9 +56,6 @@ DRAFTERS_WITHOUT_LAYERS = ("ngram",)
 # Speculation whose drafters' attention layers are DCA's too, with the model's chunk sizes.
 DRAFTERS_WITH_LAYERS = ("draft_model", "eagle", "eagle3")
 DRAFTERS = (*DRAFTERS_WITHOUT_LAYERS, *DRAFTERS_WITH_LAYERS)
-# vLLM 0.32 tells the host lengths that are one short where a draft model reads what was
-# verified, and only on the CPU are the true ones at hand.
-DRAFTERS_ON_THE_CPU = ("draft_model",)
 
 
 def cache_dtype_of(kv_cache_dtype: "CacheDType", model_dtype: torch.dtype) -> torch.dtype:

@@ -43,7 +43,7 @@ FEATURES: dict[str, Shown] = {
     "[sparse prefill](sparse.md)": Shown(v2=False),
     "speculative decoding by ngram": Shown(v1=True),
     "speculative decoding by EAGLE and EAGLE-3": Shown(),
-    "speculative decoding by a draft model, on the CPU only": Shown(),
+    "speculative decoding by a draft model": Shown(v1=True),
     "sliding-window layers beside full ones": Shown(),
     "tensor parallel": Shown(),
     "pipeline parallel": Shown(v2=False),
