@@ -91,7 +91,6 @@ def test_drafts_of_a_step_are_one_graph(tmp_path: Path) -> None:
         assert_agrees(llama, prompt, output)
     assert found[0]
     assert found[0] == found[1] == found[2]
-    print("STEPS", steps, drafts)
     assert ("FULL", 3, 12, 16) in steps
     assert ("FULL", 3, 3, 4) in drafts
 

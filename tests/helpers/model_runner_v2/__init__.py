@@ -63,20 +63,22 @@ def capturing(sizes: list[int]) -> Iterator[None]:
     from vllm.config import CUDAGraphMode
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.workspace import init_workspace_manager
 
     from tests.helpers import graphs
     from vllm_dca.method import kv_cache
 
-    init_device, warm_up = CPUWorker.init_device, CPUWorker.compile_or_warm_up_model
+    initialize, warm_up = GPUModelRunner.initialize_kv_cache, CPUWorker.compile_or_warm_up_model
 
-    def with_graphs(self: Any) -> None:
-        compilation = self.vllm_config.compilation_config
+    def with_graphs(self: Any, *args: Any, **kwargs: Any) -> None:
+        # After a drafter is loaded, for which vLLM settles the configuration anew.
+        compilation = self.compilation_config
         compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         compilation.cudagraph_capture_sizes = sizes
         compilation.max_cudagraph_capture_size = max(sizes)
-        init_device(self)
         init_workspace_manager(self.device)
+        initialize(self, *args, **kwargs)
 
     def and_capture(self: Any) -> Any:
         times = warm_up(self)
@@ -84,7 +86,7 @@ def capturing(sizes: list[int]) -> Iterator[None]:
         return times
 
     with graphs.stand_in(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CPUWorker, "init_device", with_graphs)
+        patch.setattr(GPUModelRunner, "initialize_kv_cache", with_graphs)
         patch.setattr(CPUWorker, "compile_or_warm_up_model", and_capture)
         patch.setattr(CpuPlatform, "graph_pool_handle", lambda self: (0, 0), raising=False)
         # Attention is called as Python, not as an operation that a graph would keep whole.
