@@ -1,195 +1,184 @@
-"""Time DCA's decode and prefill on a GPU, one layer, beside plain attention and the floors.
+"""Time DCA's decode and prefill on a GPU, one layer, beside flash-attention and the floors.
 
-Usage: python -m scripts.bench.kernels [--quick] [--provider NAME] [--output FILE]
+Usage: python -m scripts.bench.kernels [--dry-run] [--output FILE]
 
-Needs torch and Triton; prefill is timed with vLLM's flash-attention or the flash-attn package
-where one is there, else with the project's own Triton pass. Before a shape is timed, its answer
-is checked against the fp64 reference, and a wrong one ends the run.
+Needs torch and Triton. flash-attention is one causal call over the same pages, by vLLM's build
+or the flash-attn package; where neither is there, its column says n/a. Decode is timed in a
+CUDA graph, as an engine replays it. Before a case is timed, both answers are checked against
+the fp64 reference. Each case is written when it is done; one that fails is told at the end.
 
-Floors: decode cannot be faster than its keys and values at the bandwidth of a copy, prefill not
-faster than its products at the rate of a matrix product; both are measured first.
+Floors: a case cannot be faster than its keys and values at the bandwidth of a copy, nor faster
+than its products at the rate of a matrix product. Both are measured first. (Contexts that fit
+into the GPU's cache can be faster than the copy.)
 """
 
 import argparse
-import functools
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from triton.testing import do_bench
-
+from scripts.bench import cases, clock, providers
+from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from scripts.common import record
-from vllm_dca.cuda.decode import decode_attention
-from vllm_dca.cuda.merge import merge_parts
-from vllm_dca.cuda.plan_decode import DecodePlanner, spare_slots
-from vllm_dca.cuda.turn import turn_queries
-from vllm_dca.engine.choice import choose
-from vllm_dca.method.device import PrefillOperations
+from vllm_dca.cuda import device
+from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
-from vllm_dca.method.provider import Needs
+from vllm_dca.method.kv_cache import split_kv
+from vllm_dca.method.provider import AttentionProvider
 
-# Name, query heads, KV heads, head size, chunk_size, local_size.
-SHAPES = [
-    ("Llama-3-8B", 32, 8, 128, 6144, 1024),
-    ("Qwen2.5-7B-1M", 28, 4, 128, 262144, 8192),
-]
-PAGE = 16
-DTYPE = torch.bfloat16
-DEVICE = "cuda"
-K = 1024
+FLASH = ("vllm_flash_attn", "flash_attn")
 
 
-class DecodingLayer(Layer):
-    def __init__(self, shape: tuple[Any, ...], batch: int, context: int) -> None:
-        super().__init__(shape, batch, context, new=1, dtype=DTYPE, page=PAGE, device=DEVICE)
+class Bench:
+    """The cases' layers run by DCA's device, with the best provider, and by flash-attention."""
 
-    def plan_decode(self) -> Any:
-        spare = spare_slots(multiprocessors(), self.kv_heads)
-        planner = DecodePlanner(self.geometry, None, len(self.query), spare, self.query.device)
-        starts, seq_lens = self.starts.to(DEVICE), self.seq_lens.to(DEVICE)
-        return planner.plan(starts, seq_lens, self.block_table, len(self.query))
-
-    def decode(self, plan: Any) -> None:
-        decode_attention(
-            self.query,
-            self.kv_cache,
-            self.output,
-            plan=plan,
-            rotation=self.rotation,
-            softmax_scale=self.scale,
+    def __init__(self, page: int) -> None:
+        self.page = page
+        self.can, self.cannot = providers.usable(page)
+        self.provider = next(iter(self.can))
+        self.flash = next((name for name in FLASH if name in self.can), None)
+        self.device = device.with_provider(
+            self.provider, self.can[self.provider], None, clock.multiprocessors(), clock.DEVICE
         )
 
+    def decode_plan(self, layer: Layer, case: Case) -> tuple[Any, Any]:
+        """What plans a step, and the plan."""
+        sizes = case.shape.chunk_size, case.shape.local_size
+        settings = DcaSettings(*sizes, None, "the benchmark", case.shape.chunk_size)
+        planner = self.device.decode_planner(
+            settings, self.page, case.batch, case.shape.kv_heads
+        )
+        lengths = layer.starts.to(clock.DEVICE), layer.seq_lens.to(clock.DEVICE)
 
-def multiprocessors() -> int:
-    return torch.cuda.get_device_properties(0).multi_processor_count
+        def plan() -> Any:
+            return planner(*lengths, layer.block_table, case.batch)
+
+        return plan, plan()
+
+    def decode(self, layer: Layer, plan: Any) -> None:
+        self.device.decode(
+            layer.query,
+            layer.kv_cache,
+            layer.output,
+            plan=plan,
+            rotation=layer.rotation,
+            softmax_scale=layer.scale,
+        )
+
+    def by_flash(self, layer: Layer) -> Any:
+        """One causal call: chunks longer than the context. None without flash-attention."""
+        if self.flash is None:
+            return None
+        attend: AttentionProvider = self.can[self.flash]
+        plain = ChunkGeometry(2 * layer.context + self.page, self.page)
+        [segments] = layer.plan_prefill(plain).passes
+
+        def run() -> None:
+            attend(
+                layer.query,
+                *split_kv(layer.kv_cache),
+                layer.output,
+                segments=segments,
+                softmax_scale=layer.scale,
+            )
+
+        run()
+        layer.check(geometry=plain)
+        return run
+
+    def decode_row(self, case: Case) -> dict[str, Any]:
+        layer = providers.layer_of(case, self.page)
+        plan_step, plan = self.decode_plan(layer, case)
+        self.decode(layer, plan)
+        layer.check()
+        found = self._beside_flash(
+            case, layer, lambda: self.decode(layer, plan), clock.replayed
+        )
+        return {
+            **found,
+            "launched_ms": clock.launched(lambda: self.decode(layer, plan)),
+            "plan_ms": clock.replayed(plan_step),
+        }
+
+    def prefill_row(self, case: Case) -> dict[str, Any]:
+        layer = providers.layer_of(case, self.page)
+        plan = layer.plan_prefill(layer.geometry)
+        layer.prefill(plan, self.device.prefill)
+        layer.check()
+        run = lambda: layer.prefill(plan, self.device.prefill)  # noqa: E731
+        return self._beside_flash(case, layer, run, clock.launched)
+
+    def _beside_flash(self, case: Case, layer: Layer, run: Any, timed: Any) -> dict[str, Any]:
+        dca, flash = timed(run), self.by_flash(layer)
+        flash_ms = timed(flash) if flash else "n/a"
+        return {
+            "case": str(case),
+            **case._asdict(),
+            "dca_ms": dca,
+            "flash_ms": flash_ms,
+            "over_flash": dca["median"] / flash_ms["median"] if flash else "n/a",
+            "launches": clock.launches(run),
+        }
 
 
-def milliseconds(run: Callable[..., None], *args: Any) -> dict[str, float]:
-    low, median, high = do_bench(functools.partial(run, *args), quantiles=[0.2, 0.5, 0.8])
-    return {"median": median, "low": low, "high": high}
+def with_floors(row: dict[str, Any], case: Case, facts: dict[str, Any]) -> dict[str, Any]:
+    """A row with the milliseconds that its bytes and its operations take at least."""
+    copy = case.cache_bytes / facts["copy_bytes_per_second"] * 1e3
+    product = case.operations / facts["product_operations_per_second"] * 1e3
+    share = max(copy, product) / row["dca_ms"]["median"]
+    return {**row, "floor_copy_ms": copy, "floor_product_ms": product, "of_floor": share}
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a device-to-device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (do_bench(lambda: target.copy_(source)) * 1e-3)
+LAYOUT = "{:56}{:>10}{:>10}{:>11}{:>9}{:>12}{:>10}{:>10}"
+COLUMNS = "case DCA_ms flash_ms DCA/flash copy_ms product_ms of_floor launches"
 
 
-def product_rate() -> float:
-    """Operations a second of a large matrix product."""
-    a, b = (torch.randn(8192, 8192, dtype=DTYPE, device=DEVICE) for _ in range(2))
-    return 2 * 8192**3 / (do_bench(lambda: a @ b) * 1e-3)
-
-
-def bench_decode(provider: str, operations: PrefillOperations, bandwidth: float, quick: bool):
-    contexts = [8 * K, 128 * K] if quick else [8 * K, 32 * K, 128 * K, 512 * K, 1024 * K]
-    for shape in SHAPES:
-        for batch in [1, 16] if quick else [1, 4, 16, 64]:
-            for context in contexts:
-                _, _, kv_heads, head_size, *_ = shape
-                size = batch * context * kv_heads * 2 * head_size * DTYPE.itemsize
-                if size > 0.4 * torch.cuda.get_device_properties(0).total_memory:
-                    continue
-                layer = DecodingLayer(shape, batch, context)
-                plan = layer.plan_decode()
-                layer.decode(plan)
-                layer.check()
-                dca = milliseconds(layer.decode, plan)
-                # Chunks longer than the context: one causal pass, which is plain attention.
-                whole = layer.plan_prefill(ChunkGeometry(2 * context + PAGE, PAGE))
-                plain = milliseconds(layer.prefill, whole, operations)
-                yield {
-                    "step": "decode",
-                    "shape": layer.name,
-                    "batch": batch,
-                    "context": context,
-                    "of_copy_bandwidth": size / (dca["median"] * 1e-3) / bandwidth,
-                    "over_plain": dca["median"] / plain["median"],
-                    "plain_by": provider,
-                    "dca_ms": dca,
-                    "plain_ms": plain,
-                    "floor_ms": size / bandwidth * 1e3,
-                }
-
-
-def bench_prefill(provider: str, operations: PrefillOperations, rate: float, quick: bool):
-    for shape in SHAPES:
-        for context in [32 * K] if quick else [32 * K, 64 * K, 128 * K, 256 * K]:
-            layer = Layer(shape, 1, context, context, DTYPE, PAGE, DEVICE)
-            dca_plan = layer.plan_prefill(layer.geometry)
-            plain_plan = layer.plan_prefill(ChunkGeometry(2 * context + PAGE, PAGE))
-            layer.prefill(dca_plan, operations)
-            layer.check()
-            dca = milliseconds(layer.prefill, dca_plan, operations)
-            plain = milliseconds(layer.prefill, plain_plan, operations)
-            operations_count = 2 * context**2 * len(layer.query[0]) * layer.head_size
-            yield {
-                "step": "prefill",
-                "shape": layer.name,
-                "batch": 1,
-                "context": context,
-                "over_plain": dca["median"] / plain["median"],
-                "plain_by": provider,
-                "dca_ms": dca,
-                "plain_ms": plain,
-                "floor_ms": operations_count / rate * 1e3,
-            }
+def printed(row: dict[str, Any]) -> str:
+    flash = row["flash_ms"]
+    numbers = [
+        row["dca_ms"]["median"],
+        flash if flash == "n/a" else flash["median"],
+        row["over_flash"],
+        *(row[name] for name in ("floor_copy_ms", "floor_product_ms", "of_floor")),
+    ]
+    cells = (number if isinstance(number, str) else f"{number:.3f}" for number in numbers)
+    return LAYOUT.format(row["case"], *cells, row["launches"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few shapes")
-    parser.add_argument("--provider", help="of the passes; else the first that works")
+    parser.add_argument("--dry-run", action="store_true", help="small, and without a GPU")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    assert torch.cuda.is_available(), "needs a GPU"
-
-    capability = torch.cuda.get_device_capability()
-    needs = Needs(128, DTYPE, DTYPE, PAGE, capability)
-    provider, attend, _ = choose("cuda", args.provider, needs)
-    operations = PrefillOperations(turn_queries, attend, merge_parts)
-    bandwidth, rate = copy_bandwidth(), product_rate()
+    assert args.dry_run or not clock.REHEARSAL, "needs a GPU; --dry-run does not"
+    facts = {**record.provenance("triton"), **clock.prepare()}
+    # The package takes large pages only; vLLM's build takes those that vLLM chooses.
+    pages = providers.SMALL_PAGE, providers.PAGE
+    bench = Bench(pages[0])
+    if bench.flash is None and not args.dry_run:
+        bench = Bench(pages[1])
+    facts |= {
+        "provider": bench.provider,
+        "flash_attention": bench.flash or "n/a",
+        "cannot": bench.cannot,
+        "page": bench.page,
+        "dtype": str(cases.DTYPE),
+    }
+    copies, multiplies = facts["copy_bytes_per_second"], facts["product_operations_per_second"]
     print(
-        f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s, multiplies "
-        f"{rate / 1e12:.0f} TFLOP/s; passes by {provider}"
+        f"{facts['device']}: copies {copies / 1e12:.2f} TB/s, multiplies "
+        f"{multiplies / 1e12:.0f} TFLOP/s; passes by {bench.provider}, flash-attention: "
+        f"{facts['flash_attention']}"
     )
-    layout = "{:8}{:15}{:>6}{:>11}{:>13}{:>10}{:>10}{:>10}{:>14}"
-    columns = "step shape batch context DCA/plain DCA_ms plain_ms floor_ms of_bandwidth"
-    print(layout.format(*columns.split()))
-    results = []
-    for row in itertools.chain(
-        bench_decode(provider, operations, bandwidth, args.quick),
-        bench_prefill(provider, operations, rate, args.quick),
-    ):
-        results.append(row)
-        share = row.get("of_copy_bandwidth")
-        numbers = [row["dca_ms"]["median"], row["plain_ms"]["median"], row["floor_ms"]]
-        print(
-            layout.format(
-                row["step"],
-                row["shape"],
-                row["batch"],
-                f"{row['context']:,}",
-                f"{row['over_plain']:.2f}",
-                *(f"{number:.3f}" for number in numbers),
-                "" if share is None else f"{share:.2f}",
-            ),
-            flush=True,
-        )
-    if args.output:
-        found = {
-            "device": torch.cuda.get_device_name(),
-            "copy_bytes_per_second": bandwidth,
-            "product_operations_per_second": rate,
-            "provider": provider,
-            "dtype": str(DTYPE),
-            "results": results,
-        }
-        record.write(args.output, {**record.provenance("triton"), **found})
+    print(LAYOUT.format(*COLUMNS.split()))
+    journal = record.Journal(args.output, facts)
+    for step, found in (("decode", cases.decode), ("prefill", cases.prefill)):
+        for case in found(args.dry_run):
+            with journal.attempt(f"{step}, {case}"):
+                row = getattr(bench, f"{step}_row")(case)
+                journal.add({"step": step, **with_floors(row, case, facts)})
+                print(printed(journal.results[-1]), flush=True)
+    journal.end()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """What a result must say of itself to be made again: command, commit, machine, versions."""
 
+import contextlib
 import json
 import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+import traceback
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +20,37 @@ def provenance(*packages: str) -> dict[str, Any]:
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
 
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *words], cwd=ROOT, text=True, capture_output=True)
-
-    commit = git("rev-parse", "HEAD").stdout.strip()
-    # Results that another command has just written are no other code.
-    if git("diff", "--quiet", "HEAD", "--", ".", ":!docs").returncode:
-        commit += "-dirty"
     module = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix()
     return {
         "command": command("python", "-m", module.replace("/", "."), *sys.argv[1:]),
-        "commit": commit,
+        "commit": commit(),
         "machine": f"{platform.machine()}, {len(cpu)} x {cpu[0] if cpu else 'unknown'}",
-        "versions": {name: version(name) for name in ("torch", *packages)},
+        "versions": {name: _version(name) for name in ("torch", *packages)},
     }
+
+
+def commit() -> str:
+    """Of this checkout; a copy without git has results too."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, text=True, capture_output=True)
+
+    try:
+        head = git("rev-parse", "HEAD")
+    except FileNotFoundError:
+        return "unknown: there is no git"
+    if head.returncode:
+        return "unknown: this is no checkout"
+    # Results that another command has just written are no other code.
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!docs").returncode
+    return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def command(*words: str) -> str:
@@ -44,3 +64,38 @@ def write(output: Path, record: dict[str, Any]) -> None:
     unfinished = output.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(output)
+
+
+class Journal:
+    """A record that is on disk after each result; what fails is told at the end."""
+
+    def __init__(self, output: Path | None, facts: dict[str, Any]) -> None:
+        self.output, self.facts = output, facts
+        self.results: list[dict[str, Any]] = []
+        self.failures: dict[str, str] = {}
+        self._write()
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.results.append(result)
+        self._write()
+
+    @contextlib.contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """An error in here is kept, and the next attempt goes on."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failures[what] = f"{type(error).__name__}: {error}"
+            self._write()
+
+    def end(self) -> None:
+        """Exit with the failures, if there were any."""
+        if self.failures:
+            lines = (f"{what}: {why}" for what, why in self.failures.items())
+            sys.exit("\n".join(["FAILED:", *lines]))
+
+    def _write(self) -> None:
+        if self.output:
+            found = {"failures": self.failures, "results": self.results}
+            write(self.output, {**self.facts, **found})

@@ -9,9 +9,14 @@ import torch
 from tests.cuda.test_kernels import TRITON, plan, planner
 from tests.helpers.paged import DEVICE, Batch, Shape, query_start_loc
 from vllm_dca.cuda.decode import decode_attention
+from vllm_dca.cuda.merge import merge_parts
+from vllm_dca.cuda.turn import turn_queries
+from vllm_dca.engine.choice import PROVIDERS
+from vllm_dca.method.device import PrefillOperations
 from vllm_dca.method.kv_cache import split_kv
 from vllm_dca.method.planning import plan_prefill
 from vllm_dca.method.prefill import prefill_attention
+from vllm_dca.method.provider import Needs, UnusableProviderError
 
 SHAPE = Shape(
     [(1, 0)],
@@ -155,3 +160,30 @@ def test_batches_of_a_real_size() -> None:
             outputs.append(output.cpu())
         assert torch.equal(*outputs)
         batch.assert_close(outputs[0])
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PROVIDERS["cuda"])
+def test_every_provider_that_is_here_agrees(
+    name: str, dtype: torch.dtype, head_size: int
+) -> None:
+    """Whole prompts, ends of long ones, and one new token, over several chunks."""
+    block_size = 256  # the least that the flash-attn package takes
+    capability = torch.cuda.get_device_capability()
+    try:
+        attend = PROVIDERS["cuda"][name](Needs(head_size, dtype, dtype, block_size, capability))
+    except UnusableProviderError as error:
+        pytest.skip(str(error))
+    shape = dataclasses.replace(
+        SHAPE,
+        lengths=[(2000, 0), (1800, 1700), (700, 699), (512, 511)],
+        chunk_len=512,
+        local_size=128,
+        block_size=block_size,
+        head_size=head_size,
+        dtype=dtype,
+    )
+    batch = Batch.random(shape)
+    operations = PrefillOperations(turn_queries, attend, merge_parts)
+    batch.assert_close(batch.prefill(operations=operations, device=DEVICE))

@@ -5,38 +5,70 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from scripts.bench import kernels
+from scripts.bench import cases, clock, kernels
+from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from tests.helpers import interpreter
-from tests.helpers.paged import DEVICE
-from vllm_dca.cuda.merge import merge_parts
 from vllm_dca.cuda.paged_pass import attention
-from vllm_dca.cuda.turn import turn_queries
-from vllm_dca.method.device import PrefillOperations
 
 ROOT = Path(__file__).parents[2]
 interpreter.repair()
 
 
-def test_benchmark_checks_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "DEVICE", str(DEVICE))
-    monkeypatch.setattr(kernels, "multiprocessors", lambda: 1)
-    shape = ("tiny", 4, 2, 32, 48, 16)
-    layer = kernels.DecodingLayer(shape, batch=2, context=150)
-    layer.decode(layer.plan_decode())
-    layer.check()
-    layer.output.mul_(1.1)
-    with pytest.raises(AssertionError, match="tiny, 150 tokens"):
-        layer.check()
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_benchmark_checks_its_answers(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DCA's, and those of the flash-attention that stands beside it."""
+    bench = kernels.Bench(16)
+    assert bench.flash is None
+    case = Case(cases.TINY, 2, 150, 1) if step == "decode" else Case(cases.TINY, 1, 100, 20)
+    measure = getattr(bench, f"{step}_row")
+    row = measure(case)
+    # Two launches; one turn, three passes and a merge.
+    assert row["launches"] == {"decode": 2, "prefill": 5}[step]
+    assert row["flash_ms"] == row["over_flash"] == "n/a"
 
-    layer = Layer(shape, 1, 100, 100, torch.bfloat16, kernels.PAGE, str(DEVICE))
-    operations = PrefillOperations(turn_queries, attention, merge_parts)
-    layer.prefill(layer.plan_prefill(layer.geometry), operations)
-    layer.check()
+    bench.can["flash_attn"], bench.flash = attention, "flash_attn"
+    row = kernels.with_floors(
+        measure(case),
+        case,
+        {"copy_bytes_per_second": 1e9, "product_operations_per_second": 1e12},
+    )
+    assert row["over_flash"] == row["dca_ms"]["median"] / row["flash_ms"]["median"]
+    # Keys and values of 32 entries, 2 bytes, 2 heads, once, at a byte a nanosecond.
+    assert row["floor_copy_ms"] == pytest.approx(case.batch * case.context * 256e-6)
+    assert kernels.printed(row).count("n/a") == 0
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        lse = attention(*args, **kwargs)
+        args[3].mul_(1.1)
+        return lse
+
+    bench.can["flash_attn"] = wrong
+    with pytest.raises(AssertionError, match=r"tiny, .* tokens"):
+        measure(case)
+    bench.flash = None
+    check = Layer.check
+
+    def spoilt(layer: Layer) -> None:
+        layer.output.mul_(1.1)
+        check(layer)
+
+    monkeypatch.setattr(Layer, "check", spoilt)
+    with pytest.raises(AssertionError, match=r"tiny, .* tokens"):
+        measure(case)
+
+
+def test_floors_count_what_causal_queries_see() -> None:
+    case = Case(cases.TINY, 3, 50, 20)
+    seen = sum(position + 1 for position in range(30, 50))
+    assert case.operations == 3 * seen * 4 * 4 * 32
+    whole = [*cases.decode(False), *cases.prefill(False)]
+    assert {case.context for case in whole} == {k << 10 for k in (8, 32, 128, 512, 1024)}
+    assert all(case.cache_bytes <= clock.memory() for case in cases.decode(False))
 
 
 def test_kernels_compile_and_fit(tmp_path: Path) -> None:

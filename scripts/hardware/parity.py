@@ -1,0 +1,119 @@
+"""A tiny model through vLLM's engine in bf16, held against the fp64 reference.
+
+Usage: python -m scripts.hardware.parity [--dry-run] [--output FILE]
+
+On a GPU with torch.compile and CUDA graphs. Prompts end at, before and after chunk borders, are
+prefilled in odd pieces, and their answers cross further borders. The engine may be twice as far
+from fp64 as the reference run in bf16. --dry-run is the same on the CPU, eager.
+"""
+
+import argparse
+import gc
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.common import backends, record
+
+# Chunks of 64 tokens; heads that flash-attention takes.
+SIZES = {"chunk_size": 96, "local_size": 32}
+SHAPE = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 128}
+LENGTHS = (63, 64, 65, 100, 190, 250)
+ANSWERED = 70
+
+
+def checkpoint(directory: Path) -> Path:
+    """Its weights are bf16 numbers, so that every dtype has the same."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.helpers import checkpoints
+
+    exact = checkpoints.write(directory / "fp32", "LlamaConfig", **SHAPE)
+    rounded = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.bfloat16)
+    rounded.save_pretrained(directory / "bf16")
+    return directory / "bf16"
+
+
+def by_engine(model: Path, dry_run: bool) -> tuple[dict[str, Any], list[Any]]:
+    """What ran, and the answers with the log-probabilities of all tokens."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    from tests.helpers import checkpoints
+    from tests.helpers.answers import generate
+    from tests.helpers.inprocess import engine
+
+    options = {
+        "dtype": "bfloat16",
+        "enforce_eager": dry_run,
+        "max_model_len": 384,
+        "max_num_batched_tokens": 117,
+        "additional_config": {"dca": SIZES},
+    }
+    with engine(model, **options) as llm:
+        compilation = llm.llm_engine.vllm_config.compilation_config
+        ran = {
+            "backends": llm.apply_model(backends.of_layers),
+            "cudagraph_mode": compilation.cudagraph_mode.name,
+            "compilation_mode": compilation.mode.name,
+        }
+        assert all(
+            len(names) == 1 and names[0].startswith("DCA (") for names in ran["backends"]
+        )
+        if current_platform.is_cuda() and not dry_run:
+            # Decode as one graph; else full graphs were given up on the way.
+            assert compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL, ran
+        prompts = [checkpoints.tokens(length, length) for length in LENGTHS]
+        answers = generate(llm, prompts, max_tokens=ANSWERED, prompt_logprobs=0)
+    gc.collect()
+    return ran, answers
+
+
+def compare(model: Path, answers: list[Any]) -> dict[str, float]:
+    """Distances from fp64, root mean squares over all tokens of all sequences."""
+    from tests.helpers.answers import of_answer, of_prompt
+    from vllm_dca.reference.model import prompt_logprobs
+
+    found, exact, rounded, plain = [], [], [], []
+    for answer in answers:
+        tokens, logprobs = of_answer(answer)
+        sequence = [*answer.prompt_token_ids, *tokens]
+        found.append(torch.cat([of_prompt(answer), logprobs]).double())
+        exact.append(prompt_logprobs(model, sequence, **SIZES))
+        rounded.append(prompt_logprobs(model, sequence, **SIZES, dtype=torch.bfloat16).double())
+        plain.append(prompt_logprobs(model, sequence))
+
+    def distance(some: list[torch.Tensor]) -> float:
+        return (torch.cat(some) - torch.cat(exact)).square().mean().sqrt().item()
+
+    return {
+        "engine": distance(found),
+        "bf16 reference": distance(rounded),
+        "without DCA": distance(plain),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="eager, and without a GPU")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    journal = record.Journal(args.output, record.provenance("transformers"))
+    with tempfile.TemporaryDirectory() as directory:
+        model = checkpoint(Path(directory))
+        ran, answers = by_engine(model, args.dry_run)
+        distances = compare(model, answers)
+    journal.add({"ran": ran, "rms_from_fp64": distances})
+    print(ran, distances)
+    allowed = 2 * distances["bf16 reference"]
+    with journal.attempt("parity"):
+        assert distances["engine"] <= allowed, f"{distances['engine']} > {allowed}"
+        # Else this could not tell DCA from no DCA.
+        assert distances["without DCA"] > 2 * allowed, distances
+    journal.end()
+
+
+if __name__ == "__main__":
+    main()
