@@ -57,7 +57,7 @@ CONTEXTS = [8 * K, 32 * K, 128 * K, 512 * K, 1024 * K]
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
 NEW = 8 * K
 # In the interpreter: one chunk, and three.
-TINY = Shape("tiny", 4, 2, 32, 48, 16)
+TINY = Shape("tiny", 6, 2, 32, 48, 16)
 
 
 def decode(small: bool) -> Iterator[Case]:

@@ -21,6 +21,7 @@ def provenance(*packages: str) -> dict[str, Any]:
     cpu = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
 
     module = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix()
+    module = module.removesuffix("/__main__")
     return {
         "command": command("python", "-m", module.replace("/", "."), *sys.argv[1:]),
         "commit": commit(),

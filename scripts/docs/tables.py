@@ -149,7 +149,41 @@ def demo() -> str:
     )
 
 
-MADE_BY = (demo, perplexity, retrieval, sizes, cpu, cpu_growth, engine, linear_memory)
+def turing() -> str:
+    kernels = load("turing")["kernels"]
+
+    def most(key: str, kernel: str, tiles: str) -> str:
+        of = (row[key] for row in kernels if (row["kernel"], row["tiles"]) == (kernel, tiles))
+        return f"{max(of):,}"
+
+    keys = ("spilled_bytes", "shared_bytes", "tensor_core_instructions")
+    return markdown(
+        (
+            "kernel",
+            "tiles",
+            "spilled, bytes",
+            "shared memory, bytes",
+            "tensor-core instructions",
+        ),
+        *(
+            (kernel, tiles, *(most(key, kernel, tiles) for key in keys))
+            for kernel in ("pass", "decode")
+            for tiles in ("other cards'", "smaller")
+        ),
+    )
+
+
+MADE_BY = (
+    demo,
+    perplexity,
+    retrieval,
+    sizes,
+    cpu,
+    cpu_growth,
+    engine,
+    linear_memory,
+    turing,
+)
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
 TABLES |= {"support": support_table.table, "features": support_table.features}
 

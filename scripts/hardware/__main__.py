@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scripts.common import record
 
@@ -83,10 +83,10 @@ def run(step: Step, log: Path) -> int:
         return process.wait()
 
 
-def run_all(found: list[Step], results: Path) -> None:
+def run_all(found: list[Step], results: Path, facts: dict[str, Any]) -> None:
     """One after the other, whatever the others do; exits with a list of those that failed."""
     results.mkdir(parents=True, exist_ok=True)
-    journal = record.Journal(results / "gpu.json", record.provenance("triton"))
+    journal = record.Journal(results / "gpu.json", facts)
     for step in found:
         print(f"\n== {step.name}: {record.command(*step.command)}", flush=True)
         log = results / f"gpu-{step.name}.log"
@@ -113,7 +113,9 @@ def main() -> None:
 
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("There is no GPU, or not one that torch finds; --dry-run needs none.")
-    run_all(steps(args.engine, args.dry_run, args.results.resolve()), args.results.resolve())
+    results = args.results.resolve()
+    facts = record.provenance("triton")
+    run_all(steps(args.engine, args.dry_run, results), results, facts)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from fp64 as the reference run in bf16. --dry-run is the same on the CPU, eager.
 
 import argparse
 import gc
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def checkpoint(directory: Path) -> Path:
 
 def by_engine(model: Path, dry_run: bool) -> tuple[dict[str, Any], list[Any]]:
     """What ran, and the answers with the log-probabilities of all tokens."""
+    # Of a CPU's memory vLLM would take nearly all.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm.config.compilation import CUDAGraphMode
     from vllm.platforms import current_platform
 
@@ -50,6 +53,7 @@ def by_engine(model: Path, dry_run: bool) -> tuple[dict[str, Any], list[Any]]:
         "enforce_eager": dry_run,
         "max_model_len": 384,
         "max_num_batched_tokens": 117,
+        "max_num_seqs": 8,
         "additional_config": {"dca": SIZES},
     }
     with engine(model, **options) as llm:

@@ -15,6 +15,7 @@ from scripts.common import record
 from scripts.hardware import __main__ as hardware
 from scripts.hardware import engine
 from scripts.hardware.__main__ import Step
+from tests.cuda import test_gpu
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses for want of one")
@@ -98,6 +99,7 @@ def test_a_step_that_fails_does_not_end_the_run(
                 step("last", last),
             ],
             tmp_path,
+            {},
         )
     report = str(end.value)
     assert report.startswith("FAILED:\nfirst: ")
@@ -134,6 +136,16 @@ def test_on_a_gpu_only_what_a_gpu_can_pass_is_run() -> None:
     assert {"kernels", "providers", "parity", "engine"} <= set(found)
     for step in found.values():
         assert "--dry-run" not in step.command
+
+
+@pytest.mark.parametrize(
+    ("step", "lengths"),
+    [("prefill", [(200, 130), (65, 0)]), ("decode", [(200, 199), (66, 63), (1, 0)])],
+)
+def test_the_gpus_tests_run_what_they_say(step: str, lengths: list[tuple[int, int]]) -> None:
+    on_device = test_gpu.OnDevice(lengths)
+    getattr(on_device, step)()
+    on_device.batch.assert_close(on_device.output.cpu())
 
 
 def run(module: str, output: Path) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Compile the kernels for compute capability 7.5, which DCA refuses: what it would take.
+
+Usage: python -m scripts.bench.turing [--output FILE]
+
+In fp16, with the tiles that other cards have and with smaller ones. Needs no GPU.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from scripts.bench import compile_kernels
+from vllm_dca.cuda import decode, paged_pass
+
+CAPABILITY = 75
+KERNELS = {"split": "decode", "attention": "pass"}
+
+
+@contextlib.contextmanager
+def smaller_tiles() -> Iterator[None]:
+    """Sixteen keys for decode; sixteen queries and 32 keys for a pass; eight warps."""
+    tune = decode.tune
+    with (
+        mock.patch.object(decode, "tune", lambda *of: tune(*of)._replace(tile=16, num_warps=8)),
+        mock.patch.object(paged_pass, "tune", return_value=(16, 32, 8)),
+    ):
+        yield
+
+
+def compiled(tiles: str) -> Iterator[dict[str, Any]]:
+    for name, heads, kv_heads, head_size in compile_kernels.SHAPES:
+        with compile_kernels.Compiler(CAPABILITY) as compiler:
+            compile_kernels.launch(heads, kv_heads, head_size, *[torch.float16] * 2)
+        for kernel, found in compiler.kernels.items():
+            kind = KERNELS.get(kernel.partition("_")[0])
+            if kind is not None:
+                yield {
+                    "kernel": kind,
+                    "tiles": tiles,
+                    "shape": name,
+                    **compile_kernels.resources(found),
+                    "tensor_core_instructions": found.asm["ptx"].count("mma.sync"),
+                }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    results = [*compiled("other cards'")]
+    with smaller_tiles():
+        results += compiled("smaller")
+    for row in results:
+        print(row)
+    if args.output:
+        kernels = ",\n".join(f"  {json.dumps(row)}" for row in results)
+        triton = json.dumps(version("triton"))
+        args.output.write_text(f'{{\n "triton": {triton},\n "kernels": [\n{kernels}\n ]\n}}\n')
+
+
+if __name__ == "__main__":
+    main()
