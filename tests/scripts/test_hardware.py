@@ -15,7 +15,9 @@ from scripts.common import record
 from scripts.hardware import __main__ as hardware
 from scripts.hardware import engine
 from scripts.hardware.__main__ import Step
-from tests.cuda import test_gpu
+from tests.cuda import test_gpu, test_kernels
+from tests.helpers.pretended_gpu import pretended_gpu
+from vllm_dca.cuda.plan_decode import DecodePlanner
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses for want of one")
@@ -146,6 +148,30 @@ def test_the_gpus_tests_run_what_they_say(step: str, lengths: list[tuple[int, in
     on_device = test_gpu.OnDevice(lengths)
     getattr(on_device, step)()
     on_device.batch.assert_close(on_device.output.cpu())
+
+
+def test_the_gpus_tests_of_graphs_and_waiting_hold_on_a_pretended_one() -> None:
+    with pretended_gpu():
+        test_gpu.test_a_captured_graph_replays_across_chunk_borders(3)
+        test_gpu.test_nothing_synchronises("decode")
+
+
+def test_a_graph_that_froze_its_lengths_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the replay test is for: a plan whose buffers are not those of the capture."""
+    made = []
+
+    class Moves(DecodePlanner):
+        def plan(self, *args: Any) -> Any:
+            planner = DecodePlanner(*made[-1])
+            return planner.plan(*args)
+
+        def __init__(self, *args: Any) -> None:
+            made.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(test_kernels, "DecodePlanner", Moves)
+    with pretended_gpu(), pytest.raises(AssertionError, match=r"> .* for Shape"):
+        test_gpu.test_a_captured_graph_replays_across_chunk_borders(1)
 
 
 def run(module: str, output: Path) -> dict[str, Any]:
