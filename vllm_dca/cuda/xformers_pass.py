@@ -27,10 +27,7 @@ def provider(needs: Needs) -> AttentionProvider:
     Raises:
         UnusableProviderError: it cannot serve these needs.
     """
-    try:
-        from xformers.ops import fmha
-    except ImportError as error:  # of a flash-attn that is too new for it, too
-        raise UnusableProviderError(f"xformers cannot be imported ({error})") from error
+    # Before the import, which takes seconds.
     check(needs, page_multiple=1, largest_head=256)
     if needs.capability < (8, 0):
         raise UnusableProviderError(
@@ -39,6 +36,10 @@ def provider(needs: Needs) -> AttentionProvider:
         )
     if torch.version.cuda is None:
         raise UnusableProviderError("it wants a torch for CUDA")
+    try:
+        from xformers.ops import fmha
+    except ImportError as error:  # of a flash-attn that is too new for it, too
+        raise UnusableProviderError(f"xformers cannot be imported ({error})") from error
     operator = _operator(fmha, needs)
     return functools.partial(_attention, fmha, operator, WeakKeyDictionary())
 
