@@ -173,6 +173,25 @@ def turing() -> str:
     )
 
 
+def sparse() -> str:
+    rows = [row for name in ("sparse-32k", "sparse-128k") for row in load(name)["results"]]
+    return markdown(
+        (
+            *("tokens", "shape", "dtype", "dense, ms", "selecting, auto"),
+            *("selecting, checkpoint", "attending, by share of keys"),
+        ),
+        *(
+            (
+                f"{row['context']:,}",
+                *(row["model"], row["dtype"], f"{row['dense_ms']:,.0f}"),
+                *(f"{row['select'][mode]:.3f}" for mode in ("auto", "checkpoint")),
+                ", ".join(f"{float(k):.2f}: {took:.3f}" for k, took in row["attend"].items()),
+            )
+            for row in rows
+        ),
+    )
+
+
 MADE_BY = (
     demo,
     perplexity,
@@ -183,6 +202,7 @@ MADE_BY = (
     engine,
     linear_memory,
     turing,
+    sparse,
 )
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
 TABLES |= {"support": support_table.table, "features": support_table.features}

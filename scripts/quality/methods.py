@@ -7,7 +7,8 @@
     dca+yarn    Dual Chunk Attention over a window that YaRN doubles
 
 Options follow a colon: `yarn:factor=8`, `dca:chunk_size=4096,local_size=512`. Without a factor,
-yarn takes what reaches the length asked for, dynamic 2, the usual one.
+yarn takes what reaches the length asked for, dynamic 2, the usual one. With one of sparse
+prefill's options, `dca:sparse_coverage=0.9`, it is on.
 """
 
 import contextlib
@@ -61,7 +62,8 @@ class Method:
         pairs = [item.split("=") for item in rest.split(",") if item]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"{label!r}: options are NAME=NUMBER, with commas between them")
-        options = {key: float(v) if key == "factor" else int(v) for key, v in pairs}
+        shares = ("factor", "sparse_coverage")
+        options = {key: float(v) if key in shares else int(v) for key, v in pairs}
         return cls(label, name, options)
 
     @property
@@ -93,6 +95,8 @@ class Method:
             # Nothing but a rotary table that is long enough.
             given["max_position_embeddings"] = max(length, window)
         if self.is_dca:
+            if any(key.startswith("sparse_") for key in options):
+                options["sparse"] = "auto"
             return {
                 "attention_backend": "DCA",
                 "hf_overrides": given,

@@ -13,7 +13,7 @@ from tests.helpers import sparse as helper
 from tests.helpers.paged import Batch, Shape
 from vllm_dca.cpu import compiled, compiled_sparse, sparse
 from vllm_dca.method.lines import Lines, Rule, select
-from vllm_dca.method.sparse import SparseOperations, SparsePlan
+from vllm_dca.method.sparse import Attended, SparseOperations, SparsePlan
 from vllm_dca.method.sparse_planning import Segment
 from vllm_dca.reference import sparse as reference
 from vllm_dca.reference.attention import dual_chunk_attention
@@ -211,6 +211,37 @@ def test_selects_as_specified(path: str, end: int, rule: Rule, seed: int) -> Non
     right = reference.select(weights.double(), i[:, 0], helper.reference_rule(rule))
     assert torch.equal(found.verticals, right.verticals)
     assert torch.equal(found.distances, right.distances)
+
+
+@PATHS
+def test_what_lines_keep_of_a_tile_between(path: str) -> None:
+    """Of attention: the ratio of what is under the softmax, along the lines and in all."""
+    batch = Batch.random(Shape([(700, 0)], 320, 64, block_size=16))
+    plan, given = helper.plan(batch), helper.options(batch)
+    for segment in plan.segments:
+        lines = helper.random_lines(batch, segment, 0.1)
+        attended = Attended(
+            batch.rotated_query()[segment.rows],
+            poisoned(batch, segment),
+            segment,
+            lines,
+            OPERATIONS[path],
+            {"plan": plan, "rotation": batch.rotation(), "softmax_scale": batch.shape.scale},
+        )
+        end = (segment.begin + segment.end) // 2 // 64 * 64
+        rows = torch.arange(end - 64, end)
+        query, key, _ = helper.unrotated(batch, segment)
+        weights = reference.probe_weights(
+            query[rows - segment.begin], key[:end], reference.Rule(), **given
+        )
+        seen = reference.seen_keys(rows, reference.Lines(*lines))[:, :, :end]
+        recall, keys = attended.kept(lines)
+        right = (weights * seen).sum(-1).mean(-1)
+        torch.testing.assert_close(recall.double(), right, rtol=1e-5, atol=0)
+        # Later rows' keys too.
+        of_last = reference.seen_keys(rows[-1:], reference.Lines(*lines))[:, 0, :end]
+        torch.testing.assert_close(keys, of_last.float().mean(-1))
+        assert 0 < recall.min() < recall.max() < 1
 
 
 @pytest.mark.parametrize("rule", [BY_BUDGETS, BY_COVERAGE])

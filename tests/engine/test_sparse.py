@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from tests.helpers import checkpoints
 from tests.helpers import sparse as helper
@@ -118,8 +119,15 @@ def by_reference(llama: Path) -> torch.Tensor:
 def test_auto_agrees_with_the_reference(
     llama: Path, by_reference: torch.Tensor, dca_log: list[str]
 ) -> None:
-    """The same steps give the same bits; decode rows are dense."""
-    with engine(llama, **options(**AUTO)) as llm:
+    """The same steps give the same bits; decode rows are dense; what is kept is counted."""
+
+    def kept() -> list[float]:
+        label = {"model_name": str(llama)}
+        names = [f"sparse_{kind}" for kind in ("recall_count", "recall_sum", "keys_sum")]
+        return [REGISTRY.get_sample_value(f"vllm_dca:{name}", label) or 0 for name in names]
+
+    before = kept()
+    with engine(llama, **options(**AUTO, sparse_min_recall=1.0)) as llm:
         [first] = generate(llm, [PROMPT], prompt_logprobs=0)
         assert_close(of_prompt(first), by_reference)
         [second] = generate(llm, [PROMPT], prompt_logprobs=0)
@@ -132,7 +140,12 @@ def test_auto_agrees_with_the_reference(
         [again] = generate(llm, [checkpoints.tokens(LENGTH, 1)], max_tokens=8)
         assert again.num_cached_tokens == LENGTH // 16 * 16
         assert_same_answer(again, output, ATOL)
+    count, recall, keys = [now - then for now, then in zip(kept(), before, strict=True)]
+    # Of its first sixteen sparse steps one, with a segment: two layers of four heads.
+    assert count == 8
+    assert 0 < keys < recall < count
     assert sum("DCA: sparse prefill from position 150 on" in line for line in dca_log) == 1
+    assert sum("DCA: sparse prefill kept" in line for line in dca_log) == 1
 
 
 @pytest.mark.each_minor

@@ -103,6 +103,36 @@ def explain(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A checkpoint's directory or name.")],
+    text: Annotated[Path, typer.Option(help="A long text, such as will be asked about.")],
+    recall: Annotated[
+        float, typer.Option(min=0.1, max=1.0, help="Share of attention that a head keeps.")
+    ] = 0.95,
+    output: Annotated[Path, typer.Option(help="Where to write the budgets.")] = Path(
+        "sparse_attention_config.json"
+    ),
+    max_model_len: Annotated[
+        int | None, typer.Option(parser=_tokens, metavar="TOKENS", help="As 32768 or 32K.")
+    ] = None,
+    additional_config: Annotated[
+        str | None, typer.Option(parser=_object, metavar="JSON", help="DCA's options.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the model.")] = None,
+) -> None:
+    """Find budgets of sparse prefill for a model, on your own text."""
+    from vllm_dca.cli.calibrate import run
+
+    given: dict[str, Any] = {"max_model_len": max_model_len, "dtype": dtype}
+    given = {name: value for name, value in given.items() if value is not None}
+    given["additional_config"] = json.loads(additional_config or "{}")
+    with _quiet_vllm(), _refusals():
+        run(model, text, recall, output, given, console)
+    used = {"dca": {"sparse": "checkpoint", "sparse_budgets": str(output)}}
+    _line("use it", f"--additional-config {shlex.quote(json.dumps(used))}")
+
+
+@app.command()
 def doctor() -> None:
     """Check the installation, a line for each thing; exit code 1 if anything is wrong."""
     with errors.status("Asking vLLM"), _quiet_vllm():

@@ -12,7 +12,7 @@ from vllm_dca.method.kv_cache import split_kv
 from vllm_dca.method.lines import Rule
 from vllm_dca.method.prefill import prefill_attention
 from vllm_dca.method.rotary import QueryRotation
-from vllm_dca.method.sparse import sparse_attention
+from vllm_dca.method.sparse import Watch, sparse_attention
 
 
 class DcaImpl(AttentionImpl[DcaMetadata]):
@@ -24,6 +24,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         cache_dtype: of the KV cache.
         rule: how lines of sparse prefill are selected; None where attention is dense. `prepare`
             sets all four.
+        watch: is shown what sparse prefill did, where a step is watched.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.device: Device | None = None
         self.cache_dtype: torch.dtype | None = None
         self.rule: Rule | None = None
+        self.watch: Watch | None = None
 
     def prepare(
         self,
@@ -150,6 +152,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             rotation=self.rotation,
             softmax_scale=self.scale,
             operations=self.device.sparse,
+            watch=self.watch if step.watched else None,
         )
         rest = query[step.plan.rest]
         if len(rest):

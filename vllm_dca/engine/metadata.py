@@ -44,10 +44,17 @@ class DcaMetadata:
 
 
 class SparseStep(NamedTuple):
-    """A step with sparse segments, and its other tokens as a batch of their own."""
+    """A step with sparse segments.
+
+    Attributes:
+        plan: of the segments.
+        rest: the other tokens, as a batch of their own.
+        watched: whether layers show what they keep.
+    """
 
     plan: SparsePlan
     rest: DcaMetadata
+    watched: bool
 
 
 class _Requests(NamedTuple):
@@ -68,6 +75,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    # One in so many steps with sparse segments shows what it keeps.
+    watched_steps = 16
 
     def __init__(
         self,
@@ -112,6 +121,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             ),
             kv_cache_spec.num_kv_heads,
         )
+        self.sparse_steps = 0
         if device_of_dca.prefill is None:
             self.decode_threshold = sys.maxsize
 
@@ -208,9 +218,11 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             self.settings.original_max_position_embeddings,
         )
         num_decode_tokens = int(rest.query_start_loc[decodes])
+        self.sparse_steps += 1
         return SparseStep(
             plan,
             self._plan(of_rest, decodes, len(rest.request) - decodes, num_decode_tokens),
+            self.sparse_steps % self.watched_steps == 1 % self.watched_steps,
         )
 
     def update_draft_decode_metadata(self, metadata: DcaMetadata) -> None:

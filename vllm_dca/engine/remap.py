@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm_dca.engine import transformers_rotary
 from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.devices import compute_capability, current_device
+from vllm_dca.engine.recall import RecallWatch
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.support import cache_dtype_of
 from vllm_dca.engine.transformers_rotary import PeriodicRotary
@@ -93,6 +94,8 @@ def remap_layers(
             devices[needs] = current_device(needs, settings.prefill_provider)
         rule = _rule(layer, vllm_config)
         layer.impl.prepare(rotation, devices[needs], needs.cache_dtype, rule)
+        if rule is not None:
+            layer.impl.watch = RecallWatch(vllm_config)
         remapped.append(name)
     tables.forget_replaced(model)
     # A long prompt would else wait for it.

@@ -1,13 +1,16 @@
 """Sparse prefill of a step: each segment's lines are weighed and selected, then attended."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse_config import TILE
 from vllm_dca.method.sparse_planning import Segment
 
 
@@ -43,6 +46,59 @@ class SparseOperations(NamedTuple):
     attend: Callable[..., None]
 
 
+@dataclass(frozen=True)
+class Attended:
+    """A segment that was attended along lines, to ask how much of its attention that was.
+
+    Attributes:
+        query: [num_rows, num_heads, head_size], of the segment.
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        segment: which.
+        lines: those that it was attended along.
+        operations: the device's.
+        given: what these want to know beside it.
+    """
+
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    segment: Segment
+    lines: Lines
+    operations: SparseOperations
+    given: Mapping[str, Any]
+
+    def weigh(self, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the last rows, as a rule has it."""
+        return self.operations.weigh(
+            self.query, self.kv_cache, segment=self.segment, rule=rule, **self.given
+        )
+
+    @functools.cached_property
+    def probed(self) -> torch.Tensor:
+        """[num_heads, end] attention to each key, summed over the tile in the segment's middle.
+
+        Its lines were selected from other rows.
+        """
+        begin, end = self.segment.begin, self.segment.end
+        tile_end = (begin + end) // 2 // TILE * TILE
+        vertical, _ = self.operations.weigh(
+            self.query[: tile_end - begin],
+            self.kv_cache,
+            segment=self.segment._replace(end=tile_end),
+            rule=Rule(None, None, 1.0, 0),  # with the positions that attention has
+            **self.given,
+        )
+        return vertical
+
+    def kept(self, lines: Lines) -> tuple[torch.Tensor, torch.Tensor]:
+        """What lines keep of that tile's attention, and of its keys: [num_heads] each."""
+        end = self.probed.shape[1]
+        seen = lines.verticals[:, :end] | lines.distances[:, 1 : end + 1].flip(1)
+        return (self.probed * seen).sum(1) / TILE, seen.float().mean(1)
+
+
+Watch = Callable[[Attended], None]
+
+
 def sparse_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -53,6 +109,7 @@ def sparse_attention(
     rotation: QueryRotation,
     softmax_scale: float,
     operations: SparseOperations,
+    watch: Watch | None = None,
 ) -> None:
     """Attend from the segments' tokens; the others' output is left alone.
 
@@ -65,15 +122,15 @@ def sparse_attention(
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
         operations: the device's.
+        watch: is shown each segment.
     """
+    given = {"plan": plan, "rotation": rotation, "softmax_scale": softmax_scale}
     for segment in plan.segments:
-        of_segment = {
-            "segment": segment,
-            "plan": plan,
-            "rotation": rotation,
-            "softmax_scale": softmax_scale,
-        }
         rows = query[segment.rows]
-        weights = operations.weigh(rows, kv_cache, rule=rule, **of_segment)
+        weights = operations.weigh(rows, kv_cache, segment=segment, rule=rule, **given)
         lines = operations.select(*weights, rule)
-        operations.attend(rows, kv_cache, output[segment.rows], lines=lines, **of_segment)
+        operations.attend(
+            rows, kv_cache, output[segment.rows], segment=segment, lines=lines, **given
+        )
+        if watch is not None:
+            watch(Attended(rows, kv_cache, segment, lines, operations, given))

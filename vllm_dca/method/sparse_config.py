@@ -14,13 +14,21 @@ THRESHOLD_KEY = "sparse_threshold"
 COVERAGE_KEY = "sparse_coverage"
 MIN_KEYS_KEY = "sparse_min_keys"
 BUDGETS_KEY = "sparse_budgets"
-SPARSE_KEYS = (MODE_KEY, THRESHOLD_KEY, COVERAGE_KEY, MIN_KEYS_KEY, BUDGETS_KEY)
+MIN_RECALL_KEY = "sparse_min_recall"
+SPARSE_KEYS = (
+    MODE_KEY,
+    THRESHOLD_KEY,
+    COVERAGE_KEY,
+    MIN_KEYS_KEY,
+    BUDGETS_KEY,
+    MIN_RECALL_KEY,
+)
 OFF, CHECKPOINT, AUTO = "off", "checkpoint", "auto"
 # Which options go with which mode.
 _OPTIONS = {
     OFF: (),
-    CHECKPOINT: (THRESHOLD_KEY, BUDGETS_KEY),
-    AUTO: (THRESHOLD_KEY, COVERAGE_KEY, MIN_KEYS_KEY),
+    CHECKPOINT: (THRESHOLD_KEY, MIN_RECALL_KEY, BUDGETS_KEY),
+    AUTO: (THRESHOLD_KEY, MIN_RECALL_KEY, COVERAGE_KEY, MIN_KEYS_KEY),
 }
 # Qwen's checkpoints' own.
 THRESHOLD = 32768
@@ -44,12 +52,14 @@ class SparseSettings:
         coverage: with "auto", the share of attention that a head's lines cover.
         min_keys: with "auto", at least as many verticals and as many keys in blocks.
         budgets: with "checkpoint", of each layer and head; a layer without has none.
+        min_recall: the share of attention under which a warning is due.
     """
 
     threshold: int
     coverage: float
     min_keys: int
     budgets: Budgets | None
+    min_recall: float = 0.0
 
     @property
     def described(self) -> str:
@@ -85,11 +95,12 @@ def validate_sparse_options(options: Mapping[str, Any]) -> dict[str, Any]:
         value = given.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"DCA's {key} must be a number of tokens, not {value!r}.")
-    coverage = given.get(COVERAGE_KEY, COVERAGE)
-    if isinstance(coverage, bool) or not isinstance(coverage, int | float):
-        raise ValueError(f"DCA's {COVERAGE_KEY} must be a number, not {coverage!r}.")
-    if not 0 < coverage <= 1:
-        raise ValueError(f"DCA's {COVERAGE_KEY} must be above 0 and up to 1, not {coverage}.")
+    for key in (COVERAGE_KEY, MIN_RECALL_KEY):
+        share = given.get(key, COVERAGE)
+        if isinstance(share, bool) or not isinstance(share, int | float):
+            raise ValueError(f"DCA's {key} must be a number, not {share!r}.")
+        if not 0 < share <= 1:
+            raise ValueError(f"DCA's {key} must be above 0 and up to 1, not {share}.")
     if not isinstance(given.get(BUDGETS_KEY, ""), str):
         raise ValueError(f"DCA's {BUDGETS_KEY} must be a file's path.")
     return {MODE_KEY: mode, **given}
@@ -142,6 +153,7 @@ def resolve_sparse(
         options.get(COVERAGE_KEY, COVERAGE),
         options.get(MIN_KEYS_KEY, MIN_KEYS),
         budgets,
+        options.get(MIN_RECALL_KEY, 0.0),
     )
 
 
