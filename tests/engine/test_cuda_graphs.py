@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import checkpoints, graphs, interpreter
+from tests.helpers import checkpoints, graphs
 from tests.helpers.answers import generate, of_answer
 from tests.helpers.companions import write_eagle
 from tests.helpers.inprocess import engine, runner_of
@@ -14,7 +14,6 @@ from tests.helpers.model_runner_v2 import capturing
 from tests.helpers.runners import under
 from vllm_dca.reference.model import prompt_logprobs
 
-interpreter.repair()
 # What the project promises for fp32.
 ATOL = 1e-3
 SIZES = {"chunk_size": 48, "local_size": 16}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.test_parallel import ONE_CORE_EACH
-from tests.helpers import checkpoints, interpreter
+from tests.helpers import checkpoints
 from tests.helpers.answers import (
     accepted,
     drafted,
@@ -25,7 +25,6 @@ from tests.helpers.inprocess import engine, runner_of
 from tests.helpers.runners import under
 from vllm_dca.reference.model import forward, prompt_logprobs
 
-interpreter.repair()
 # What the project promises for fp32.
 ATOL = 1e-3
 SIZES = {"chunk_size": 48, "local_size": 16}
@@ -49,6 +48,7 @@ def assert_agrees(model: Path, prompt: list[int], output: Any) -> None:
     assert_close(logprobs, prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :])
 
 
+@pytest.mark.each_minor
 @under("V2")
 def test_batches_prefixes_samples_and_structures(tmp_path: Path) -> None:
     from vllm import SamplingParams
@@ -197,6 +197,7 @@ def test_eagle(tmp_path: Path) -> None:
         assert_agrees(llama, prompt, output)
 
 
+@pytest.mark.each_minor
 @under("V1", "V2")
 def test_a_draft_model(tmp_path: Path) -> None:
     """The model drafts for itself: if its layers attend as they should, each draft is right."""

@@ -129,7 +129,11 @@ def assert_proved(claims: list[str], proofs: dict[str, str], runner: str | None 
         tree = ast.parse((TESTS / f"{module}.py").read_text())
         [test] = [node for node in tree.body if getattr(node, "name", None) == name]
         if runner is not None:
-            [under] = [each for each in test.decorator_list if each.func.id == "under"]
+            [under] = [
+                each
+                for each in test.decorator_list
+                if isinstance(each, ast.Call) and getattr(each.func, "id", None) == "under"
+            ]
             assert runner in [argument.value for argument in under.args], claim
         used.add(start)
     assert used == set(proofs)

@@ -93,6 +93,15 @@ def repair() -> None:
     builder.create_masked_store = _create_masked_store
 
 
+def patch_for_good() -> None:
+    """Leave the language patched between launches, in a process that compiles no kernel.
+
+    Each launch patches it for itself, and back, which takes longer than many a kernel.
+    """
+    repair()
+    interpreter._LangPatchScope.restore = lambda scope: None
+
+
 @contextlib.contextmanager
 def launches() -> Iterator[Counter[tuple[Any, ...]]]:
     """Counts launches by kernel and by what a GPU's compiler would specialise it for."""

@@ -58,4 +58,7 @@ def under(*runners: str, apart: bool = False) -> Callable[[Callable[..., None]],
 
 
 def _run(module: str, name: str, arguments: dict[str, Any]) -> None:
+    from tests.helpers import interpreter
+
+    interpreter.patch_for_good()
     getattr(importlib.import_module(module), name).__wrapped__(**arguments)

@@ -33,7 +33,7 @@ def register() -> None:
     """What vLLM loads as a plugin, in every process."""
     from tests.helpers import interpreter
 
-    interpreter.repair()
+    interpreter.patch_for_good()
     _schedule_asynchronously()
 
 
