@@ -237,3 +237,19 @@ def test_sliding_layers(tmp_path: Path) -> None:
     with engine(model, block_size=32, **OPTIONS) as llm:
         [output] = generate(llm, [PROMPT], max_tokens=3)
     assert_agrees(model, PROMPT, output)
+
+
+@under("V2")
+def test_linear_attention_layers(tmp_path: Path) -> None:
+    """Qwen3-Next: pages of 144 tokens, cut into some that divide a chunk; vLLM wants bf16.
+
+    No further from fp64, on average, than twice the reference in bf16, as in test_models.
+    """
+    model = checkpoints.write(tmp_path, "Qwen3NextConfig", **checkpoints.QWEN3_NEXT)
+    exact = prompt_logprobs(model, PROMPT, **SIZES)
+    half = prompt_logprobs(model, PROMPT, **SIZES, dtype=torch.bfloat16).double()
+    ordinary = (half - exact).abs().mean()
+    with engine(model, dtype="bfloat16", **OPTIONS) as llm:
+        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
+    assert (of_prompt(output) - exact).abs().mean() <= 2 * ordinary
+    assert (prompt_logprobs(model, PROMPT) - exact).abs().mean() > 2 * ordinary

@@ -156,20 +156,7 @@ def test_sliding_layers_keep_their_attention_and_positions(
 
 def test_linear_attention_layers_stay_as_they_are(tmp_path: Path) -> None:
     """Qwen3-Next; vLLM's kernels want bf16, and pages that do not divide a chunk."""
-    model = checkpoints.write(
-        tmp_path,
-        "Qwen3NextConfig",
-        layer_types=["linear_attention", "full_attention"],
-        head_dim=64,
-        partial_rotary_factor=1.0,
-        shared_expert_intermediate_size=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        initializer_range=0.1,
-        **checkpoints.MOE,
-    )
+    model = checkpoints.write(tmp_path, "Qwen3NextConfig", **checkpoints.QWEN3_NEXT)
     assert_agrees_in_half_precision(model, torch.bfloat16, signal=2)
 
 

@@ -44,6 +44,7 @@ PROOFS = {
     "speculative decoding by a draft model": (
         "test_features::test_a_draft_model_drafts_past_its_window"
     ),
+    "linear-attention layers": "test_models::test_linear_attention_layers_stay_as_they_are",
     "sliding-window layers": (
         "test_models::test_sliding_layers_keep_their_attention_and_positions"
     ),
@@ -87,6 +88,7 @@ INTERPRETED = {
         "speculative decoding by EAGLE": "test_model_runner_v2::test_eagle",
         "speculative decoding by a draft model": "test_model_runner_v2::test_a_draft_model",
         "tensor parallel": "test_model_runner_v2::test_two_ranks",
+        "linear-attention layers": "test_model_runner_v2::test_linear_attention_layers",
         "sliding-window layers": "test_model_runner_v2::test_sliding_layers",
     },
 }

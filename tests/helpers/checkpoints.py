@@ -32,6 +32,19 @@ MOE = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+# One linear-attention layer and a full one, as vLLM's kernels for CPUs take them.
+QWEN3_NEXT = {
+    **MOE,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 64,
+    "partial_rotary_factor": 1.0,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "initializer_range": 0.1,
+}
 
 # Families of decoders by their config's class; what of SHAPE is changed. Gemma 3 and Qwen3-Next
 # have tests of their own.

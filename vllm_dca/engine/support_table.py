@@ -45,6 +45,7 @@ FEATURES: dict[str, Shown] = {
     "speculative decoding by EAGLE and EAGLE-3": Shown(),
     "speculative decoding by a draft model": Shown(v1=True),
     "sliding-window layers beside full ones": Shown(),
+    "linear-attention layers beside full ones": Shown(),
     "tensor parallel": Shown(),
     "pipeline parallel": Shown(v2=False),
     "data parallel for dense models": Shown(v2=False),
