@@ -157,6 +157,15 @@ def _explain_transformers_code(tmp_path: Path) -> None:
     assert kv_bytes(said)[0] == 2 * 2 * 2 * 16 * 2
 
 
+def test_sparse_prefill_is_said(llama: str) -> None:
+    dca = {"chunk_size": 96, "local_size": 32, "sparse": "auto", "sparse_threshold": 150}
+    options = ("--max-model-len", "1024", "--additional-config", json.dumps({"dca": dca}))
+    said = explained(llama, *options, *FP32, *BLOCK)
+    [how] = said["sparse prefill"]
+    assert how.startswith("from position 150 on, by lines that cover 0.95 of each head's")
+    assert "sparse prefill" not in explained(llama, *FP32, *BLOCK)
+
+
 def test_what_needs_the_weights_is_said(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dca.engine.backend import DcaBackend
 

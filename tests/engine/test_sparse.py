@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -286,6 +287,44 @@ def test_a_checkpoint_s_budgets(form: Any, tmp_path: Path) -> None:
     assert_close(of_prompt(output), right)
 
 
+def test_each_rank_has_its_heads_budgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One KV head, replicated; the second rank's query heads are the third and fourth."""
+    from vllm import LLM
+
+    cores = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    monkeypatch.setenv(
+        "VLLM_CPU_OMP_THREADS_BIND", cores if "|" in cores else f"{cores}|{cores}"
+    )
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    model = checkpoints.write(tmp_path, "LlamaConfig", num_key_value_heads=1)
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps(as_list(BUDGETS)))
+    given = options(sparse="checkpoint", sparse_budgets=str(file))
+    llm = LLM(
+        str(model),
+        attention_backend="dca",
+        tensor_parallel_size=2,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        block_size=16,
+        num_gpu_blocks_override=200,
+        **given,
+    )
+    try:
+        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    rules = [Rule(*zip(*layer, strict=True), continuous=True) for layer in BUDGETS]
+    assert_close(of_prompt(output), expected(model, rules))
+    swapped = [
+        Rule(*zip(*layer[2:], *layer[:2], strict=True), continuous=True) for layer in BUDGETS
+    ]
+    assert (expected(model, swapped) - expected(model, rules)).abs().max() > 10 * ATOL
+
+
 REFUSED = [
     ({"sparse": "on"}, "must be one of off, checkpoint, auto, not 'on'"),
     ({"sparse_coverage": 0.9}, 'sparse_coverage is for "sparse": "auto"'),
@@ -308,6 +347,21 @@ def test_refused_at_start_up(llama: Path, given: dict[str, Any], message: str) -
         EngineArgs(
             str(llama), attention_backend="dca", block_size=2, **refused
         ).create_engine_config()
+
+
+def test_who_shares_keys_must_have_the_same_options(llama: Path, dca_log: list[str]) -> None:
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs(
+        str(llama),
+        attention_backend="dca",
+        block_size=16,
+        kv_transfer_config=KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both"),
+        **options(**AUTO),
+    ).create_engine_config()
+    [warning] = [line for line in dca_log if "as DCA rotated them" in line]
+    assert "with these options of sparse prefill; give" in warning
 
 
 def test_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

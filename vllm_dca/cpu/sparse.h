@@ -60,12 +60,20 @@ struct Gathered {
 
   const Cell* copy_values() {
     Cell* values = work.values.template data<Cell>();
-    copy(values, a.head_size);
+    const bool in_place = N == 2 && depth * N == a.head_size;
+    if (!in_place) copy(values, a.head_size);
     if constexpr (N == 1) return values;
     else {
+      // A last one alone is paired with itself, which nothing sees.
+      auto value = [&](int64_t t) {
+        return in_place ? reinterpret_cast<const Cell*>(from[std::min(t, count - 1)] + a.head_size)
+                        : values + t * depth;
+      };
       Cell* paired = work.paired.template data<Cell>();
-      for (int64_t t = 0; t < whole(); t += 2)
-        pair_up(values + t * depth, values + (t + 1) * depth, depth * N, paired + t * depth);
+      const int64_t end = in_place ? (count + 1) / 2 * 2 : whole();
+      for (int64_t t = 0; t < end; t += 2)
+        pair_up(value(t), value(t + 1), depth * N, paired + t * depth);
+      std::fill(paired + end * depth, paired + whole() * depth, Cell{});
       return paired;
     }
   }

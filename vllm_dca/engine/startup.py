@@ -136,7 +136,7 @@ def _warn_of_shared_keys(vllm_config: VllmConfig, settings: DcaSettings) -> None
     logger.warning(
         "DCA: %s stores keys as DCA rotated them, and under which names does not depend on the "
         "chunk sizes. Every server that shares them must run DCA with this model, chunk_size "
-        "%d, local_size %d and original_max_position_embeddings %s; give others a store of "
+        "%d, local_size %d and original_max_position_embeddings %s%s; give others a store of "
         "their own.",
         transfer.kv_connector,
         settings.chunk_size,
@@ -144,6 +144,8 @@ def _warn_of_shared_keys(vllm_config: VllmConfig, settings: DcaSettings) -> None
         "null"
         if settings.original_max_position_embeddings is None
         else settings.original_max_position_embeddings,
+        # Past its threshold, keys come from what sparse layers answered.
+        "" if settings.sparse is None else ", and with these options of sparse prefill",
     )
 
 
