@@ -1,8 +1,11 @@
 """The attention function against the reference, over batches of every shape."""
 
 import dataclasses
-import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -108,23 +111,41 @@ def test_compiled_split_of_which_a_row_sees_nothing() -> None:
     batch.assert_close(batch.compiled())
 
 
-@pytest.mark.parametrize(
-    ("flags", "lanes"), [(("-mno-avx512f",), 8), (("-mno-avx512f", "-mno-avx2"), 4)]
-)
-def test_compiled_for_lesser_processors(
-    flags: tuple[str, ...], lanes: int, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def libraries() -> dict[str, Any]:
+    return {name: compiled.library(name) for name in compiled.instruction_sets()}
+
+
+@pytest.mark.parametrize("instructions", compiled.WITHOUT_BEYOND)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_for_each_instruction_set(
+    instructions: str,
+    dtype: torch.dtype,
+    libraries: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where they exist: other processors than x86 have no such flags."""
-    if not torch.cpu._is_avx2_supported():
-        flags, lanes = (), 4
-    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
-    library = functools.cache(compiled.library.__wrapped__)
-    monkeypatch.setattr(compiled, "library", library)
-    assert library().lanes() == lanes
-    for group, head_size in ((3, 40), (9, 64)):
+    """Prefills in panels, decodes in place and copied, more keys than are taken at a time."""
+    if instructions not in libraries:
+        pytest.skip(f"this processor has no {instructions}")
+    monkeypatch.setattr(compiled, "library", lambda: libraries[instructions])
+    assert compiled.instructions() == instructions
+    for group, head_size in ((1, 64), (3, 40), (9, 128)):
         sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size}
-        batch = Batch.random(Shape([(200, 0), (90, 89)], dtype=torch.bfloat16, **sizes))
+        lengths = [(300, 0), (290, 283), (260, 259), (47, 46)]
+        shape = Shape(lengths, 128, 32, block_size=32, num_kv_heads=1, dtype=dtype, **sizes)
+        batch = Batch.random(shape)
         batch.assert_close(batch.compiled())
+
+
+def test_instruction_sets_are_those_that_torch_may_use() -> None:
+    """ATEN_CPU_CAPABILITY lowers both."""
+    if "AVX2" not in compiled.instruction_sets():
+        pytest.skip("there is none to leave out")
+    code = "from vllm_dca.cpu import compiled; print(*compiled.instruction_sets())"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["AVX2", "baseline"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -93,20 +93,28 @@ struct Floats {
   }
 };
 
-// What a thread works on: some keys and values, [keys, size], and with pairs the values once more
-// as panels take them; the queries of a split, [panels, size, lanes]; weights.
+// What a thread works on: the queries of a split, [panels, size, lanes]; weights; and, where keys
+// and values are not read in place, some of them, [keys, size], and those values in pairs. Nothing
+// is made before it is needed: it may take longer than a decode does.
 struct Workspace {
-  Floats queries, keys, values, paired, weights = Floats(kCells * kWidth);
+  Floats queries, weights, keys, values, paired;
 
-  explicit Workspace(int64_t size)
-      : keys(kCells * size), values(kCells * size), paired(kCells * size) {}
+  void make(bool is_few, bool in_place, int64_t size) {
+    if (is_few ? weights.lines.empty() : weights.lines.size() * 16 < kCells * kWidth)
+      weights = Floats(is_few ? kFew * kFewKeys : kCells * kWidth);
+    if (!in_place && keys.lines.empty())
+      for (Floats* each : {&keys, &values, &paired}) *each = Floats(kCells * size);
+  }
 };
 
 template <typename T>
 void copy_numbers(const T* from, int64_t count, CellOf<T>* to) {
   if constexpr (kAsCells<T>) std::memcpy(to, from, count * sizeof(T));
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = float(from[i]);
+  else {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) at(to + i) = as_floats(from + i);
+    for (; i < count; ++i) to[i] = float(from[i]);
+  }
 }
 
 // queries[panels, size, lanes]: those of a tile, turned for a region, and scaled, for weights that
@@ -164,17 +172,23 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
       for (; token < stop; ++token, from += a.cache_stride[2]) use(token, from);
     }
   };
+  // What comes next is fetched while something else is computed.
+  auto fetch = [&](int64_t begin, int64_t end) {
+    for_each_slot(begin, end, [&](int64_t, const T* from) {
+      for (int64_t d = 0; d < 2 * a.head_size; d += 64 / sizeof(T)) __builtin_prefetch(from + d);
+    });
+  };
   work.queries = Floats(split.panels * depth * lanes);
+  work.make(is_few, in_place, size);
   Cell *queries = work.queries.data<Cell>(), *weights = work.weights.data<Cell>();
   Cell *keys = work.keys.data<Cell>(), *values = work.values.data<Cell>();
   Cell* paired = work.paired.data<Cell>();
-  if (is_few) {
-    std::fill(partial, partial + split.panels * panel_size, 0.0f);
-    for (int64_t m = 0; m < split.panels; ++m) partial[m * panel_size] = kLowest;
-  }
+  if (is_few) std::fill(partial, partial + split.panels * panel_size, 0.0f);
   Few<Cell> few{queries, partial, weights, split.panels, size};
-  const int64_t step = is_few ? kFewKeys : kCells * N;
+  const int64_t few_keys = kFewBytes / (2 * depth * sizeof(Cell)) / kLanes * kLanes;
+  const int64_t step = is_few ? std::clamp<int64_t>(few_keys, 2 * kLanes, kFewKeys) : kCells * N;
   int64_t turned_for = -1;
+  if (is_few) fetch(split.begin, std::min(split.begin + step, split.end));
 
   for (int64_t begin = split.begin, end; begin < split.end; begin = end) {
     const int64_t key_chunk = begin / a.chunk_len;
@@ -182,22 +196,22 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
     end = std::min({begin + step, split.end, (key_chunk + 1) * a.chunk_len});
     if (in_place) end = std::min(end, (begin / block + 1) * block);
     if (region != turned_for) turn_queries<T>(a, split, kv_head, turned_for = region, queries);
-    // What comes next is fetched while this is multiplied.
-    for_each_slot(end, std::min(end + step, split.end), [&](int64_t, const T* from) {
-      for (int64_t d = 0; d < 2 * a.head_size; d += 64 / sizeof(T)) __builtin_prefetch(from + d);
-    });
     const int64_t n = end - begin;
+    const bool first = begin == split.begin;
     if (in_place) {
       const Cell* from = reinterpret_cast<const Cell*>(slot(begin));
-      few.attend({from, from + depth, a.cache_stride[2] / N, n}, position + 1 - begin, a.group);
+      const Cell* next = end < split.end ? reinterpret_cast<const Cell*>(slot(end)) : from;
+      few.attend({from, from + depth, next, next + depth, a.cache_stride[2] / N, n},
+                 position + 1 - begin, a.group, first);
       continue;
     }
+    fetch(end, std::min(end + step, split.end));
     for_each_slot(begin, end, [&](int64_t t, const T* from) {
       copy_numbers(from, a.head_size, keys + (t - begin) * depth);
       copy_numbers(from + a.head_size, a.head_size, values + (t - begin) * depth);
     });
     if (is_few) {
-      few.attend({keys, values, depth, n}, position + 1 - begin, a.group);
+      few.attend({keys, values, keys, values, depth, n}, position + 1 - begin, a.group, first);
       continue;
     }
     const int64_t rows = (n + kTall - 1) / kTall * kTall;
@@ -208,10 +222,10 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
         pair_up(values + t * depth, values + (t + 1) * depth, size, paired + t * depth);
     for (int64_t i = 0; i < split.panels; ++i) {
       float* place = partial + i * panel_size;
-      Panel<Cell> panel{queries + i * depth * kWidth, place, place + kWidth,
+      Panel<Cell> panel{queries + i * depth * kWidth, place, place + kSums * kWidth,
                         place + kHead * kWidth, weights, size};
       panel.attend(keys, N == 2 ? paired : values, n, (begin - position) * a.group - i * kWidth,
-                   a.group, begin == split.begin);
+                   a.group, first);
     }
   }
   if (is_few) few.finish();
@@ -260,7 +274,7 @@ void attend_all(const Arguments& a) {
 
 #pragma omp parallel
   {
-    Workspace work(size);
+    Workspace work;
     // A prefill's last tiles see the most keys: the longest tasks come first.
 #pragma omp for schedule(dynamic)
     for (int64_t task = int64_t(splits.size()) * a.kv_heads - 1; task >= 0; --task) {
@@ -281,7 +295,7 @@ void attend_all(const Arguments& a) {
         for (int64_t i = begin; i < end; ++i) {
           const float* part = partial(splits[i], kv_head) + query;
           const float weight = power_of_two<float>(everywhere(part[0] - row_max))[0];
-          row_sum += part[lanes] * weight;
+          row_sum += part[kSums * lanes] * weight;
           for (int64_t d = 0; d < size; ++d) acc[d] += part[(kHead + d) * lanes] * weight;
         }
         T* output = static_cast<T*>(a.output) +
@@ -322,7 +336,7 @@ void store(const Tokens& a) {
 #include "weigh.h"
 #include "select.h"
 
-extern "C" int lanes() { return kLanes; }
+extern "C" const char* instructions() { return kInstructions; }
 extern "C" void write_kv(const Tokens* a) { store(*a); }
 extern "C" void attend_float32(const Arguments* a) { attend_all<float>(*a); }
 extern "C" void attend_bfloat16(const Arguments* a) { attend_all<c10::BFloat16>(*a); }

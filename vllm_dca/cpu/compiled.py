@@ -7,6 +7,7 @@ three passes over `vllm_dca.cpu.paged_pass` and `vllm_dca.cpu.decode` do the sam
 import ctypes
 import functools
 import hashlib
+import platform
 from pathlib import Path
 
 import torch
@@ -18,7 +19,15 @@ from vllm_dca.method.rotary import QueryRotation
 SOURCE = Path(__file__).with_name("compiled.cpp")
 PARTS = ("vectors.h", "panels.h", "few.h", "sparse.h", "weigh.h", "select.h")
 # Beyond inductor's own.
-FLAGS = ("-ffp-contract=fast", "-fno-math-errno")
+FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-unsafe-math-optimizations")
+# The instruction sets that the kernel is written for, and the flags that leave out what a
+# processor has beyond: bfloat16 multiplied in pairs; 32 registers of 16 floats; 16 of 8.
+WITHOUT_BEYOND = {
+    "AVX512_BF16": (),
+    "AVX512": ("-mno-avx512bf16",),
+    "AVX2": ("-mno-avx512f",),
+    "baseline": ("-mno-avx512f", "-mno-avx2"),
+}
 ATTEND = {
     torch.float32: "attend_float32",
     torch.bfloat16: "attend_bfloat16",
@@ -105,12 +114,29 @@ def _source() -> str:
     return text
 
 
+def instruction_sets() -> list[str]:
+    """Those of `WITHOUT_BEYOND` that this processor has, the widest first.
+
+    Those beyond what torch was told by ATEN_CPU_CAPABILITY are left out.
+    """
+    if platform.machine() != "x86_64":
+        return ["baseline"]
+    said = torch.backends.cpu.get_cpu_capability()
+    has = {"AVX2": said.startswith("AVX"), "AVX512": said.startswith("AVX512")}
+    bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    has |= {"AVX512_BF16": has["AVX512"] and bf16, "baseline": True}
+    return [name for name in WITHOUT_BEYOND if has[name]]
+
+
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(instructions: str | None = None) -> ctypes.CDLL:
     """Compile the kernel, or find it compiled.
 
     torch's builder for its own compiled CPU code does it: it finds the compiler, names the
     processor, links OpenMP, and keeps the result on disk, under a lock.
+
+    Args:
+        instructions: one of `instruction_sets()`; None for the widest.
 
     Raises:
         Exception: of many kinds; there is no compiler that can.
@@ -123,8 +149,17 @@ def library() -> ctypes.CDLL:
     named = f"-DPROCESSOR=0x{hashlib.sha256(processor.encode()).hexdigest()[:15]}"
     # Inductor's flags for gcc leave vectors to the code that it generates.
     vectors = ("-ftree-loop-vectorize",) if cpp_builder.is_gcc() else ()
-    flags = (named, *vectors, *FLAGS)
-    return CppCodeCache.load(_source(), extra_flags=flags, needs_vec_isa=False)
+    lesser = WITHOUT_BEYOND[instructions or instruction_sets()[0]]
+    flags = (named, *vectors, *FLAGS, *(lesser if platform.machine() == "x86_64" else ()))
+    built = CppCodeCache.load(_source(), extra_flags=flags, needs_vec_isa=False)
+    built.instructions.restype = ctypes.c_char_p
+    return built
+
+
+def instructions() -> str:
+    """The instruction set that the kernel was compiled for."""
+    name: bytes = library().instructions()
+    return name.decode()
 
 
 def attention(

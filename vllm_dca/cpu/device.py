@@ -20,7 +20,7 @@ from vllm_dca.method.sparse import SparseOperations
 def by_kernel() -> Device:
     """The compiled kernel, which takes prefills as it takes decodes."""
     return Device(
-        "compiled",
+        f"compiled, {compiled.instructions()}",
         None,
         kv_cache.without_scales(compiled.write_kv),
         _planner_of(compiled.CompiledPlan),

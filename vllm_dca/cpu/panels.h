@@ -5,7 +5,6 @@
 namespace {
 
 constexpr int64_t kCells = 128;  // of keys, taken at a time
-constexpr float kSlack = 8.0f;
 
 // A panel's queries, [size, kWidth] numbers in cells, and where its results are: the subtracted
 // maxima, the sums of weights and the weighted values, [kHead + size, kWidth].
@@ -68,7 +67,6 @@ struct Panel {
     return found;
   }
 
-  // Weights up to 2^kSlack do no harm, so that the maxima rarely need to rise.
   static bool too_large(const Tile& tile) {
     Vector found = top(tile, 0);
     for (int j = 1; j < kWide; ++j) found = larger(found, top(tile, j));

@@ -152,8 +152,9 @@ void attend_tile(const Arguments& a, int64_t first, int64_t count, const OnLines
     const Cell* values = taken.copy_values();
     for (int64_t i = 0; i < panels; ++i) {
       float* place = partial + i * panel_size;
-      Panel<Cell, kNarrow> panel{queries + i * depth * kNarrowWidth, place, place + kNarrowWidth,
-                                 place + kHead * kNarrowWidth, weights, size};
+      Panel<Cell, kNarrow> panel{queries + i * depth * kNarrowWidth, place,
+                                 place + kSums * kNarrowWidth, place + kHead * kNarrowWidth,
+                                 weights, size};
       panel.attend(taken.keys(), values, taken.count, hidden - i * kNarrowWidth, 1, nothing);
     }
     nothing = false;
@@ -181,7 +182,7 @@ void attend_tile(const Arguments& a, int64_t first, int64_t count, const OnLines
     const float* of = partial + m / kNarrowWidth * panel_size + m % kNarrowWidth;
     T* output = static_cast<T*>(a.output) + (first + m) * a.output_stride[0];
     for (int64_t d = 0; d < a.head_size; ++d)
-      output[d] = T(of[(kHead + d) * kNarrowWidth] / of[kNarrowWidth]);
+      output[d] = T(of[(kHead + d) * kNarrowWidth] / of[kSums * kNarrowWidth]);
   }
 }
 
@@ -192,7 +193,8 @@ void attend_lines(const Arguments& a, const Lines& lines) {
   const int64_t tiles = (lines.end - 1) / kTileRows - before + 1;
 #pragma omp parallel
   {
-    Workspace work(size);
+    Workspace work;
+    work.make(false, false, size);
     work.queries = Floats(kTileRows * size);
     Floats partial(kPanels * (kHead + size) * kNarrowWidth);
 #pragma omp for schedule(dynamic)

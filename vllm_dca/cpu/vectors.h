@@ -5,14 +5,26 @@ namespace {
 // A tile's sums, kTall x kVectors of them, stay in registers while it is multiplied.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kTall = 8, kVectors = 3;
+#if defined(__AVX512BF16__)
+constexpr char kInstructions[] = "AVX512_BF16";
+#else
+constexpr char kInstructions[] = "AVX512";
+#endif
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kTall = 4, kVectors = 3;  // it has half as many registers
+constexpr char kInstructions[] = "AVX2";
 #else
 constexpr int kLanes = 4, kTall = 4, kVectors = 2;
+constexpr char kInstructions[] = "baseline";
 #endif
 constexpr int kWidth = kVectors * kLanes;
-constexpr int64_t kHead = kLanes;  // before a partial result's values: a vector, to align them
 constexpr float kLowest = -1e30f;
+// What is subtracted from scores need not be their maximum: weights up to 2^kSlack do no harm, so
+// that it rarely has to rise.
+constexpr float kSlack = 8.0f;
+// Rows of a partial result before its values: what was subtracted, and from kSums the sum of
+// weights, of which each lane has a share where one query's keys lie along the lanes.
+constexpr int64_t kSums = kLanes, kHead = 2 * kLanes;
 
 // At any address that holds floats.
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -35,7 +47,6 @@ inline const Vector& at(const Cell* place) {
   return *reinterpret_cast<const Vector*>(place);
 }
 
-inline Vector everywhere(float number) { return Vector{} + number; }
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
 // Lane i is element of(i) of both vectors, the first's before the second's.
@@ -54,6 +65,13 @@ inline Integers numbered(std::index_sequence<i...>) {
   return Integers{int(i)...};
 }
 
+// The same in every lane: a sum with zeros would be one more instruction.
+template <typename Lanes, typename Number, size_t... i>
+inline Lanes repeated(Number number, std::index_sequence<i...>) {
+  return Lanes{(void(i), number)...};
+}
+inline Vector everywhere(float number) { return repeated<Vector>(number, kEach); }
+
 // In every lane, what `combine` makes of all lanes.
 template <int step = kLanes / 2, typename Combine>
 inline Vector over_lanes(Vector x, Combine combine) {
@@ -66,22 +84,37 @@ inline Vector over_lanes(Vector x, Combine combine) {
 
 // Where lane i takes its first summand from, when two vectors become one of `count` vectors' sums.
 template <int count>
-constexpr int joined(int i) {
+constexpr int summand(int i) {
   if (count >= 8) return i / 4 * 8 + i % 4;
   return i / 4 * 4 + (count == 4 ? i / 2 % 2 * kLanes + i % 2 : i % 2 * kLanes + i / 2 % 2);
 }
 
-// Lane i of the result is the sum of the lanes of vector i. Neighbours are joined within 128 bits
-// first, where that costs least.
+// Lane i of the result is the sum of the lanes of vector i, of kLanes vectors. They are joined
+// within 128 bits first, where that costs least: four of them become one, then those become one.
+template <int count>
+inline Vector joined(Vector a, Vector b) {
+  constexpr auto one = [](int i) { return summand<count>(i); };
+  constexpr auto other = [](int i) { return summand<count>(i) + (count >= 8 ? 4 : 2); };
+  return shuffle(a, b, one, kEach) + shuffle(a, b, other, kEach);
+}
+inline Vector four_joined(const Vector* of) {
+  return joined<4>(joined<2>(of[0], of[1]), joined<2>(of[2], of[3]));
+}
 template <int count = kLanes>
+inline Vector all_joined(const Vector* fours) {
+  if constexpr (count == 4) return *fours;
+  else return joined<count>(all_joined<count / 2>(fours), all_joined<count / 2>(fours + count / 8));
+}
+
 inline Vector sums(const Vector* of) {
-  if constexpr (count == 1) return *of;
-  else {
-    const Vector a = sums<count / 2>(of), b = sums<count / 2>(of + count / 2);
-    constexpr auto one = [](int i) { return joined<count>(i); };
-    constexpr auto other = [](int i) { return joined<count>(i) + (count >= 8 ? 4 : 2); };
-    return shuffle(a, b, one, kEach) + shuffle(a, b, other, kEach);
-  }
+  Vector fours[kLanes / 4];
+  for (int i = 0; i < kLanes / 4; ++i) fours[i] = four_joined(of + 4 * i);
+  return all_joined(fours);
+}
+
+inline Integers widened(const uint16_t* from) {
+  typedef uint16_t Numbers __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Numbers*>(from), Integers);
 }
 
 // 2^x for x <= 100, and 2^-126 below that: an integer n nearest to x, and a polynomial for the rest
@@ -111,7 +144,7 @@ inline Vector everywhere(const Cell* cell) {
   else {
     int32_t bits;
     std::memcpy(&bits, cell, sizeof bits);
-    return reinterpret_cast<Vector>(Integers{} + bits);
+    return reinterpret_cast<Vector>(repeated<Integers>(bits, kEach));
   }
 }
 
@@ -125,18 +158,45 @@ inline Vector add_product(Vector sum, Vector left, Vector right) {
   return sum + left * right;
 }
 
+// A value that is in a register from here on. Else GCC reads anew from memory what several products
+// share, once for each, and loads are what limits a tile then.
+inline Vector in_register(Vector x) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(x));
+#elif defined(__SSE__)
+  asm volatile("" : "+x"(x));
+#endif
+  return x;
+}
+
 // sum[i][j] += sum over l of a[i, l] b[l, j], a by both its strides, b with rows of kWide vectors.
 template <typename Cell, int kWide>
 inline void multiply(Vector (&sum)[kTall][kWide], const Cell* a, int64_t a_row, int64_t a_column,
                      const Cell* b, int64_t depth) {
   for (int64_t l = 0; l < depth; ++l, a += a_column, b += kWide * kLanes) {
     Vector right[kWide];
-    for (int j = 0; j < kWide; ++j) right[j] = at(b + j * kLanes);
+    for (int j = 0; j < kWide; ++j) right[j] = in_register(at(b + j * kLanes));
     for (int i = 0; i < kTall; ++i) {
-      const Vector left = everywhere(a + i * a_row);
+      const Vector left = in_register(everywhere(a + i * a_row));
       for (int j = 0; j < kWide; ++j) sum[i][j] = add_product<Cell>(sum[i][j], left, right[j]);
     }
   }
+}
+
+// kLanes numbers of half precision: bfloat16 is the upper half of a float.
+inline Vector as_floats(const c10::BFloat16* from) {
+  return reinterpret_cast<Vector>(widened(&from->x) << 16);
+}
+inline Vector as_floats(const c10::Half* from) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vector to;
+  for (int i = 0; i < kLanes; ++i) to[i] = float(from[i]);
+  return to;
+#endif
 }
 
 inline bool any_above(Vector x, float limit) {
@@ -176,13 +236,9 @@ inline void store_rows(Vector a, Vector b, Pair* to) {
 
 // cells[i] is the pair of a's number i and b's.
 inline void pair_up(const Pair* a, const Pair* b, int64_t count, Pair* cells) {
-  typedef uint16_t Numbers __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-  auto widened = [](const Pair* place, int64_t i) {
-    const Numbers found = *reinterpret_cast<const Numbers*>(place->numbers + i);
-    return __builtin_convertvector(found, Integers);
-  };
   for (int64_t i = 0; i < count; i += kLanes)
-    at(cells + i) = reinterpret_cast<Vector>(widened(a, i) | widened(b, i) << 16);
+    at(cells + i) = reinterpret_cast<Vector>(widened(a->numbers + i) |
+                                             widened(b->numbers + i) << 16);
 }
 
 // In an order of its own, which costs one instruction a vector: `in_order` undoes it.

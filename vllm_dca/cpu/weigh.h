@@ -130,7 +130,8 @@ void weigh_lines(const Arguments& a, const Lines& lines) {
   const int64_t size = padded<T>(a.head_size);
 #pragma omp parallel
   {
-    Workspace work(size);
+    Workspace work;
+    work.make(false, false, size);
     work.queries = Floats(kTileRows * size);
 #pragma omp for schedule(dynamic)
     for (int64_t head = 0; head < a.kv_heads * a.group; ++head) {
