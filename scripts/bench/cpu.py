@@ -3,11 +3,16 @@
 Both get the same shapes; runs alternate, and what is printed first is the ratio of their
 medians. Answers are checked against the fp64 reference before they are timed; for CPU_ATTN it
 is given chunks longer than the context, where DCA is ordinary attention.
+
+What the machine could do is measured beside them: a prefill is held against a matrix product
+by torch, in the dtype that the processor multiplies, a decode against a plain read of as many
+bytes.
 """
 
 import itertools
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +27,7 @@ from scripts.bench.layer import Layer
 from scripts.common import record
 from vllm_dca.cpu import compiled, decode, paged_pass
 from vllm_dca.cpu.merge import merge_parts
+from vllm_dca.cpu.processor import processor
 from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.method.device import PrefillOperations
 from vllm_dca.method.geometry import ChunkGeometry
@@ -32,8 +38,17 @@ LOCAL_SIZE = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PAGE = 128
 OPERATIONS = PrefillOperations(turn_queries, paged_pass.attention, merge_parts)
-SECONDS = 20
-PREFILL = 2048  # new tokens of a prefill, at the end of the context
+SECONDS = 10
+PREFILL = 2048  # new tokens of a step's prefills, at the ends of their contexts
+MATRIX = 2048  # rows and columns of the matrices that are multiplied
+# By which torch and its libraries take a processor for a lesser one.
+LESSER = {
+    "AVX2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "DNNL_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
 
 
 class BothLayers(Layer):
@@ -105,7 +120,41 @@ class BothLayers(Layer):
         return run
 
 
-def alternate(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
+def emulate(instructions: str) -> None:
+    """As if the processor had no more: to torch, to the compiled kernel and to vLLM."""
+    environment = LESSER[instructions]
+    if not environment.items() <= os.environ.items():
+        # They are read once, when torch is loaded.
+        command = [sys.executable, "-m", "scripts.bench.cpu", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **environment})
+    torch.cpu._is_avx512_supported = lambda: False  # vLLM asks it which library to load
+
+
+def yardstick(layer: Layer) -> tuple[str, Callable[[], object]]:
+    """What the machine does with nothing in the way: a product of matrices, or a read."""
+    if layer.new == 1:
+        # Another copy, so that neither run finds in the processor's cache what the other read.
+        copy = layer.kv_cache.clone().view(torch.float32).flatten()
+        return "read", copy.sum
+    dtype = layer.query.dtype
+    if dtype != torch.float32 and processor().dtype != dtype:
+        dtype = torch.float32
+    left, right = torch.randn(2, MATRIX, MATRIX, dtype=dtype)
+    return "torch.mm", lambda: left @ right
+
+
+def share(layer: Layer, name: str, of_dca: float, of_yardstick: float) -> float:
+    """DCA's speed over the yardstick's, from the milliseconds of both."""
+    if name == "read":
+        return of_yardstick / of_dca
+    seen = sum(range(layer.context - layer.new + 1, layer.context + 1)) * len(layer.seq_lens)
+    products = 2 * seen * layer.query.shape[1] * layer.head_size  # by keys, and by values
+    return products / MATRIX**3 * of_yardstick / of_dca
+
+
+def alternate(
+    runs: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, dict[str, float]]:
     """Milliseconds of each, run by turns: median, and the quartiles.
 
     There are fewer turns, but three, where they take longer than SECONDS.
@@ -140,7 +189,7 @@ def measure(
     repeats: int = 15,
 ) -> dict[str, Any]:
     """One row: a step of the layer by CPU_ATTN and by DCA."""
-    new = 1 if step == "decode" else min(PREFILL, context)
+    new = 1 if step == "decode" else min(PREFILL // batch, context)
     kernel = compiled.CompiledPlan, compiled.attention
     sizes = shape, *SHAPES[shape], chunk_len + LOCAL_SIZE, LOCAL_SIZE
     layer = BothLayers(sizes, batch, context, new, dtype)
@@ -157,7 +206,9 @@ def measure(
         layer.output.fill_(torch.nan)
         run()
         layer.check()
-    times = alternate({"CPU_ATTN": layer.own, **runs}, repeats)
+    name, limit = yardstick(layer)
+    times = alternate({"CPU_ATTN": layer.own, **runs, name: limit}, repeats)
+    medians = {each: found["median"] for each, found in times.items()}
     arguments = layer.starts, layer.seq_lens, layer.block_table, PAGE, layer.geometry
     planning = alternate({"plan": lambda: kernel[0](*arguments)}, 20)["plan"]["median"]
     return {
@@ -168,7 +219,9 @@ def measure(
         "context": context,
         "chunk_len": chunk_len,
         "new": new,
-        "ratio": times["DCA"]["median"] / times["CPU_ATTN"]["median"],
+        "ratio": medians["DCA"] / medians["CPU_ATTN"],
+        "yardstick": name,
+        "share": share(layer, name, medians["DCA"], medians[name]),
         "milliseconds": times,
         "plan_milliseconds_a_step": planning,
     }
@@ -182,15 +235,24 @@ def main(
     dtype: Annotated[str, typer.Option(help="Spaces between.")] = " ".join(DTYPES),
     batch: Annotated[str, typer.Option(help="Spaces between.")] = "1 8",
     step: Annotated[str, typer.Option(help="Spaces between.")] = "decode prefill",
+    instructions: Annotated[
+        str | None, typer.Option(help=f"No more than these: {', '.join(LESSER)}.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="A record as JSON.")] = None,
 ) -> None:
+    if instructions is not None:
+        if instructions not in LESSER:
+            raise typer.BadParameter(f"{instructions!r} is not among {', '.join(LESSER)}")
+        emulate(instructions)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     facts = record.provenance("vllm", "vllm-dca")
+    facts["instructions"] = compiled.instructions()
+    facts["emulated"] = instructions is not None
     console = Console()
     names = ("DCA", "CPU_ATTN", "DCA by torch")
     of_times = (f"{name}, ms" for name in names)
     columns = ("step", "shape", "dtype", "batch", "context", "chunk_len")
-    table = Table(*columns, "DCA / CPU_ATTN", *of_times)
+    table = Table(*columns, "DCA / CPU_ATTN", "of torch.mm or a read", *of_times)
     rows = []
     numbers = (map(int, words.split()) for words in (batch, context, chunk_len))
     for each in itertools.product(step.split(), shape.split(), dtype.split(), *numbers):
@@ -198,7 +260,7 @@ def main(
         rows.append(row)
         times = row["milliseconds"]
         medians = [f"{times[name]['median']:.2f}" if name in times else "" for name in names]
-        cells = [*map(str, each), f"{row['ratio']:.2f}"]
+        cells = [*map(str, each), f"{row['ratio']:.2f}", f"{row['share']:.2f}"]
         table.add_row(*cells, *medians)
         console.print(*cells)
     console.print(table)

@@ -1,4 +1,4 @@
-"""A twofold loss of the CPU's speed does not pass unseen: ratios to vLLM's own, in one run."""
+"""A loss of half the CPU's speed does not pass unseen: ratios to vLLM's own, in one run."""
 
 from collections.abc import Iterator
 
@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from scripts.bench.cpu import measure
+from vllm_dca.cpu import compiled
 
 pytestmark = pytest.mark.alone
-# The record, docs/results/cpu.json, has 0.9 to 1.1 for this shape: what a kernel half as fast
-# would have is above the limit, and a busy machine's noise is below it.
-LIMIT = 1.7
-# vLLM's own has half precision's tiles where the processor has them; DCA's kernel has not.
+# The records, docs/results/cpu.json for a processor with AVX-512 and cpu-avx2.json for one
+# without, have about 1 or less for this shape: a kernel half as fast would be above the limit,
+# and a busy machine's noise is below it.
+LIMIT = 1.4
+# vLLM's own has half precision's tiles where the processor has AMX; DCA's kernel has not.
 DTYPES = ["float32"] if torch.cpu._is_amx_tile_supported() else ["float32", "bfloat16"]
 
 
@@ -27,4 +29,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_keeps_up_with_vllms(step: str, dtype: str) -> None:
     row = measure(step, "SmolLM2-135M", dtype, batch=1, context=8192, repeats=9)
-    assert row["ratio"] <= LIMIT, row
+    assert row["ratio"] <= LIMIT, (compiled.instructions(), row)
+    if step == "prefill":
+        # Of torch.mm in the same run; the records have 0.8 and more.
+        assert row["share"] >= 0.5, (compiled.instructions(), row)
