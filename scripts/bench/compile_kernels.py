@@ -3,8 +3,11 @@
 Usage: python -m scripts.bench.compile_kernels [--quick] [--output FILE]
 
 Fails if a kernel wants more shared memory than its card has, or spills registers on a data
-centre's card. The launches are the project's own, on meta data of the shapes that are common;
-only the last step, running them, is left out.
+centre's card. The launches are the project's own, of the shapes that are common; only the last
+step, running them, is left out. None of what it reports is a time.
+
+What is in flight is read from the compiler's output: how many asynchronous copies the loop's
+wait leaves under way, times what one of them holds.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from triton.runtime.jit import JITFunction
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.merge import merge_parts
 from vllm_dca.cuda.paged_pass import attention
-from vllm_dca.cuda.plan_decode import DecodePlanner
+from vllm_dca.cuda.plan_decode import DecodePlanner, programs, rows_a_pack
 from vllm_dca.cuda.turn import turn_queries
 from vllm_dca.method.device import Partial
 from vllm_dca.method.geometry import ChunkGeometry
@@ -41,6 +44,8 @@ from vllm_dca.method.rotary import QueryRotation
 # Bytes of shared memory that a block may have at most, by compute capability (CUDA programming
 # guide, appendix on compute capabilities). 8.9 and 12.0 have what 8.6 has.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# Of a multiprocessor, in all; each program wants 1 KiB of it beside its own.
+SHARED_MEMORY_IN_ALL = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10, 100: 228 << 10}
 # Those for which the kernels' tiles were chosen. 8.6 is there for its shared memory.
 WITHOUT_SPILLS = (80, 90, 100)
 # What --quick compiles for: data centres' cards with the least and the most room.
@@ -55,6 +60,8 @@ SHAPES = [
     ("Gemma-like", 8, 4, 256),
     ("Phi-like", 32, 32, 80),
 ]
+BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f8E5M2": 1, "f8E4M3FN": 1}
+WARPS_PER_MULTIPROCESSOR = {80: 64, 86: 48, 90: 64, 100: 64}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -79,8 +86,11 @@ class Compiler:
         def compile_only(function, *args, grid, warmup, **kwargs):
             kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
             name = function.fn.__name__.strip("_")
-            causal = kwargs.get("CAUSAL")
-            self.kernels[name if causal is None else f"{name}, causal {causal}"] = kernel
+            if "CAUSAL" in kwargs:
+                name += f", causal {kwargs['CAUSAL']}"
+            if name == "decode_kernel":
+                name += f", {kwargs['QUERIES']} queries"
+            self.kernels[name] = kernel
 
         JITFunction.run = compile_only
         return self
@@ -117,33 +127,61 @@ def launch(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache:
             k_scale=scale,
             v_scale=scale,
         )
-    planner = DecodePlanner(geometry, None, rows, 16, query.device)
-    decode_attention(
-        query,
-        kv_cache,
-        torch.empty_like(query),
-        plan=planner.plan(starts, starts[1:], table, rows),
-        rotation=rotation,
-        softmax_scale=0.1,
-        k_scale=scale,
-        v_scale=scale,
-    )
+    group = heads // kv_heads
+    # A row a request, and as many as stand in one tile.
+    for rows in (1, 2 * rows_a_pack(group)):
+        query = torch.zeros(rows, heads, head_size, dtype=dtype)
+        planner = DecodePlanner(geometry, None, rows, group, programs(132), query.device)
+        decode_attention(
+            query,
+            kv_cache,
+            torch.empty_like(query),
+            plan=planner.plan(starts[:2], starts[:1], table, rows),
+            rotation=rotation,
+            softmax_scale=0.1,
+            k_scale=scale,
+            v_scale=scale,
+        )
 
 
-def resources(kernel) -> dict[str, int]:
-    """What the machine code uses, as cuobjdump reads it."""
+def resources(kernel, capability: int) -> dict[str, int]:
+    """What the machine code uses, as cuobjdump reads it, and what that leaves room for."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = subprocess.check_output(
             [BINARIES / "cuobjdump", "--dump-resource-usage", cubin.name], text=True
         )
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    registers_of_a_warp = 32 * (-(-found["REG"] // 8) * 8)
     return {
-        "registers": int(found["REG"]),
-        "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),
-        "shared_bytes": kernel.metadata.shared,
+        "registers": found["REG"],
+        "spilled_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": shared,
+        "warps": warps,
+        "programs_per_multiprocessor": min(
+            WARPS_PER_MULTIPROCESSOR[capability] // warps,
+            (1 << 16) // (registers_of_a_warp * warps),
+            SHARED_MEMORY_IN_ALL[capability] // (shared + 1024),
+        ),
+        "bytes_in_flight": in_flight(kernel.asm["ttgir"], kernel.asm["ptx"]),
     }
+
+
+def in_flight(layouts: str, instructions: str) -> int:
+    """Bytes that a program's asynchronous copies still bring while it waits for a tile."""
+    waits = [
+        int(number) for number in re.findall(r"cp\.async\.wait_group\s+(\d+)", instructions)
+    ]
+    buffers = re.findall(
+        r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(\d+)x(\d+)x(\w+)", layouts
+    )
+    if not buffers:
+        return 0
+    sizes = [int(rows) * int(columns) * BYTES[kind] for _, rows, columns, kind in buffers]
+    # A group of copies is a tile of keys, or one of values.
+    return max(waits, default=0) * max(sizes)
 
 
 def main() -> None:
@@ -173,7 +211,7 @@ def main() -> None:
                             "dtype": str(dtype).removeprefix("torch."),
                             "kv_cache": str(cache).removeprefix("torch."),
                             "kernel": kernel,
-                            **resources(compiled),
+                            **resources(compiled, capability),
                         }
                     )
     columns = list(results[0])

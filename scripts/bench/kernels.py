@@ -46,7 +46,7 @@ class Bench:
         sizes = case.shape.chunk_size, case.shape.local_size
         settings = DcaSettings(*sizes, None, "the benchmark", case.shape.chunk_size)
         planner = self.device.decode_planner(
-            settings, self.page, case.batch, case.shape.kv_heads
+            settings, self.page, case.batch, case.shape.heads // case.shape.kv_heads
         )
         lengths = layer.starts.to(clock.DEVICE), layer.seq_lens.to(clock.DEVICE)
 

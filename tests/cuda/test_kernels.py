@@ -1,6 +1,7 @@
 """The Triton kernels, under Triton's interpreter, against the reference."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.cpu.test_attention import shapes
 from tests.helpers import interpreter
 from tests.helpers.paged import CPU_PREFILL, DEVICE, Batch, Shape, query_start_loc
-from vllm_dca.cuda import decode as decode_module
-from vllm_dca.cuda import plan_decode
+from vllm_dca.cuda import plan_decode, tuning
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.merge import merge_parts
 from vllm_dca.cuda.paged_pass import attention
@@ -33,21 +33,22 @@ interpreter.repair()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _short_splits() -> Iterator[None]:
-    """The interpreter is slow: let contexts of a hundred tokens have several splits."""
+def _short_shares() -> Iterator[None]:
+    """The interpreter is slow: let several programs share a context of a hundred tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_decode, "MIN_SPLIT", 16)
-        patch.setattr(plan_decode, "MAX_TILE", 16)
-        patch.setattr(decode_module, "MAX_TILE", 16)
+        patch.setattr(plan_decode, "MIN_SHARE", 1)
+        patch.setattr(plan_decode, "PACK_COST", 1)
+        patch.setattr(tuning, "MAX_TILE", 16)
         yield
 
 
-def planner(shape: Shape, max_rows: int, spare_slots: int) -> DecodePlanner:
+def planner(shape: Shape, max_rows: int, num_programs: int) -> DecodePlanner:
     return DecodePlanner(
         shape.geometry,
         shape.original_max_position_embeddings,
         max_rows,
-        spare_slots,
+        shape.group,
+        num_programs,
         DEVICE,
     )
 
@@ -77,9 +78,9 @@ def attend(batch: Batch, query: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
     return output.cpu()
 
 
-def decode(batch: Batch, spare_slots: int = 4) -> torch.Tensor:
+def decode(batch: Batch, num_programs: int = 7) -> torch.Tensor:
     query = batch.rotated_query()
-    steps = planner(batch.shape, len(query), spare_slots)
+    steps = planner(batch.shape, len(query), num_programs)
     return attend(batch, query, plan(batch, steps, len(query)))
 
 
@@ -98,10 +99,10 @@ def cached_shapes(draw: st.DrawFn, decode: bool = False) -> Shape:
 
 
 @settings(max_examples=40, deadline=None)
-@given(cached_shapes(decode=True), st.integers(1, 9))
-def test_decode_agrees_with_reference(shape: Shape, spare_slots: int) -> None:
+@given(cached_shapes(decode=True), st.integers(1, 12))
+def test_decode_agrees_with_reference(shape: Shape, num_programs: int) -> None:
     batch = Batch.random(shape)
-    batch.assert_close(decode(batch, spare_slots))
+    batch.assert_close(decode(batch, num_programs))
 
 
 @settings(max_examples=40, deadline=None)
@@ -130,25 +131,88 @@ def test_decode_row_equals_prefill_row(temperature: int | None) -> None:
     assert (decode(batch) - prefill(batch)).abs().max() <= batch.tolerance()
 
 
-LENGTHS = [(70, 69), (1, 0), (17, 15), (40, 37), (33, 32)]
-
-
-def test_plan_covers_every_key_once() -> None:
-    for spare_slots in (1, 2, 5, 50):
-        batch = Batch.random(Shape(LENGTHS))
-        found = plan(batch, planner(batch.shape, 9, spare_slots), 8)
-        length = int(found.split_len)
-        keys = [
-            total - back for total, cached in LENGTHS for back in range(total - cached)[::-1]
+def parts_of(plan: DecodePlan, sequences: int) -> list[list[tuple[int, int, int]]]:
+    """What each program takes, as the kernels work it out: pack, sequence, units."""
+    first = plan.first_unit.tolist()
+    units = first[-1] * sequences
+    share = -(-units // min(max(units // plan_decode.MIN_SHARE, 1), plan.num_programs))
+    owners = [
+        (pack, sequence)
+        for pack, (start, end) in enumerate(itertools.pairwise(first))
+        for sequence in range(sequences)
+        for _ in range(end - start)
+    ]
+    return [
+        [
+            (*owner, sum(1 for _ in run))
+            for owner, run in itertools.groupby(owners[at : at + share])
         ]
-        keys = [k - 0 for k in keys]
-        assert found.row_keys.tolist() == keys
-        assert length % plan_decode.MAX_TILE == 0
-        splits = found.first_slot.diff()
-        assert splits.tolist() == [-(-k // length) for k in keys]
-        used = [row for row, n in enumerate(splits.tolist()) for _ in range(n)]
-        assert len(used) <= len(found.slot_row)
-        assert found.slot_row.tolist() == used + [-1] * (len(found.slot_row) - len(used))
+        for at in range(0, plan.num_programs * share, share)
+    ]
+
+
+def test_shares_are_equal_and_cover_all() -> None:
+    lengths = [(70, 69), (1, 0), (17, 14), (40, 37), (33, 32)]
+    batch = Batch.random(Shape(lengths, group=24))
+    for num_programs in (1, 2, 5, 50):
+        found = plan(batch, planner(batch.shape, 11, num_programs), 10)
+        assert found.row_keys.tolist() == [70, 1, 15, 16, 17, 38, 39, 40, 33, 0]
+        # Two rows of 24 heads fit a tile: three rows are two packs.
+        assert found.packs.tolist() == [
+            [0, 0, 1, 70],
+            [1, 1, 1, 1],
+            [2, 2, 2, 16],
+            [2, 4, 1, 17],
+            [3, 5, 2, 39],
+            [3, 7, 1, 40],
+            [4, 8, 1, 33],
+            *[[0, 0, 0, 0]] * 3,
+        ]
+        units = [-(-keys // 16) + plan_decode.PACK_COST for *_, keys in found.packs[:7]]
+        assert found.first_unit.diff().tolist() == [*units, 0, 0, 0]
+        parts = parts_of(found, 3)
+        sizes = [sum(size for *_, size in part) for part in parts]
+        assert sum(sizes) == 3 * sum(units)
+        used = [size for size in sizes if size]
+        assert set(used[:-1]) <= {max(used)}
+        assert max(used) == -(-sum(sizes) // min(num_programs, sum(sizes)))
+
+
+@pytest.mark.parametrize(("rows", "read"), [(1, 1), (4, 1), (21, 1), (22, 2)])
+def test_rows_of_a_request_read_the_cache_once(rows: int, read: int) -> None:
+    """As many as fit beside a group of three heads."""
+    batch = Batch.random(Shape([(70, 70 - rows)]))
+    found = plan(batch, planner(batch.shape, rows, 3), rows)
+    assert int((found.packs[:, 3] > 0).sum()) == read
+    assert found.pack_rows == min(rows, 21)
+
+
+@pytest.mark.parametrize("cached", range(20, 36, 3))
+def test_rows_that_cross_every_border(cached: int) -> None:
+    """A short prefill whose tile holds rows of three chunks, over keys of five."""
+    # In fp32 a tile holds fewer rows.
+    dtype = torch.bfloat16 if cached % 2 else torch.float32
+    lengths = [(cached + 15, cached), (50, 49)]
+    shape = Shape(lengths, chunk_len=8, block_size=4, local_size=6, dtype=dtype)
+    batch = Batch.random(shape)
+    together = decode(batch, 5)
+    batch.assert_close(together)
+    assert (together - prefill(batch)).abs().max() <= batch.tolerance()
+
+
+def test_packed_rows_are_as_rows_alone() -> None:
+    """However a prefill is cut into steps, its rows' answers are the same."""
+    batch = Batch.random(Shape([(70, 40)]))
+    whole, query = decode(batch), batch.rotated_query()
+    for size in (1, 4, 17):
+        steps = planner(batch.shape, size, 4)
+        for first in range(0, 30, size):
+            rows = query[first : first + size]
+            starts = torch.tensor([0, len(rows)], dtype=torch.int32, device=DEVICE)
+            seq_lens = torch.tensor([40 + first + len(rows)], dtype=torch.int32, device=DEVICE)
+            found = steps.plan(starts, seq_lens, batch.block_table.to(DEVICE), len(rows))
+            error = attend(batch, rows, found) - whole[first : first + size]
+            assert error.abs().max() <= batch.tolerance()
 
 
 def test_buffers_stay_and_rows_that_pad_are_zero() -> None:
@@ -163,14 +227,28 @@ def test_buffers_stay_and_rows_that_pad_are_zero() -> None:
         found = plan(batch, steps, 4)
         addresses.add(
             tuple(
-                getattr(found, name).data_ptr()
-                for name in ("row_request", "row_keys", "first_slot", "slot_row", "split_len")
+                getattr(found, name).data_ptr() for name in ("row_keys", "packs", "first_unit")
             )
         )
         output = attend(batch, torch.cat([query, padding]), found)
         batch.assert_close(output[: len(query)])
         assert (output[len(query) :] == 0).all()
     assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_launches_replay_for_other_lengths(rows: int) -> None:
+    """What was launched for one batch answers another: only buffers' contents differ."""
+    lengths = [(50, 50 - rows), (17, 17 - rows), (64, 64 - rows)]
+    batch = Batch.random(Shape(lengths))
+    query = batch.rotated_query().to(DEVICE)
+    steps = planner(batch.shape, len(query), 5)
+    starts = query_start_loc(lengths).to(DEVICE)
+    seq_lens = torch.full((3,), rows, dtype=torch.int32, device=DEVICE)
+    captured = steps.plan(starts, seq_lens, batch.block_table.to(DEVICE), len(query))
+    batch_lens = torch.tensor([total for total, _ in lengths], dtype=torch.int32, device=DEVICE)
+    steps.plan(starts, batch_lens, batch.block_table.to(DEVICE), len(query))
+    batch.assert_close(attend(batch, query, captured))
 
 
 def test_tolerance_would_catch_a_wrong_region() -> None:

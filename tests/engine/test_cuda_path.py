@@ -44,7 +44,7 @@ def test_engine_agrees_with_reference(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
         assert_agrees(llama, prompt, answer)
     names = {name for name, *_ in launched}
-    assert names >= {"plan_kernel", "split_kernel", "reduce_kernel", "attention_kernel"}
+    assert names >= {"plan_kernel", "decode_kernel", "reduce_kernel", "attention_kernel"}
 
 
 @pytest.mark.parametrize("temperature", [None, 40])
@@ -76,7 +76,7 @@ def test_a_long_prompt_finds_its_kernels_compiled(
         with interpreter.launches() as used:
             generate(llm, [checkpoints.tokens(100), checkpoints.tokens(31)], max_tokens=4)
     kernels = {"turn_kernel", "attention_kernel", "merge_kernel"}
-    kernels |= {"plan_kernel", "split_kernel", "reduce_kernel"}
+    kernels |= {"plan_kernel", "decode_kernel", "reduce_kernel"}
     assert {name for name, *_ in used} == kernels
     assert set(used) <= set(warm)
     # Once for all layers and once a process: passes over two chunks and three, by two queries.

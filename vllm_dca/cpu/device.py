@@ -1,5 +1,6 @@
 """The CPU as a device of DCA: the compiled kernel, or the same by torch."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ def by_kernel() -> Device:
         kv_cache.without_scales(compiled.write_kv),
         _planner_of(compiled.CompiledPlan),
         compiled.attention,
+        lambda group: sys.maxsize,
         SparseOperations(compiled_sparse.weigh, compiled_sparse.select, compiled_sparse.attend),
     )
 
@@ -37,6 +39,7 @@ def by_torch() -> Device:
         kv_cache.without_scales(kv_cache.write_kv),
         _planner_of(DecodePlan),
         decode.decode_attention,
+        lambda group: 1,
         SparseOperations(sparse.weigh, select, sparse.attend),
     )
 
@@ -45,7 +48,7 @@ def _planner_of(
     plan_of: Callable[..., Any],
 ) -> Callable[[DcaSettings, int, int, int], DecodePlanner]:
     def decode_planner(
-        settings: DcaSettings, block_size: int, max_rows: int, num_kv_heads: int
+        settings: DcaSettings, block_size: int, max_rows: int, group: int
     ) -> DecodePlanner:
         geometry, length = settings.geometry, settings.original_max_position_embeddings
 

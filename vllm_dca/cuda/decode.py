@@ -1,66 +1,57 @@
-"""Paged split-KV decode: every row attends its inter, succ and intra pages in one pass.
+"""Paged decode: as many programs as fit the device, each with an equal share of all keys.
 
-A row is one new token, of a request that may have several (speculative verification). Rows
-are cut into splits of equal length, as many as keep the device busy whatever the mix of
-lengths; the plan is made on the device from the lengths there, once a step for all layers, so
-that a captured CUDA graph replays for any lengths, and nothing waits for the host.
+A row is one new token, of a request that may have several (speculative verification, a short
+prefill). Rows of a request times the query heads of a KV head stand in one tile, so that the
+cache is read once for all of them. A program walks through its share, which may begin in one
+request and end in another, and turns its queries at each border of a region.
+`vllm_dca.cuda.plan_decode` makes the plan, once a step for all layers; nothing waits for the
+host.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_dca.cuda.plan_decode import MAX_TILE, DecodePlan
-from vllm_dca.cuda.reduce import reduce_splits
+from vllm_dca.cuda import plan_decode
+from vllm_dca.cuda.plan_decode import DecodePlan, pack_at, share_of
+from vllm_dca.cuda.reduce import reduce_pieces
+from vllm_dca.cuda.tiles import attend_keys
+from vllm_dca.cuda.tuning import MIN_DOT_SIZE, tune
 from vllm_dca.cuda.turn import rotary_pairs, turned_by
 from vllm_dca.method.rotary import QueryRotation
 
 LOG2_E = 1.4426950408889634
-# Query heads that one program takes; more share a KV head only in MQA. With 64, heads of 256 in
-# fp32 want more shared memory than an A100 has, and other kernels spill.
-HEADS_PER_PROGRAM = 32
-MIN_DOT_SIZE = 16  # of any side of Triton's matrix product
 
 
 @triton.jit
-def _attend_region(
-    best, total, acc,  # [HEADS], [HEADS], [HEADS, HEAD_PADDED] fp32
-    query,  # [HEADS, HEAD_PADDED], turned for this region
-    factor,  # on the dot products, log2(e) included
-    lo, hi,  # keys
-    cache, stride_page, stride_slot,  # of this KV head
-    table,  # [pages] of this request
-    d,
+def _turn_into(
+    turned,  # [QUERIES, HEAD_PADDED], written
+    query,  # [QUERIES, 1] where each begins
+    real,  # [QUERIES] whether it is one
+    cos_sin,
+    turn,  # [QUERIES] positions
+    m,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
 ):  # fmt: skip
-    for base in range(lo, hi, TILE):
-        key = base + tl.arange(0, TILE)
-        valid = key < hi
-        page = tl.load(table + key // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-        slot = cache + page * stride_page + (key % PAGE_SIZE) * stride_slot
-        k_inside = valid[None, :] & (d < HEAD_SIZE)[:, None]
-        k = tl.load(slot[None, :] + d[:, None], mask=k_inside, other=0.0)
-        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * factor
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        keep = tl.exp2(best - new_best)
-        weights = tl.exp2(scores - new_best[:, None])
-        v_inside = valid[:, None] & (d < HEAD_SIZE)[None, :]
-        v = tl.load(slot[:, None] + HEAD_SIZE + d[None, :], mask=v_inside, other=0.0)
-        acc = acc * keep[:, None]
-        acc += tl.dot(weights.to(query.dtype), v.to(query.dtype), input_precision="ieee")
-        total = total * keep + tl.sum(weights, 1)
-        best = new_best
-    return best, total, acc
+    """By memory and a few columns at a time: whole queries would want all registers."""
+    COLUMNS: tl.constexpr = 32 if HEAD_PADDED > 32 else HEAD_PADDED
+    for first in range(0, HEAD_PADDED, COLUMNS):
+        d = first + tl.arange(0, COLUMNS)
+        partner, column, sign, rotates = rotary_pairs(d, ROTARY_DIM, IS_NEOX)
+        inside = real[:, None] & (d < HEAD_SIZE)[None, :]
+        q = tl.load(query + d[None, :], mask=inside, other=0.0)
+        paired = tl.load(query + partner[None, :], mask=inside, other=0.0)
+        result = turned_by(
+            q.to(tl.float32), paired.to(tl.float32), cos_sin, turn[:, None], column[None, :],
+            sign[None, :], rotates[None, :], ROTARY_DIM,
+        )  # fmt: skip
+        tl.store(turned + m[:, None] * HEAD_PADDED + d[None, :], result.to(q.dtype))
 
 
-# As long as the longest request, which a warm-up does not have.
-@triton.jit(do_not_specialize=["block_table_stride"])
-def _split_kernel(
+# What changes from step to step must not make Triton compile the kernel again.
+@triton.jit(do_not_specialize=["block_table_stride", "num_rows", "num_packs"])
+def _decode_kernel(
     query,  # [num_rows, num_heads, HEAD_SIZE], rotated to the offsets
     query_stride_row,
     query_stride_head,
@@ -70,95 +61,153 @@ def _split_kernel(
     cache_stride_slot,
     block_table,  # [num_requests, max_pages] int32
     block_table_stride,
-    slot_row,  # [num_slots] int32: the row that a slot works for, or -1
-    first_slot,  # [num_rows + 1] int32
-    row_request,  # [num_rows] int32
-    row_keys,  # [num_rows] int32: keys that the row sees
-    split_len,  # [1] int32: keys a slot
+    row_keys,  # [num_rows] int32, see DecodePlan
+    packs,  # [num_packs, 4] int32, likewise
+    first_unit,  # [num_packs + 1] int32, likewise
     cos_sin,  # [rows, ROTARY_DIM] fp32
-    part_output,  # [num_slots, num_heads, HEAD_SIZE] fp32
-    part_lse,  # [num_slots, num_heads] fp32, base 2
+    output,  # [num_rows, num_heads, HEAD_SIZE]
+    output_stride_row,
+    output_stride_head,
+    part_output,  # [2 * num_programs, QUERIES, HEAD_SIZE] fp32
+    part_lse,  # [2 * num_programs, QUERIES] fp32, base 2
+    turned,  # [num_programs, QUERIES, HEAD_PADDED]
     k_scale,  # [1] fp32, of an FP8 cache
+    v_scale,
     scale_log2,  # softmax_scale * log2(e)
     chunk_len,
     chunk_size,
     inter_position,
     original_length,  # of the temperature; 0.0 for none
+    num_rows,
+    num_packs,
     num_heads,
+    sequences,  # that a pack's keys are read for: KV heads, times BLOCKS
     GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     IS_NEOX: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    UNIT: tl.constexpr,
+    PACK_COST: tl.constexpr,
+    MIN_SHARE: tl.constexpr,
+    SEARCH: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    slot = tl.program_id(0)
-    row = tl.load(slot_row + slot)
-    if row < 0:
-        return
-    kv_head = tl.program_id(1)
-    in_group = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
-    head = kv_head * GROUP + in_group
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    m = tl.arange(0, QUERIES)
     d = tl.arange(0, HEAD_PADDED)
-    inside = (in_group < GROUP)[:, None] & (d < HEAD_SIZE)[None, :]
+    # Rows that pad the batch.
+    nothing = tl.zeros([HEAD_PADDED], output.dtype.element_ty)
+    for padding in range(program, num_rows, num_programs):
+        if tl.load(row_keys + padding) == 0:
+            for which in range(num_heads):
+                goal = output + tl.cast(padding, tl.int64) * output_stride_row
+                goal += which * output_stride_head + d
+                tl.store(goal, nothing, mask=d < HEAD_SIZE)
 
-    # Keys of this slot, and of the regions.
-    keys = tl.load(row_keys + row)
-    length = tl.load(split_len)
-    start = (slot - tl.load(first_slot + row)) * length
-    end = tl.minimum(keys, start + length)
-    position = keys - 1
-    offset = position % chunk_len
-    intra_start = position - offset
-    succ_start = tl.maximum(intra_start - chunk_len, 0)
-
-    factor = scale_log2
+    units, share = share_of(first_unit, num_packs, sequences, num_programs, MIN_SHARE)
+    unit = program * share
+    stop = tl.minimum(unit + share, units)
+    if unit >= stop:
+        return
+    pack = pack_at(first_unit, num_packs, sequences, unit, SEARCH)
+    turned = turned + program * QUERIES * HEAD_PADDED
+    score_factor = scale_log2
+    value_factor = 1.0
     if HAS_SCALE:
-        factor *= tl.load(k_scale)
-    if original_length > 0:
-        growth = tl.log(keys.to(tl.float32) / original_length)
-        temperature = tl.maximum(0.1 * growth + 1.0, 1.0)
-        factor *= temperature * temperature
+        score_factor *= tl.load(k_scale)
+        value_factor = tl.load(v_scale)
 
-    partner, column, sign, rotates = rotary_pairs(d, ROTARY_DIM, IS_NEOX)
-    source = query + row.to(tl.int64) * query_stride_row + head[:, None] * query_stride_head
-    q = tl.load(source + d[None, :], mask=inside, other=0.0)
-    q_paired = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    while unit < stop:
+        first = tl.load(first_unit + pack)
+        length = tl.load(first_unit + pack + 1) - first
+        request = tl.load(packs + 4 * pack).to(tl.int64)
+        first_row = tl.load(packs + 4 * pack + 1)
+        rows = tl.load(packs + 4 * pack + 2)
+        keys = tl.load(packs + 4 * pack + 3)
+        begins = first.to(tl.int64) * sequences
+        sequence = ((unit - begins) // tl.maximum(length, 1)).to(tl.int32)
+        from_unit = (unit - begins).to(tl.int32) - sequence * length
+        to_unit = tl.minimum(length, (from_unit + (stop - unit)).to(tl.int32))
+        lo = tl.maximum(from_unit - PACK_COST, 0) * UNIT
+        hi = tl.minimum(tl.maximum(to_unit - PACK_COST, 0) * UNIT, keys)
 
-    request = tl.load(row_request + row)
-    table = block_table + request.to(tl.int64) * block_table_stride
-    cache = kv_cache + kv_head.to(tl.int64) * cache_stride_head
-    best = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, HEAD_PADDED], tl.float32)
-    for region in tl.static_range(3):
-        if region == 0:  # inter
-            lo, hi = start, tl.minimum(end, succ_start)
-            turn = inter_position - offset
-        elif region == 1:  # succ
-            lo, hi = tl.maximum(start, succ_start), tl.minimum(end, intra_start)
-            turn = tl.minimum(offset + chunk_len, chunk_size) - offset
-        else:  # intra
-            lo, hi = tl.maximum(start, intra_start), end
-            turn = 0
-        if lo < hi:
-            turned = q
-            if region < 2:
-                turned = turned_by(
-                    q.to(tl.float32), q_paired, cos_sin, turn, column, sign, rotates, ROTARY_DIM
-                ).to(q.dtype)
-            best, total, acc = _attend_region(
-                best, total, acc, turned, factor, lo, hi, cache, cache_stride_page,
-                cache_stride_slot, table, d, HEAD_SIZE, HEAD_PADDED, PAGE_SIZE, TILE,
+        # Which row and head each of the tile's queries is, and where its row stands.
+        kv_head = sequence // BLOCKS
+        place = sequence % BLOCKS * QUERIES + m
+        row_in_pack = place // GROUP
+        head = kv_head * GROUP + place % GROUP
+        real = row_in_pack < rows
+        row = (first_row + row_in_pack).to(tl.int64)
+        sees = tl.where(real, keys - (rows - 1 - row_in_pack), 0)
+        position = tl.maximum(sees - 1, 0)
+        chunk = position // chunk_len
+        offset = position - chunk * chunk_len
+        factor = tl.zeros([QUERIES], tl.float32) + score_factor
+        if original_length > 0:
+            growth = tl.log(tl.maximum(sees, 1).to(tl.float32) / original_length)
+            temperature = tl.maximum(0.1 * growth + 1.0, 1.0)
+            factor *= temperature * temperature
+
+        inside = real[:, None] & (d < HEAD_SIZE)[None, :]
+        cache = kv_cache + kv_head.to(tl.int64) * cache_stride_head
+        table = block_table + request * block_table_stride
+        best = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        acc = tl.zeros([QUERIES, HEAD_PADDED], tl.float32)
+        # Up to here all keys are of all rows' inter region; from here on, chunk by chunk.
+        last_inter = tl.maximum(keys - rows, 0) // chunk_len - 1
+        at = lo
+        while at < hi:
+            key_chunk = at // chunk_len
+            border = tl.where(key_chunk < last_inter, last_inter, key_chunk + 1) * chunk_len
+            to = tl.minimum(border, hi)
+            succ = tl.minimum(offset + chunk_len, chunk_size)
+            target = tl.where(chunk - key_chunk > 1, inter_position, succ)
+            turn = tl.where(chunk > key_chunk, target - offset, 0)
+            tl.debug_barrier()
+            _turn_into(
+                turned,
+                query + row[:, None] * query_stride_row + head[:, None] * query_stride_head,
+                real,
+                cos_sin,
+                turn,
+                m,
+                HEAD_SIZE,
+                HEAD_PADDED,
+                ROTARY_DIM,
+                IS_NEOX,
+            )
+            tl.debug_barrier()
+            q = tl.load(turned + m[:, None] * HEAD_PADDED + d[None, :])
+            best, total, acc = attend_keys(
+                best, total, acc, q, factor[:, None], sees, at, to, cache,
+                cache_stride_page, cache_stride_slot, cache + HEAD_SIZE, cache_stride_page,
+                cache_stride_slot, table, d, HEAD_SIZE, PAGE_SIZE, TILE,
             )  # fmt: skip
+            at = to
 
-    at = slot.to(tl.int64) * num_heads + head
-    tl.store(part_lse + at, best + tl.log2(total), mask=in_group < GROUP)
-    target = part_output + at[:, None] * HEAD_SIZE + d[None, :]
-    tl.store(target, acc / total[:, None], mask=inside)
+        if lo < hi:
+            result = acc / tl.where(total > 0, total, 1.0)[:, None]
+            if (lo == 0) & (hi == keys):
+                whole = output + row[:, None] * output_stride_row
+                whole += head[:, None] * output_stride_head + d[None, :]
+                answer = (result * value_factor).to(output.dtype.element_ty)
+                tl.store(whole, answer, mask=inside)
+            else:
+                # Of what others share in, only a program's last piece has the first keys.
+                slot = 2 * tl.cast(program, tl.int64) + tl.where(lo == 0, 1, 0)
+                tl.store(part_lse + slot * QUERIES + m, best + tl.log2(total))
+                part = part_output + (slot * QUERIES + m)[:, None] * HEAD_SIZE + d[None, :]
+                tl.store(part, result, mask=inside)
+        unit += to_unit - from_unit
+        next_pack = tl.load(first_unit + pack + 1).to(tl.int64) * sequences
+        pack += (unit == next_pack).to(tl.int32)
 
 
 def decode_attention(
@@ -178,23 +227,25 @@ def decode_attention(
         query: [num_rows, num_heads, head_size], rotated to their offsets; last axis dense.
         kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_size], any physical order with
             the last axis dense; of the query's dtype, or FP8.
-        output: [num_rows, num_heads, head_size], written.
+        output: [num_rows, num_heads, head_size], written; a row without keys gets zeros.
         plan: made once for all layers from the batch's lengths.
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
         k_scale: [1] fp32, what FP8 keys are multiplied by; None for a cache that is not FP8.
         v_scale: like k_scale, for the values.
     """
-    _, num_heads, head_size = query.shape
+    num_rows, num_heads, head_size = query.shape
     num_kv_heads, page_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    heads = min(max(triton.next_power_of_2(group), MIN_DOT_SIZE), HEADS_PER_PROGRAM)
+    tuning = tune(head_size, query.dtype, kv_cache.dtype, plan.pack_rows * group)
+    blocks = triton.cdiv(plan.pack_rows * group, tuning.queries)
+    parts = 2 * plan.num_programs, tuning.queries
+    part_output = query.new_empty(*parts, head_size, dtype=torch.float32)
+    part_lse = query.new_empty(parts, dtype=torch.float32)
     head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
-    num_slots = len(plan.slot_row)
-    tuning = tune(head_size, query.dtype, kv_cache.dtype)
-    part_output = query.new_empty(num_slots, num_heads, head_size, dtype=torch.float32)
-    part_lse = query.new_empty(num_slots, num_heads, dtype=torch.float32)
-    _split_kernel[(num_slots, num_kv_heads, triton.cdiv(group, heads))](
+    turned = query.new_empty(plan.num_programs, tuning.queries, head_padded)
+    num_packs = len(plan.packs)
+    _decode_kernel[(plan.num_programs,)](
         query,
         query.stride(0),
         query.stride(1),
@@ -204,51 +255,43 @@ def decode_attention(
         kv_cache.stride(2),
         plan.block_table,
         plan.block_table.stride(0),
-        plan.slot_row,
-        plan.first_slot,
-        plan.row_request,
         plan.row_keys,
-        plan.split_len,
+        plan.packs,
+        plan.first_unit,
         rotation.cos_sin,
+        output,
+        output.stride(0),
+        output.stride(1),
         part_output,
         part_lse,
+        turned,
         k_scale,
+        v_scale,
         softmax_scale * LOG2_E,
         plan.geometry.chunk_len,
         plan.geometry.chunk_size,
         plan.geometry.inter_position,
         float(plan.original_max_position_embeddings or 0),
+        num_rows,
+        num_packs,
         num_heads,
+        num_kv_heads * blocks,
         GROUP=group,
-        HEADS=heads,
+        QUERIES=tuning.queries,
+        BLOCKS=blocks,
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
         ROTARY_DIM=rotation.cos_sin.shape[-1],
         IS_NEOX=rotation.is_neox,
         PAGE_SIZE=page_size,
         TILE=tuning.tile,
+        UNIT=plan_decode.UNIT,
+        PACK_COST=plan_decode.PACK_COST,
+        MIN_SHARE=plan_decode.MIN_SHARE,
+        SEARCH=plan_decode.SEARCH,
         HAS_SCALE=k_scale is not None,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        maxnreg=tuning.registers,
     )
-    reduce_splits(part_output, part_lse, plan.first_slot, v_scale, output)
-
-
-class Tuning(NamedTuple):
-    """How a program is laid out. scripts/bench/compile_kernels.py shows that none spills."""
-
-    tile: int  # keys read at a time
-    num_warps: int
-    num_stages: int = 3  # fewer, and Triton does not fetch pages ahead of their use
-
-
-def tune(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tuning:
-    """Up to 32 KiB of keys and values at a time; less where registers run short."""
-    head_padded = triton.next_power_of_2(head_size)
-    if cache_dtype != dtype:
-        return Tuning(min(32, MAX_TILE), 8)
-    tile = (1 << 15) // (2 * head_padded * dtype.itemsize)
-    if head_size != head_padded:
-        tile = min(tile, 32)
-    wide = dtype == torch.float32 or head_padded >= 256
-    return Tuning(max(16, min(tile, MAX_TILE)), 8 if wide else 4)
+    reduce_pieces(part_output, part_lse, plan, group, blocks, v_scale, output)

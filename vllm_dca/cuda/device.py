@@ -30,13 +30,14 @@ def with_provider(
     """
 
     def decode_planner(
-        settings: DcaSettings, block_size: int, max_rows: int, num_kv_heads: int
+        settings: DcaSettings, block_size: int, max_rows: int, group: int
     ) -> DecodePlanner:
         return plan_decode.DecodePlanner(
             settings.geometry,
             settings.original_max_position_embeddings,
             max_rows,
-            plan_decode.spare_slots(num_multiprocessors, num_kv_heads),
+            group,
+            plan_decode.programs(num_multiprocessors),
             device,
         ).plan
 
@@ -46,6 +47,7 @@ def with_provider(
         write_kv,
         decode_planner,
         decode.decode_attention,
+        plan_decode.rows_a_pack,
     )
 
 

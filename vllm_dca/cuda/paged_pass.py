@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dca.cuda.tiles import attend_keys
 from vllm_dca.method.provider import PagedSegments
 
 LOG2_E = 1.4426950408889634
@@ -64,7 +65,10 @@ def _attention_kernel(
         last = tl.where(starts, last, middle - 1)
     first_row = tl.load(cu_seqlens_q + segment)
     num_rows = tl.load(cu_seqlens_q + segment + 1) - first_row
-    row = (tile - first_row // ROWS - segment) * ROWS + tl.arange(0, ROWS)
+    first = (tile - first_row // ROWS - segment) * ROWS
+    if first >= num_rows:
+        return
+    row = first + tl.arange(0, ROWS)
     row_inside = row < num_rows
     num_keys = tl.load(seqused_k + segment)
 
@@ -83,35 +87,17 @@ def _attention_kernel(
     values_of_head = value_cache + kv_head * value_stride_head
     table = block_table + tl.cast(segment, tl.int64) * block_table_stride
 
-    # The last key that a row sees, and the first that none of the tile's rows do.
-    sees = row + num_keys - num_rows if CAUSAL else tl.zeros_like(row) + num_keys - 1
-    end = tl.minimum(tl.max(tl.where(row_inside, sees, -1), 0) + 1, num_keys)
+    # Rows past the segment's end see what is there, so that nothing is divided by zero.
+    sees = row + num_keys - num_rows + 1 if CAUSAL else tl.zeros_like(row) + num_keys
+    end = tl.minimum(tl.max(tl.where(row_inside, sees, 0), 0), num_keys)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
-    for base in range(0, end, TILE):
-        key = base + tl.arange(0, TILE)
-        valid = key < end
-        page = tl.load(table + key // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-        k_slot = keys_of_head + page * key_stride_page + (key % PAGE_SIZE) * key_stride_slot
-        k_inside = valid[None, :] & (d < HEAD_SIZE)[:, None]
-        k = tl.load(k_slot[None, :] + d[:, None], mask=k_inside, other=0.0)
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * factor
-        # Rows past the segment's end see what is there, so that nothing is divided by zero.
-        visible = (key[None, :] <= sees[:, None]) & valid[None, :]
-        scores = tl.where(visible, scores, float("-inf"))
-
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        keep = tl.exp2(best - new_best)
-        weights = tl.exp2(scores - new_best[:, None])
-        v_slot = values_of_head + page * value_stride_page
-        v_slot += (key % PAGE_SIZE) * value_stride_slot
-        v_inside = valid[:, None] & (d < HEAD_SIZE)[None, :]
-        v = tl.load(v_slot[:, None] + d[None, :], mask=v_inside, other=0.0)
-        acc = acc * keep[:, None]
-        acc += tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
-        total = total * keep + tl.sum(weights, 1)
-        best = new_best
+    best, total, acc = attend_keys(
+        best, total, acc, q, factor, sees, 0, end, keys_of_head, key_stride_page,
+        key_stride_slot, values_of_head, value_stride_page, value_stride_slot, table, d,
+        HEAD_SIZE, PAGE_SIZE, TILE,
+    )  # fmt: skip
 
     result = acc / total[:, None]
     if HAS_SCALE:

@@ -1,4 +1,4 @@
-"""How a decode step is cut into splits; worked out on the device."""
+"""How a decode step is cut into equal shares; worked out on the device, in one launch."""
 
 from dataclasses import dataclass
 
@@ -8,43 +8,59 @@ import triton.language as tl
 
 from vllm_dca.method.geometry import ChunkGeometry
 
-# Splits are whole tiles of the widest kind, and never so short that starting one costs more
-# than it brings.
-MAX_TILE = 64
-MIN_SPLIT = 4 * MAX_TILE
-BLOCK = 1024
-# Four fit a multiprocessor at once, and keep its memory busy.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+# Keys; what shares are counted in. No side of a matrix product is smaller.
+UNIT = 16
+# What it costs to begin with a pack, in units: its queries and its first tile are waited for.
+PACK_COST = 4
+# No share is smaller, in units: else a program would write as much as it reads.
+MIN_SHARE = 12
+# Rows times query heads that one program multiplies at once.
+MAX_QUERIES = 64
+PROGRAMS_PER_MULTIPROCESSOR = 2
+BLOCK = 1024  # of packs, planned side by side
+SEARCH = 256  # of packs, looked at side by side
 
 
-def spare_slots(num_multiprocessors: int, num_kv_heads: int) -> int:
-    """Splits beyond one a row with which the KV heads fill a device."""
-    return -(-PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors // num_kv_heads)
+def programs(num_multiprocessors: int) -> int:
+    """As many as run at once; `vllm_dca.cuda.decode.tune` leaves room for them."""
+    return PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
+
+
+def rows_a_pack(group: int) -> int:
+    """How many rows read the cache together, where `group` query heads share a KV head.
+
+    A prefill of so few tokens is better decoded: each key and value is read once, and no pass
+    can read it less often. One token more would have to read all of them again.
+    """
+    return max(MAX_QUERIES // group, 1)
 
 
 @dataclass
 class DecodePlan:
     """Views of a planner's buffers, which keep their addresses from step to step.
 
+    Rows of a request that come after one another are a pack: they read the cache together.
+    A pack counts PACK_COST units, and then those of the keys that its last row sees; a step's
+    units are those of all packs for each KV head. Programs take shares of equal size, in order.
+
     Attributes:
         block_table: [num_requests, max_pages] int32, pages of each request.
-        row_request: [num_rows] int32, index of the row's request.
         row_keys: [num_rows] int32, keys that the row sees, its own included; 0 for a row that
             only pads the batch.
-        first_slot: [num_rows + 1] int32, the row's splits are slots first_slot[r] ..
-            first_slot[r + 1] - 1.
-        slot_row: [num_slots] int32, the slot's row, or -1 for none.
-        split_len: [1] int32, keys a split.
+        packs: [max_packs, 4] int32: request, first row, rows, keys that the last row sees.
+        first_unit: [max_packs + 1] int32, running sum of the packs' units for one KV head.
+        pack_rows: the most rows of a pack.
+        num_programs: how many share the work.
         geometry: the chunk sizes.
         original_max_position_embeddings: switches the temperature on.
     """
 
     block_table: torch.Tensor
-    row_request: torch.Tensor
     row_keys: torch.Tensor
-    first_slot: torch.Tensor
-    slot_row: torch.Tensor
-    split_len: torch.Tensor
+    packs: torch.Tensor
+    first_unit: torch.Tensor
+    pack_rows: int
+    num_programs: int
     geometry: ChunkGeometry
     original_max_position_embeddings: int | None
 
@@ -57,7 +73,8 @@ class DecodePlanner:
         geometry: ChunkGeometry,
         original_max_position_embeddings: int | None,
         max_rows: int,
-        spare_slots: int,
+        group: int,
+        num_programs: int,
         device: torch.device,
     ) -> None:
         """Allocate for the largest step.
@@ -65,22 +82,23 @@ class DecodePlanner:
         Args:
             geometry: the chunk sizes.
             original_max_position_embeddings: switches the temperature on.
-            max_rows: new tokens of a step at most, padding included.
-            spare_slots: splits beyond one a row; with the KV heads they fill the device.
+            max_rows: new tokens of a step at most, padding included; no fewer than requests.
+            group: query heads that share a KV head, of the layer that has most.
+            num_programs: how many share the work.
             device: of everything.
         """
         self.geometry = geometry
         self.original_max_position_embeddings = original_max_position_embeddings
-        self.spare_slots = spare_slots
+        self.pack_rows = rows_a_pack(group)
+        self.num_programs = num_programs
 
-        def buffer(length: int) -> torch.Tensor:
-            return torch.zeros(length, dtype=torch.int32, device=device)
+        def buffer(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.row_request = buffer(max_rows)
         self.row_keys = buffer(max_rows)
-        self.first_slot = buffer(max_rows + 1)
-        self.slot_row = buffer(max_rows + spare_slots)
-        self.split_len = buffer(1)
+        self.request_pack = buffer(max_rows)
+        self.packs = buffer(max_rows, 4)
+        self.first_unit = buffer(max_rows + 1)
 
     def plan(
         self,
@@ -98,35 +116,57 @@ class DecodePlanner:
             num_rows: rows to answer; those past the last request's are padding.
         """
         num_requests = len(seq_lens)
-        num_slots = num_rows + self.spare_slots
+        # A graph is captured for these two numbers, so they alone may say how it is packed.
+        each, uneven = divmod(num_rows, num_requests)
+        pack_rows = self.pack_rows if uneven else max(min(each, self.pack_rows), 1)
+        max_packs = min(num_rows, num_requests + num_rows // pack_rows)
         plan = DecodePlan(
             block_table,
-            self.row_request[:num_rows],
             self.row_keys[:num_rows],
-            self.first_slot[: num_rows + 1],
-            self.slot_row[:num_slots],
-            self.split_len,
+            self.packs[:max_packs],
+            self.first_unit[: max_packs + 1],
+            pack_rows,
+            self.num_programs,
             self.geometry,
             self.original_max_position_embeddings,
         )
         _plan_kernel[(1,)](
             query_start_loc,
             seq_lens,
-            plan.row_request,
+            self.request_pack,
             plan.row_keys,
-            plan.first_slot,
-            plan.slot_row,
-            plan.split_len,
+            plan.packs,
+            plan.first_unit,
             num_requests,
             num_rows,
-            self.spare_slots,
+            max_packs,
+            pack_rows,
             num_requests.bit_length(),
-            num_rows.bit_length(),
-            TILE=MAX_TILE,
-            MIN_SPLIT=MIN_SPLIT,
+            UNIT=UNIT,
+            PACK_COST=PACK_COST,
             BLOCK=BLOCK,
         )
         return plan
+
+
+@triton.jit
+def share_of(first_unit, num_packs, sequences, num_programs, MIN_SHARE: tl.constexpr):
+    """A step's units, and how many of them a program takes; int64."""
+    units = tl.load(first_unit + num_packs).to(tl.int64) * sequences
+    used = tl.minimum(tl.maximum(units // MIN_SHARE, 1), num_programs)
+    return units, (units + used - 1) // used
+
+
+@triton.jit
+def pack_at(first_unit, num_packs, sequences, unit, SEARCH: tl.constexpr):
+    """The pack that a unit of the step belongs to; all of them are looked at side by side."""
+    passed = 0
+    for base in range(0, num_packs, SEARCH):
+        pack = base + tl.arange(0, SEARCH)
+        inside = pack < num_packs
+        end = tl.load(first_unit + 1 + pack, mask=inside, other=0).to(tl.int64) * sequences
+        passed += tl.sum((inside & (end <= unit)).to(tl.int32), 0)
+    return passed
 
 
 @triton.jit
@@ -144,57 +184,66 @@ def _ends_up_to(ends, x, count, steps, inside):
     return lo
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_rows", "request_steps", "row_steps"])
+@triton.jit(
+    do_not_specialize=["num_requests", "num_rows", "num_packs", "pack_rows", "request_steps"]
+)
 def _plan_kernel(
     query_start_loc,
     seq_lens,
-    row_request,
+    request_pack,  # [num_requests] int32, each request's first pack
     row_keys,
-    first_slot,
-    slot_row,
-    split_len,
+    packs,
+    first_unit,
     num_requests,
     num_rows,
-    spare_slots,
+    num_packs,
+    pack_rows,
     request_steps,
-    row_steps,
-    TILE: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
+    UNIT: tl.constexpr,
+    PACK_COST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Whose each row is, and how much it sees.
-    all_keys = tl.zeros([BLOCK], tl.int64)
+    first = 0
+    for base in range(0, num_requests, BLOCK):
+        request = base + tl.arange(0, BLOCK)
+        inside = request < num_requests
+        start = tl.load(query_start_loc + request, mask=inside, other=0)
+        rows = tl.load(query_start_loc + request + 1, mask=inside, other=0) - start
+        count = (rows + pack_rows - 1) // pack_rows
+        tl.store(request_pack + request, first + tl.cumsum(count, 0) - count, mask=inside)
+        first += tl.sum(count, 0)
+    # Packs that the last step had, and this one has not.
+    for base in range(0, num_packs, BLOCK):
+        pack = base + tl.arange(0, BLOCK)
+        tl.store(packs + 4 * pack + 3, 0, mask=pack < num_packs)
+    tl.debug_barrier()
+
     for base in range(0, num_rows, BLOCK):
         row = base + tl.arange(0, BLOCK)
         inside = row < num_rows
         request = _ends_up_to(query_start_loc + 1, row, num_requests, request_steps, inside)
         real = inside & (request < num_requests)
+        start = tl.load(query_start_loc + request, mask=real, other=0)
+        end = tl.load(query_start_loc + request + 1, mask=real, other=0)
         seq_len = tl.load(seq_lens + request, mask=real, other=0)
-        last_row = tl.load(query_start_loc + request + 1, mask=real, other=0) - 1
-        keys = tl.where(real, tl.maximum(seq_len - (last_row - row), 0), 0)
-        tl.store(row_request + row, tl.where(real, request, 0), mask=inside)
-        tl.store(row_keys + row, keys, mask=inside)
-        all_keys += keys
-    # Splits of this length need at most spare_slots + num_rows slots.
-    wanted = (tl.sum(all_keys, 0) + spare_slots - 1) // spare_slots
-    length = tl.maximum((wanted + TILE - 1) // TILE * TILE, MIN_SPLIT).to(tl.int32)
-    tl.store(split_len, length)
+        keys = seq_len - (end - 1 - row)
+        tl.store(row_keys + row, tl.where(real, tl.maximum(keys, 0), 0), mask=inside)
+        place = row - start
+        pack = tl.load(request_pack + request, mask=real, other=0) + place // pack_rows
+        rows = tl.minimum(pack_rows, end - row)
+        opens = real & (place % pack_rows == 0)
+        tl.store(packs + 4 * pack, request, mask=opens)
+        tl.store(packs + 4 * pack + 1, row, mask=opens)
+        tl.store(packs + 4 * pack + 2, rows, mask=opens)
+        tl.store(packs + 4 * pack + 3, tl.maximum(keys + rows - 1, 0), mask=opens)
     tl.debug_barrier()
 
     first = 0
-    tl.store(first_slot, first)
-    for base in range(0, num_rows, BLOCK):
-        row = base + tl.arange(0, BLOCK)
-        inside = row < num_rows
-        keys = tl.load(row_keys + row, mask=inside, other=0)
-        splits = (keys + length - 1) // length
-        tl.store(first_slot + row + 1, first + tl.cumsum(splits, 0), mask=inside)
-        first += tl.sum(splits, 0)
-    tl.debug_barrier()
-
-    num_slots = num_rows + spare_slots
-    for base in range(0, num_slots, BLOCK):
-        slot = base + tl.arange(0, BLOCK)
-        inside = slot < num_slots
-        row = _ends_up_to(first_slot + 1, slot, num_rows, row_steps, inside)
-        tl.store(slot_row + slot, tl.where(row < num_rows, row, -1), mask=inside)
+    tl.store(first_unit, first)
+    for base in range(0, num_packs, BLOCK):
+        pack = base + tl.arange(0, BLOCK)
+        inside = pack < num_packs
+        keys = tl.load(packs + 4 * pack + 3, mask=inside, other=0)
+        units = tl.where(keys > 0, (keys + UNIT - 1) // UNIT + PACK_COST, 0)
+        tl.store(first_unit + 1 + pack, first + tl.cumsum(units, 0), mask=inside)
+        first += tl.sum(units, 0)

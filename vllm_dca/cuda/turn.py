@@ -38,17 +38,17 @@ def turned_by(
     x,  # [..., d] fp32
     paired,  # [..., d] fp32, x of the partners
     cos_sin,  # [rows, ROTARY_DIM] fp32
-    turn,  # which row
-    column,  # [d]
-    sign,  # [d]
-    rotates,  # [d]
+    turn,  # [..., 1] or a number, which row
+    column,  # [1, d]
+    sign,  # [1, d]
+    rotates,  # [1, d]
     ROTARY_DIM: tl.constexpr,
 ):
     """Rotate by a row of the table; entries past ROTARY_DIM stay."""
     row = cos_sin + turn * ROTARY_DIM + column
     cos = tl.load(row, mask=rotates, other=1.0)
     sin = tl.load(row + ROTARY_DIM // 2, mask=rotates, other=0.0) * sign
-    return x * cos[None, :] + paired * sin[None, :]
+    return x * cos + paired * sin
 
 
 @triton.jit
@@ -80,7 +80,9 @@ def _turn_kernel(
     x = tl.load(source + d[None, :], mask=inside, other=0.0).to(tl.float32)
     paired = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
     turn = tl.load(turns + row)
-    result = turned_by(x, paired, cos_sin, turn, column, sign, rotates, ROTARY_DIM)
+    result = turned_by(
+        x, paired, cos_sin, turn, column[None, :], sign[None, :], rotates[None, :], ROTARY_DIM
+    )
     if SCALES:
         result *= tl.load(temperatures + row)
     target = turned + (row.to(tl.int64) * num_heads + head[:, None]) * HEAD_SIZE + d[None, :]

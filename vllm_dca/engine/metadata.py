@@ -1,7 +1,6 @@
 """vLLM's metadata builder: a step's batch becomes a decode plan and a prefill plan."""
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -110,20 +109,22 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             )
         scheduler = vllm_config.scheduler_config
         assert self.reorder_batch_threshold is not None
-        self.decode_threshold = self.reorder_batch_threshold + self.more
-        device_of_dca = layers[layer_names[0]].impl.device
+        impls = [layers[name].impl for name in layer_names]
+        group = max(impl.num_heads // impl.num_kv_heads for impl in impls)
+        device_of_dca = impls[0].device
+        speculated = self.reorder_batch_threshold + self.more
+        self.decode_threshold = max(speculated, device_of_dca.decode_rows(group))
         self.plan_decode = device_of_dca.decode_planner(
             self.settings,
             self.block_size,
             max(
-                scheduler.max_num_seqs * self.decode_threshold,
+                scheduler.max_num_seqs * speculated,
+                scheduler.max_num_batched_tokens + scheduler.max_num_seqs * self.more,
                 vllm_config.compilation_config.max_cudagraph_capture_size or 0,
             ),
-            kv_cache_spec.num_kv_heads,
+            group,
         )
         self.sparse_steps = 0
-        if device_of_dca.prefill is None:
-            self.decode_threshold = sys.maxsize
 
     def build(
         self,

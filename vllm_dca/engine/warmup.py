@@ -90,7 +90,7 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
 
     @torch.inference_mode()
     def compile(self, compile_key: LayerKernels) -> None:
-        """Let a layer answer prompts of two and three chunks, and a decode row.
+        """Let a layer answer prompts of two and three chunks, and decode rows.
 
         The prompts lie in the KV cache's first page, again and again: it is read, never
         written, and what comes out is thrown away.
@@ -115,14 +115,18 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
                 settings.original_max_position_embeddings,
             )
             _attend(compile_key, DcaMetadata(0, length, None, plan))
-        planner = layer.impl.device.decode_planner(
-            settings, page_size, 1, compile_key.num_kv_heads
-        )
-        starts, lengths, table = (
-            torch.tensor(numbers, dtype=torch.int32, device=device)
-            for numbers in ([0, 1], [1], [[0]])
-        )
-        _attend(compile_key, DcaMetadata(1, 1, planner(starts, lengths, table, 1), None))
+        # As many rows of a request stand in one tile as are speculated, or as fit.
+        device_of_dca = layer.impl.device
+        group = compile_key.num_heads // compile_key.num_kv_heads
+        powers = range(device_of_dca.decode_rows(group).bit_length() + 1)
+        planner = device_of_dca.decode_planner(settings, page_size, 1 << powers[-1], group)
+        for rows in (1 << power for power in powers):
+            starts, lengths, table = (
+                torch.tensor(numbers, dtype=torch.int32, device=device)
+                for numbers in ([0, rows], [1], [[0]])
+            )
+            plan = planner(starts, lengths, table, rows)
+            _attend(compile_key, DcaMetadata(rows, rows, plan, None))
 
 
 def _attend(key: LayerKernels, metadata: DcaMetadata) -> None:

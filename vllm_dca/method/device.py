@@ -57,9 +57,11 @@ class Device(NamedTuple):
         write_kv: stores new keys and values: as `vllm_dca.method.kv_cache.write_kv`, with the
             KV cache's dtype in vLLM's word, and the scales of its keys and its values.
         decode_planner: makes a planner from the settings, the block size, the most rows that
-            a step has, and the number of KV heads.
+            a step has, and how many query heads share a KV head.
         decode: attends from a few new tokens a request, or from any where `prefill` is None;
             see `vllm_dca.cpu.decode`.
+        decode_rows: up to how many new tokens of a request `decode` takes rather than
+            `prefill`, where so many query heads share a KV head.
         sparse: the operations of sparse prefill; None where there are none.
     """
 
@@ -68,4 +70,5 @@ class Device(NamedTuple):
     write_kv: Callable[..., None]
     decode_planner: Callable[[DcaSettings, int, int, int], DecodePlanner]
     decode: Callable[..., None]
+    decode_rows: Callable[[int], int]
     sparse: SparseOperations | None = None

@@ -1,0 +1,196 @@
+"""How evenly a decode step is cut over a GPU, and the bytes it moves; worked out, not timed.
+
+Usage: python -m scripts.bench.balance [--batches N] [--output FILE]
+
+Random batches are given to the plan of `vllm_dca.cuda.plan_decode`, and to the plan that it
+replaced: splits of equal length, one program each. A place is a program that runs at a time. A
+piece of work costs the keys that it reads, and START more to begin. Fails if the busiest place
+has more than LIMITS allow, in terms of the mean place.
+"""
+
+import argparse
+import heapq
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from scripts.common import record
+from vllm_dca.cuda import plan_decode
+from vllm_dca.method.geometry import IntArray
+
+MULTIPROCESSORS = {"A100": 108, "H100": 132, "B200": 148}
+# Keys that could be read while a piece's queries and its first tile are waited for.
+START = plan_decode.PACK_COST * plan_decode.UNIT
+LIMITS = {"median": 1.1, "worst": 1.25}
+# The plan before: keys a split at least, its splits' multiple, and programs a multiprocessor.
+OLD_MIN_SPLIT, OLD_TILE, OLD_PROGRAMS = 256, 64, 4
+
+
+class Step(NamedTuple):
+    """A decode step of a layer.
+
+    Attributes:
+        keys: [num_requests] tokens of each request, the new ones included.
+        rows: new tokens of each request.
+        heads: query heads.
+        kv_heads: heads of the KV cache.
+        head_size: entries of a head.
+        itemsize: bytes of an entry of the KV cache.
+    """
+
+    keys: IntArray
+    rows: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_size: int = 128
+    itemsize: int = 2
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one key and its value, for one KV head."""
+        return 2 * self.head_size * self.itemsize
+
+    @property
+    def floor(self) -> int:
+        """Bytes: every key and value once, queries and output once."""
+        answers = 2 * len(self.keys) * self.rows * self.heads * self.head_size * 2
+        return int(self.keys.sum()) * self.kv_heads * self.key_bytes + answers
+
+
+class Cut(NamedTuple):
+    """What a plan makes of a step.
+
+    Attributes:
+        busiest: the cost of the busiest place over that of the mean place.
+        moved: bytes, partial results and the plan included.
+    """
+
+    busiest: float
+    moved: int
+
+
+def new(step: Step, multiprocessors: int) -> Cut:
+    """The plan of `vllm_dca.cuda.plan_decode`."""
+    programs = plan_decode.programs(multiprocessors)
+    group = step.heads // step.kv_heads
+    pack_rows = min(plan_decode.rows_a_pack(group), step.rows)
+    packs = -(-step.rows // pack_rows)
+    # The last pack of a request ends at its last row, the one before it pack_rows earlier.
+    behind = step.rows - np.minimum(np.arange(1, packs + 1) * pack_rows, step.rows)
+    keys = np.repeat((step.keys[:, None] - behind).flatten(), step.kv_heads)
+    sizes = -(-keys // plan_decode.UNIT) + plan_decode.PACK_COST
+    ends = sizes.cumsum()
+    units = int(ends[-1])
+    share = -(-units // min(programs, max(units // plan_decode.MIN_SHARE, 1)))
+
+    cuts = np.union1d(np.arange(0, ends[-1], share), np.append(0, ends))
+    sequence = np.searchsorted(ends, cuts[:-1], side="right")
+    # Units of a sequence before its first keys stand for what it costs to begin with it.
+    begin = (ends - sizes)[sequence] + plan_decode.PACK_COST
+    lo, hi = (
+        np.clip((at - begin) * plan_decode.UNIT, 0, keys[sequence])
+        for at in (cuts[:-1], cuts[1:])
+    )
+    read = hi - lo
+    places = np.bincount(cuts[:-1] // share, np.where(read > 0, read + START, 0))
+    pieces = int(((read > 0) & (read < keys[sequence])).sum())
+    partials = 2 * pieces * pack_rows * group * (step.head_size + 1) * 4
+    plan = 4 * (len(step.keys) * (step.rows + 6 * packs + 2))
+    again = (int(read.sum()) - int(step.keys.sum()) * step.kv_heads) * step.key_bytes
+    return Cut(float(places.max() / places.mean()), step.floor + again + partials + plan)
+
+
+def old(step: Step, multiprocessors: int) -> Cut:
+    """Splits of equal length, a program each, that start in order as places become free."""
+    spare = -(-OLD_PROGRAMS * multiprocessors // step.kv_heads)
+    keys = (step.keys[:, None] - np.arange(step.rows)[::-1]).flatten()
+    wanted = -(-int(keys.sum()) // spare)
+    length = max(-(-wanted // OLD_TILE) * OLD_TILE, OLD_MIN_SPLIT)
+    splits = -(-keys // length)
+    costs = np.full(int(splits.sum()), length)
+    costs[splits.cumsum() - 1] = keys - (splits - 1) * length
+    free = [0] * (OLD_PROGRAMS * multiprocessors)
+    for cost in np.tile(costs + START, step.kv_heads).tolist():
+        heapq.heapreplace(free, free[0] + cost)
+    used = np.array([place for place in free if place])
+    partials = 2 * len(costs) * step.heads * (step.head_size + 1) * 4
+    plan = 4 * (len(costs) + 3 * len(keys))
+    again = int(keys.sum() - step.keys.sum()) * step.kv_heads * step.key_bytes
+    return Cut(float(used.max() / used.mean()), step.floor + again + partials + plan)
+
+
+def random_step(generator: np.random.Generator) -> Step:
+    """1 to 256 requests of 100 to 1M tokens, mixed, alike, or a giant among dwarfs."""
+
+    def lengths(most: float, size: int) -> IntArray:
+        return np.exp(generator.uniform(np.log(100), np.log(most), size)).astype(np.int64)
+
+    requests = int(np.exp(generator.uniform(0, np.log(257))))
+    kind = generator.integers(3)
+    keys = lengths(1e6, requests) if kind == 0 else lengths(2e3, requests)
+    if kind == 1:
+        keys[generator.integers(requests)] = lengths(1e6, 1)[0]
+    if kind == 2:
+        keys[:] = lengths(1e6, 1)[0]
+    heads, kv_heads = [(32, 8), (28, 4), (64, 8), (32, 32), (16, 1)][generator.integers(5)]
+    return Step(keys, int(generator.integers(1, 9)), heads, kv_heads)
+
+
+# What one would ask about, by name.
+STEPS = {
+    "1 request of 128k": Step(np.array([131_072]), 1),
+    "70 requests of 8k": Step(np.full(70, 8_192), 1),
+    "1 of 1M among 63 of 1k": Step(np.array([1_048_576] + [1_024] * 63), 1),
+    "16 of 32k, 3 tokens speculated": Step(np.full(16, 32_768), 4),
+    "1 of 128k, 16 new tokens": Step(np.array([131_072]), 16),
+}
+
+
+def distribution(cuts: list[Cut]) -> dict[str, float]:
+    busiest = [cut.busiest for cut in cuts]
+    return {"median": float(np.median(busiest)), "worst": max(busiest)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=1000)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    generator = np.random.default_rng(0)
+    steps = [random_step(generator) for _ in range(args.batches)]
+    plans = {"new": new, "old": old}
+    busiest = {
+        card: {
+            name: distribution([plan(step, multiprocessors) for step in steps])
+            for name, plan in plans.items()
+        }
+        for card, multiprocessors in MULTIPROCESSORS.items()
+    }
+    moved = {
+        label: {"floor": step.floor}
+        | {name: plan(step, MULTIPROCESSORS["H100"]).moved for name, plan in plans.items()}
+        for label, step in STEPS.items()
+    }
+    table = Table("", "new, median", "worst", "old, median", "worst", title="busiest / mean")
+    for card, found in busiest.items():
+        table.add_row(card, *(f"{x:.2f}" for of in found.values() for x in of.values()))
+    Console().print(table)
+    table = Table(
+        "a layer's step", "floor, MB", "new", "old", title="moved on 132 multiprocessors"
+    )
+    for label, sizes in moved.items():
+        table.add_row(label, *(f"{size / 1e6:,.1f}" for size in sizes.values()))
+    Console().print(table)
+    if args.output:
+        found: dict[str, Any] = {"batches": args.batches, "busiest": busiest, "moved": moved}
+        record.write(args.output, record.provenance("numpy") | found)
+    for card, found in busiest.items():
+        for which, limit in LIMITS.items():
+            assert found["new"][which] <= limit, f"{card}: {which} {found['new'][which]:.3f}"
+
+
+if __name__ == "__main__":
+    main()

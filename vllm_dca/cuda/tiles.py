@@ -1,0 +1,47 @@
+"""The running softmax over paged keys, tile by tile, that decode and prefill share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend_keys(
+    best, total, acc,  # [ROWS], [ROWS], [ROWS, HEAD_PADDED] fp32
+    query,  # [ROWS, HEAD_PADDED]
+    factor,  # on the dot products, log2(e) included
+    sees,  # [ROWS], keys that each row sees
+    lo, hi,  # keys
+    key_cache, key_stride_page, key_stride_slot,  # of this KV head
+    value_cache, value_stride_page, value_stride_slot,
+    table,  # [pages] of this request
+    d,  # [HEAD_PADDED]
+    HEAD_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Take keys lo .. hi - 1 into a softmax that may have seen others, or nothing yet."""
+    sees = tl.minimum(sees, hi)
+    # Pages are known an iteration ahead: only so does the compiler fetch keys and values before
+    # they are used, several tiles at a time.
+    ahead = lo + tl.arange(0, TILE)
+    page = tl.load(table + ahead // PAGE_SIZE, mask=ahead < hi, other=0)
+    for base in range(lo, hi, TILE):
+        key = base + tl.arange(0, TILE)
+        slot = key % PAGE_SIZE
+        k_slot = key_cache + page.to(tl.int64) * key_stride_page + slot * key_stride_slot
+        v_slot = value_cache + page.to(tl.int64) * value_stride_page + slot * value_stride_slot
+        ahead = key + TILE
+        page = tl.load(table + ahead // PAGE_SIZE, mask=ahead < hi, other=0)
+        inside = (key < hi)[:, None] & (d < HEAD_SIZE)[None, :]
+        k = tl.load(k_slot[:, None] + d[None, :], mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee") * factor
+        scores = tl.where(key[None, :] < sees[:, None], scores, float("-inf"))
+
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        origin = tl.where(new_best == float("-inf"), 0.0, new_best)
+        keep = tl.exp2(best - origin)
+        weights = tl.exp2(scores - origin[:, None])
+        v = tl.load(v_slot[:, None] + d[None, :], mask=inside, other=0.0)
+        acc = acc * keep[:, None]
+        acc += tl.dot(weights.to(query.dtype), v.to(query.dtype), input_precision="ieee")
+        total = total * keep + tl.sum(weights, 1)
+        best = new_best
+    return best, total, acc

@@ -1,0 +1,46 @@
+"""How a program of the decode kernel is laid out, for each head size and dtype."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from vllm_dca.cuda.plan_decode import MAX_QUERIES
+
+MIN_DOT_SIZE = 16  # of any side of Triton's matrix product
+MAX_TILE = 64
+# Bytes of keys and values that a program has on their way while it multiplies others.
+IN_FLIGHT = 32 << 10
+
+
+class Tuning(NamedTuple):
+    """How a program is laid out. scripts/bench/compile_kernels.py shows that none spills."""
+
+    queries: int  # rows times heads
+    tile: int  # keys read at a time
+    num_warps: int
+    num_stages: int
+    registers: int | None = None  # left to the compiler, which in fp32 takes too few
+
+
+def tune(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: int) -> Tuning:
+    """Room for two programs a multiprocessor, each with IN_FLIGHT bytes on their way.
+
+    Args:
+        head_size: entries of a head.
+        dtype: of the queries.
+        cache_dtype: of keys and values.
+        queries: rows times heads that want to stand in one tile.
+    """
+    head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
+    largest = MAX_QUERIES if head_padded < 256 else MAX_QUERIES // 2
+    # Registers hold a tile in the queries' dtype, shared memory in the cache's.
+    tile = max(MIN_DOT_SIZE, min(IN_FLIGHT // (4 * head_padded), MAX_TILE))
+    if dtype == torch.float32:
+        # Multiplied without tensor cores, in loops that the compiler unrolls.
+        largest = tile = MIN_DOT_SIZE
+    queries = min(max(triton.next_power_of_2(queries), MIN_DOT_SIZE), largest)
+    in_flight = IN_FLIGHT // (2 * tile * head_padded * cache_dtype.itemsize)
+    wide = dtype == torch.float32 or queries > (32 if cache_dtype == dtype else 16)
+    registers = 128 if dtype == torch.float32 else None
+    return Tuning(queries, tile, 8 if wide else 4, max(3, 2 + in_flight), registers)
