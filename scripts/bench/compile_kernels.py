@@ -45,7 +45,13 @@ from vllm_dca.method.rotary import QueryRotation
 # guide, appendix on compute capabilities). 8.9 and 12.0 have what 8.6 has.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Of a multiprocessor, in all; each program wants 1 KiB of it beside its own.
-SHARED_MEMORY_IN_ALL = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10, 100: 228 << 10}
+SHARED_MEMORY_IN_ALL = {
+    75: 64 << 10,
+    80: 164 << 10,
+    86: 100 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+}
 # Those for which the kernels' tiles were chosen. 8.6 is there for its shared memory.
 WITHOUT_SPILLS = (80, 90, 100)
 # What --quick compiles for: data centres' cards with the least and the most room.
@@ -61,7 +67,7 @@ SHAPES = [
     ("Phi-like", 32, 32, 80),
 ]
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f8E5M2": 1, "f8E4M3FN": 1}
-WARPS_PER_MULTIPROCESSOR = {80: 64, 86: 48, 90: 64, 100: 64}
+WARPS_PER_MULTIPROCESSOR = {75: 32, 80: 64, 86: 48, 90: 64, 100: 64}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

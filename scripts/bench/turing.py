@@ -20,7 +20,7 @@ from scripts.bench import compile_kernels
 from vllm_dca.cuda import decode, paged_pass
 
 CAPABILITY = 75
-KERNELS = {"split": "decode", "attention": "pass"}
+KERNELS = {"decode": "decode", "attention": "pass"}
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def compiled(tiles: str) -> Iterator[dict[str, Any]]:
                     "kernel": kind,
                     "tiles": tiles,
                     "shape": name,
-                    **compile_kernels.resources(found),
+                    **compile_kernels.resources(found, CAPABILITY),
                     "tensor_core_instructions": found.asm["ptx"].count("mma.sync"),
                 }
 

@@ -157,6 +157,8 @@ def attention(
         HAS_SCALE=k_scale is not None,
         num_warps=num_warps,
         num_stages=3,
+        # Left to itself, the compiler spills to fit a program more.
+        maxnreg=255,
     )
     return lse
 

@@ -20,7 +20,7 @@ class Tuning(NamedTuple):
     tile: int  # keys read at a time
     num_warps: int
     num_stages: int
-    registers: int | None = None  # left to the compiler, which in fp32 takes too few
+    registers: int  # a thread; left to itself, the compiler spills to fit a program more
 
 
 def tune(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: int) -> Tuning:
@@ -33,14 +33,16 @@ def tune(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: 
         queries: rows times heads that want to stand in one tile.
     """
     head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
-    largest = MAX_QUERIES if head_padded < 256 else MAX_QUERIES // 2
+    large = head_padded >= 256
+    largest = MAX_QUERIES // 2 if large else MAX_QUERIES
     # Registers hold a tile in the queries' dtype, shared memory in the cache's.
     tile = max(MIN_DOT_SIZE, min(IN_FLIGHT // (4 * head_padded), MAX_TILE))
+    registers = 255
     if dtype == torch.float32:
         # Multiplied without tensor cores, in loops that the compiler unrolls.
         largest = tile = MIN_DOT_SIZE
+        registers = 128
     queries = min(max(triton.next_power_of_2(queries), MIN_DOT_SIZE), largest)
     in_flight = IN_FLIGHT // (2 * tile * head_padded * cache_dtype.itemsize)
-    wide = dtype == torch.float32 or queries > (32 if cache_dtype == dtype else 16)
-    registers = 128 if dtype == torch.float32 else None
+    wide = dtype == torch.float32 or queries > (16 if large or cache_dtype != dtype else 32)
     return Tuning(queries, tile, 8 if wide else 4, max(3, 2 + in_flight), registers)
