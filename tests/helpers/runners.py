@@ -30,12 +30,13 @@ def start(runner: str) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), START[runner])
 
 
-def under(*runners: str, apart: bool = False) -> Callable[[Callable[..., None]], Any]:
+def under(*runners: str, apart: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
     """Run a test in a child, once with each of the runners; its arguments are pickled.
 
     Args:
         runners: V1, V2.
-        apart: in a child of its own, for what leaves traces that later engines would meet.
+        apart: those with which it has a child of its own, for what leaves traces that later
+            engines would meet.
     """
 
     def decorate(function: Callable[..., None]) -> Any:
@@ -43,7 +44,7 @@ def under(*runners: str, apart: bool = False) -> Callable[[Callable[..., None]],
         def test(runner: tuple[str, ProcessPoolExecutor], **arguments: Any) -> None:
             name, child = runner
             body = functools.partial(_run, function.__module__, function.__name__, arguments)
-            if not apart:
+            if name not in apart:
                 child.submit(body).result()
                 return
             with start(name) as own:
