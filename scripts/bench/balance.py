@@ -72,34 +72,46 @@ class Cut(NamedTuple):
     moved: int
 
 
-def new(step: Step, multiprocessors: int) -> Cut:
-    """The plan of `vllm_dca.cuda.plan_decode`."""
-    programs = plan_decode.programs(multiprocessors)
-    group = step.heads // step.kv_heads
-    pack_rows = min(plan_decode.rows_a_pack(group), step.rows)
-    packs = -(-step.rows // pack_rows)
-    # The last pack of a request ends at its last row, the one before it pack_rows earlier.
-    behind = step.rows - np.minimum(np.arange(1, packs + 1) * pack_rows, step.rows)
-    keys = np.repeat((step.keys[:, None] - behind).flatten(), step.kv_heads)
+class Pieces(NamedTuple):
+    """What programs read, in order: which program, how many keys, and whether that is all."""
+
+    program: IntArray
+    keys: IntArray
+    whole: IntArray
+
+
+def pieces(step: Step, programs: int) -> Pieces:
+    """As `vllm_dca.cuda.decode` takes the plan of `vllm_dca.cuda.plan_decode`."""
+    pack_rows = min(plan_decode.rows_a_pack(step.heads // step.kv_heads), step.rows)
+    last_row = np.minimum(np.arange(pack_rows, step.rows + pack_rows, pack_rows), step.rows)
+    keys = (step.keys[:, None] - step.rows + last_row).flatten().repeat(step.kv_heads)
     sizes = -(-keys // plan_decode.UNIT) + plan_decode.PACK_COST
     ends = sizes.cumsum()
     units = int(ends[-1])
     share = -(-units // min(programs, max(units // plan_decode.MIN_SHARE, 1)))
-
-    cuts = np.union1d(np.arange(0, ends[-1], share), np.append(0, ends))
+    cuts = np.union1d(np.arange(0, units, share), np.append(0, ends))
     sequence = np.searchsorted(ends, cuts[:-1], side="right")
-    # Units of a sequence before its first keys stand for what it costs to begin with it.
     begin = (ends - sizes)[sequence] + plan_decode.PACK_COST
     lo, hi = (
         np.clip((at - begin) * plan_decode.UNIT, 0, keys[sequence])
         for at in (cuts[:-1], cuts[1:])
     )
-    read = hi - lo
-    places = np.bincount(cuts[:-1] // share, np.where(read > 0, read + START, 0))
-    pieces = int(((read > 0) & (read < keys[sequence])).sum())
-    partials = 2 * pieces * pack_rows * group * (step.head_size + 1) * 4
-    plan = 4 * (len(step.keys) * (step.rows + 6 * packs + 2))
-    again = (int(read.sum()) - int(step.keys.sum()) * step.kv_heads) * step.key_bytes
+    read = hi > lo
+    found = Pieces(cuts[:-1] // share, hi - lo, hi - lo == keys[sequence])
+    return Pieces(*(column[read] for column in found))
+
+
+def new(step: Step, multiprocessors: int) -> Cut:
+    """The plan of `vllm_dca.cuda.plan_decode`."""
+    found = pieces(step, plan_decode.programs(multiprocessors))
+    places = np.bincount(found.program, found.keys + START)
+    group = step.heads // step.kv_heads
+    pack_rows = min(plan_decode.rows_a_pack(group), step.rows)
+    packs = len(step.keys) * -(-step.rows // pack_rows)
+    split = int((~found.whole).sum())
+    partials = 2 * split * pack_rows * group * (step.head_size + 1) * 4
+    plan = 4 * (len(step.keys) * (step.rows + 2) + 6 * packs)
+    again = (int(found.keys.sum()) - int(step.keys.sum()) * step.kv_heads) * step.key_bytes
     return Cut(float(places.max() / places.mean()), step.floor + again + partials + plan)
 
 

@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, without a GPU, and report what they use.
 
-Usage: python -m scripts.bench.compile_kernels [--quick] [--output FILE]
+Usage: python -m scripts.bench.compile_kernels [--quick] [--shapes NAME ...] [--output FILE]
 
 Fails if a kernel wants more shared memory than its card has, or spills registers on a data
 centre's card. The launches are the project's own, of the shapes that are common; only the last
@@ -197,13 +197,17 @@ def main() -> None:
         action="store_true",
         help="two cards, the first shape, and the largest in fp32",
     )
+    parser.add_argument("--shapes", nargs="+", help="some of them; else all")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    shapes = SHAPES[: 2 if args.quick else None]
+    if args.shapes:
+        shapes = [shape for shape in SHAPES if shape[0] in args.shapes]
     results = []
     for capability in QUICK if args.quick else SHARED_MEMORY:
         fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 90)
         dtypes = [(d, d) for d in DTYPES] + [(torch.bfloat16, c) for c in fp8]
-        for name, heads, kv_heads, head_size in SHAPES[: 2 if args.quick else None]:
+        for name, heads, kv_heads, head_size in shapes:
             if args.quick and name == "MQA":
                 dtypes = [(torch.float32, torch.float32)]
             for dtype, cache in dtypes:

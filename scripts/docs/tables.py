@@ -192,7 +192,30 @@ def sparse() -> str:
     )
 
 
+def balance() -> str:
+    cards = load("balance")["busiest"]
+    return markdown(
+        ("busiest place / mean place", "now: median", "worst", "before: median", "worst"),
+        *(
+            (card, *(f"{value:.2f}" for of in found.values() for value in of.values()))
+            for card, found in cards.items()
+        ),
+    )
+
+
+def decode_bytes() -> str:
+    return markdown(
+        ("a layer's step, MB", "floor", "now", "before"),
+        *(
+            (step, *(f"{size / 1e6:,.1f}" for size in sizes.values()))
+            for step, sizes in load("balance")["moved"].items()
+        ),
+    )
+
+
 MADE_BY = (
+    balance,
+    decode_bytes,
     demo,
     perplexity,
     retrieval,

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scripts.bench import balance
 from tests.cpu.test_attention import shapes
 from tests.helpers import interpreter
 from tests.helpers.paged import CPU_PREFILL, DEVICE, Batch, Shape, query_start_loc
@@ -112,6 +114,14 @@ def test_prefill_agrees_with_reference(shape: Shape) -> None:
     batch.assert_close(prefill(batch))
 
 
+@settings(max_examples=15, deadline=None)
+@given(cached_shapes())
+def test_decode_takes_any_number_of_new_tokens(shape: Shape) -> None:
+    """Each tile with the turns of its own rows."""
+    batch = Batch.random(shape)
+    batch.assert_close(decode(batch, 3))
+
+
 @pytest.mark.parametrize("head_size", [32, 64, 72, 80, 96, 128, 160, 256])
 @pytest.mark.parametrize("group", [1, 7, 71])
 def test_head_sizes_and_groups(head_size: int, group: int) -> None:
@@ -176,6 +186,28 @@ def test_shares_are_equal_and_cover_all() -> None:
         used = [size for size in sizes if size]
         assert set(used[:-1]) <= {max(used)}
         assert max(used) == -(-sum(sizes) // min(num_programs, sum(sizes)))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_balance_cuts_as_the_plan_does(rows: int) -> None:
+    """The record in docs/ is of the plan that runs."""
+    totals = [70, 9, 17, 40, 133]
+    batch = Batch.random(Shape([(total, total - rows) for total in totals], group=24))
+    for num_programs in (1, 3, 10, 200):
+        step = balance.Step(np.array(totals), rows, heads=48, kv_heads=2)
+        found = balance.pieces(step, num_programs)
+        steps = planner(batch.shape, rows * len(totals), num_programs)
+        planned = plan(batch, steps, rows * len(totals))
+        passed, read = Counter[tuple[int, int]](), []
+        for part in parts_of(planned, 2):
+            read.append(0)
+            for pack, sequence, size in part:
+                sees = int(planned.packs[pack, 3])
+                for sign in (-1, 1):
+                    units = max(passed[pack, sequence] - plan_decode.PACK_COST, 0)
+                    read[-1] += sign * min(units * plan_decode.UNIT, sees)
+                    passed[pack, sequence] += size if sign < 0 else 0
+        assert np.bincount(found.program, found.keys, num_programs).tolist() == read
 
 
 @pytest.mark.parametrize(("rows", "read"), [(1, 1), (4, 1), (21, 1), (22, 2)])
