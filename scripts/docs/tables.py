@@ -213,9 +213,44 @@ def decode_bytes() -> str:
     )
 
 
+def _compiled(kernels: list[dict[str, Any]], **wanted: object) -> str:
+    """Registers, programs a multiprocessor, and KiB in flight there, for each capability.
+
+    No more than two programs a multiprocessor are launched, whatever fits.
+    """
+    rows = [row for row in kernels if wanted.items() <= row.items()]
+    assert [row["capability"] for row in rows] == [80, 90, 100], wanted
+    programs = [row["programs_per_multiprocessor"] for row in rows]
+    flights = [
+        row["bytes_in_flight"] * min(n, 2) >> 10 for row, n in zip(rows, programs, strict=True)
+    ]
+    numbers = ([row["registers"] for row in rows], programs, flights)
+    return " | ".join(" / ".join(map(str, column)) for column in numbers)
+
+
+def decode_kernels() -> str:
+    """The decode kernel as compiled, beside the one before it."""
+    now, before = (
+        [row for row in load(name)["kernels"] if row["capability"] != 86]
+        for name in ("kernels", "kernels-before")
+    )
+    columns = ("registers", "programs", "KiB in flight")
+    rows = []
+    for shape, group in (("SmolLM2-135M", 3), ("Llama-3-8B", 4), ("Gemma-like", 2)):
+        for cache in ("bfloat16", "float8_e5m2"):
+            wanted = {"shape": shape, "dtype": "bfloat16", "kv_cache": cache}
+            kernel = "decode_kernel, 16 queries"
+            new = _compiled(now, **wanted, kernel=kernel).split(" | ")
+            old = _compiled(before, **wanted, kernel="split_kernel").split(" | ")
+            rows.append((f"{shape}, group of {group}", cache, *new, *old))
+    head = (*(f"now: {name}" for name in columns), *(f"before: {name}" for name in columns))
+    return markdown(("shape", "KV cache", *head), *rows)
+
+
 MADE_BY = (
     balance,
     decode_bytes,
+    decode_kernels,
     demo,
     perplexity,
     retrieval,
