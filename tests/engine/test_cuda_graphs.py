@@ -6,25 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import checkpoints, graphs
-from tests.helpers.answers import generate, of_answer
+from tests.helpers import checkpoints, graphs, rehearsal
+from tests.helpers.answers import generate
 from tests.helpers.companions import write_eagle
 from tests.helpers.inprocess import engine, runner_of
 from tests.helpers.model_runner_v2 import capturing
+from tests.helpers.rehearsal import assert_agrees
 from tests.helpers.runners import under
-from vllm_dca.reference.model import prompt_logprobs
 
-# What the project promises for fp32.
-ATOL = 1e-3
-SIZES = {"chunk_size": 48, "local_size": 16}
-DCA = {"additional_config": {"dca": {**SIZES, "prefill_provider": "triton"}}}
-OPTIONS: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 32, **DCA}
-
-
-def assert_agrees(model: Path, prompt: list[int], output: Any) -> None:
-    tokens, logprobs = of_answer(output)
-    expected = prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
-    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+OPTIONS = {**rehearsal.OPTIONS, "max_num_batched_tokens": 32}
 
 
 def test_a_graph_keeps_what_the_host_worked_out_and_reads_memory_anew() -> None:

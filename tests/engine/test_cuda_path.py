@@ -4,31 +4,18 @@ Under both of vLLM's model runners: V2, CUDA's default, schedules asynchronously
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers import checkpoints, interpreter
-from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.answers import generate, of_prompt
 from tests.helpers.inprocess import engine
+from tests.helpers.rehearsal import DCA, OPTIONS, SIZES, assert_agrees, assert_close
 from tests.helpers.runners import under
 from vllm_dca.reference.model import prompt_logprobs
 
 interpreter.repair()
-# What the project promises for fp32.
-ATOL = 1e-3
-SIZES = {"chunk_size": 48, "local_size": 16}
-DCA = {"additional_config": {"dca": {**SIZES, "prefill_provider": "triton"}}}
-# Two steps for most prompts, cut at odd places.
-OPTIONS: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 53, **DCA}
-
-
-def assert_agrees(model: Path, prompt: list[int], answer: Any) -> None:
-    """An answer's log-probabilities are the reference's."""
-    tokens, logprobs = of_answer(answer)
-    expected = prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
-    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
 
 
 @under("V1", "V2")
@@ -39,9 +26,7 @@ def test_engine_agrees_with_reference(tmp_path: Path) -> None:
     with engine(llama, **OPTIONS) as llm, interpreter.launches() as launched:
         answers = generate(llm, prompts, max_tokens=4, prompt_logprobs=0)
     for prompt, answer in zip(prompts, answers, strict=True):
-        found = of_prompt(answer).double()
-        expected = prompt_logprobs(llama, prompt, **SIZES)
-        torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+        assert_close(of_prompt(answer), prompt_logprobs(llama, prompt, **SIZES))
         assert_agrees(llama, prompt, answer)
     names = {name for name, *_ in launched}
     assert names >= {"plan_kernel", "decode_kernel", "reduce_kernel", "attention_kernel"}

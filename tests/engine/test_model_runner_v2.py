@@ -1,6 +1,6 @@
 """vLLM's features with DCA as CUDA runs them: Model Runner V2, and the CUDA path.
 
-All of it in the interpreter, so that a step takes a third of a second: short prompts, past
+All of it in the interpreter, so that a step takes tenths of a second: short prompts, past
 several chunks of 32 tokens. Where an engine need not be another, it answers for several.
 """
 
@@ -16,36 +16,21 @@ from tests.helpers.answers import (
     accepted,
     drafted,
     generate,
-    of_answer,
     of_prompt,
     preemptions,
 )
 from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, runner_of
+from tests.helpers.rehearsal import OPTIONS, SIZES, assert_agrees, assert_close
 from tests.helpers.runners import under
 from vllm_dca.reference.model import forward, prompt_logprobs
 
-# What the project promises for fp32.
-ATOL = 1e-3
-SIZES = {"chunk_size": 48, "local_size": 16}
-DCA = {"additional_config": {"dca": {**SIZES, "prefill_provider": "triton"}}}
-OPTIONS: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 53, **DCA}
 PROMPT = checkpoints.tokens(100)
 
 
 def write(directory: Path, **changes: Any) -> Path:
     """A tiny Llama."""
     return checkpoints.write(directory, "LlamaConfig", **changes)
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ATOL)
-
-
-def assert_agrees(model: Path, prompt: list[int], output: Any) -> None:
-    """The log-probabilities of an answer are the reference's."""
-    tokens, logprobs = of_answer(output)
-    assert_close(logprobs, prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :])
 
 
 @pytest.mark.each_minor
