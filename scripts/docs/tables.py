@@ -5,6 +5,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a func
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -247,6 +248,27 @@ def decode_kernels() -> str:
     return markdown(("shape", "KV cache", *head), *rows)
 
 
+def model_counts() -> str:
+    verdicts = Counter(of["verdict"] for of in load("models")["verdicts"].values())
+    return markdown(("verdict", "models"), *verdicts.most_common())
+
+
+def models() -> str:
+    def why(of: dict[str, Any]) -> str:
+        if "error" not in of:
+            return str(of["reason"]).replace("|", "/")
+        dtype = "" if of["dtype"] == "float32" else f", in {of['dtype']}"
+        return f"off by {of['error']:.0e} of {of['tolerance']:.0e}{dtype}"
+
+    verdicts = load("models")["verdicts"]
+    order = list(Counter(of["verdict"] for of in verdicts.values()))
+    rows = sorted(verdicts.items(), key=lambda row: order.index(row[1]["verdict"]))
+    return markdown(
+        ("architecture", "verdict", "how far off, or why"),
+        *((f"`{name}`", of["verdict"], why(of)) for name, of in rows),
+    )
+
+
 MADE_BY = (
     balance,
     decode_bytes,
@@ -261,6 +283,8 @@ MADE_BY = (
     linear_memory,
     turing,
     sparse,
+    model_counts,
+    models,
 )
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
 TABLES |= {"support": support_table.table, "features": support_table.features}

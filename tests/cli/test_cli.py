@@ -16,6 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from scripts.models.recipes import RECIPES
 from tests.conftest import DEMO_MODEL
 from tests.helpers import checkpoints
 from tests.helpers.command_line import served
@@ -141,6 +142,23 @@ def test_layers_with_a_window_keep_their_attention(tmp_path: Path) -> None:
     token, request = kv_bytes(said)
     assert token == 3 * 2 * 2 * 32 * 2
     assert token < request / (100 * 1024) < 5 / 3 * token
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attended"),
+    [
+        ("Gemma2ForCausalLM", "1 of 3 layers: 1; 0, 2 keep another attention"),
+        ("GptOssForCausalLM", "1 of 3 layers: 1; 0, 2 keep another attention"),
+        ("Gemma4ForCausalLM", "2 of 3 layers: 1-2; 0 keep another attention"),
+    ],
+)
+def test_kinds_of_attention(architecture: str, attended: str, tmp_path: Path) -> None:
+    recipe = RECIPES[architecture]
+    model = checkpoints.write_config(
+        tmp_path, recipe["config"], architecture, **recipe["changes"]
+    )
+    said = explained(str(model), "--max-model-len", "1024", *BLOCK)
+    assert said["DCA attends"] == [attended]
 
 
 def test_models_by_transformers_code(tmp_path: Path) -> None:
@@ -280,7 +298,7 @@ def test_refusals_are_messages(options: tuple[str, ...], message: str, llama: st
     ("config", "architecture", "message"),
     [
         ("OPTConfig", "OPTForCausalLM", "models without rotary positions"),
-        ("Gemma2Config", "Gemma2ForCausalLM", "a logit soft cap"),
+        ("Cohere2Config", "Cohere2ForCausalLM", "it has no rotary positions"),
     ],
 )
 def test_models_that_are_refused(
@@ -288,7 +306,10 @@ def test_models_that_are_refused(
 ) -> None:
     changes = {
         "OPTConfig": {"word_embed_proj_dim": 64},
-        "Gemma2Config": {"layer_types": ["full_attention"] * 2, "sliding_window": None},
+        "Cohere2Config": {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 32,
+        },
     }
     model = checkpoints.write_config(tmp_path, config, architecture, **changes[config])
     result = run("explain", str(model), *BLOCK)

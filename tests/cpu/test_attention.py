@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @st.composite
-def shapes(draw: st.DrawFn, decode: bool = False) -> Shape:
+def shapes(draw: st.DrawFn, decode: bool = False, softmax: bool = False) -> Shape:
     block_size = draw(st.sampled_from([1, 2, 4, 8, 16]))
     chunk_len = block_size * draw(st.integers(1, 4))
     longest = min(5 * chunk_len, 150)
@@ -49,19 +49,21 @@ def shapes(draw: st.DrawFn, decode: bool = False) -> Shape:
         original_max_position_embeddings=draw(st.sampled_from([None, 1, 20])),
         dtype=draw(st.sampled_from(DTYPES)),
         mscale=draw(st.sampled_from([1.0, 1.2])),
+        soft_cap=draw(st.sampled_from([None, None, 1.0, 50.0])) if softmax else None,
+        has_sinks=softmax and draw(st.booleans()),
         seed=draw(st.integers(0, 999)),
     )
 
 
 @settings(max_examples=150, deadline=None)
-@given(shapes())
+@given(shapes(softmax=True))
 def test_prefill_agrees_with_reference(shape: Shape) -> None:
     batch = Batch.random(shape)
     batch.assert_close(batch.prefill())
 
 
 @settings(max_examples=150, deadline=None)
-@given(shapes(decode=True), st.sampled_from([1 << 22, 100]))
+@given(shapes(decode=True, softmax=True), st.sampled_from([1 << 22, 100]))
 def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
     batch = Batch.random(shape)
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +72,7 @@ def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(shapes(), shapes(decode=True)), st.booleans())
+@given(st.one_of(shapes(softmax=True), shapes(decode=True, softmax=True)), st.booleans())
 def test_compiled_agrees_with_reference(shape: Shape, tokens_first: bool) -> None:
     batch = Batch.random(dataclasses.replace(shape, tokens_first=tokens_first))
     batch.assert_close(batch.compiled())
@@ -91,9 +93,11 @@ def test_compiled_takes_many_tiles_splits_and_panels(
     """More rows than a tile has, more keys than a split."""
     sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size, "dtype": dtype}
     lengths = [(900, 0), (1500, 1499), (1100, 1098), (300, 0)]
-    shape = Shape(lengths, 512, 128, block_size=64, tokens_first=tokens_first, **sizes)
-    batch = Batch.random(shape)
-    batch.assert_close(batch.compiled())
+    # The same twice, with and without what few models have.
+    for softmax in ({}, {"soft_cap": 5.0, "has_sinks": True}):
+        shape = Shape(lengths, 512, 128, 64, tokens_first=tokens_first, **sizes, **softmax)
+        batch = Batch.random(shape)
+        batch.assert_close(batch.compiled())
 
 
 @pytest.mark.parametrize(("group", "lengths"), [(20, (3000, 2999)), (9, (5000, 4998))])

@@ -25,9 +25,13 @@ def test_family(family: str, tmp_path: Path) -> None:
 def _family(family: str, directory: Path) -> None:
     expected = {}
     for scaling in ("none", *checkpoints.SCALINGS):
-        if family == "Phi3Config" and scaling != "none":
-            continue  # Its config knows LongRoPE only.
-        changes = checkpoints.FAMILIES[family]
+        if family == "Phi3Config" and scaling not in ("none", "LongRoPE"):
+            continue  # Its config knows no others.
+        if scaling == "LongRoPE" and family not in ("LlamaConfig", "Phi3Config"):
+            continue  # Its factors are as many as a head has frequencies.
+        changes = dict(checkpoints.FAMILIES[family])
+        if scaling == "LongRoPE":
+            changes["original_max_position_embeddings"] = 32
         if scaling != "none":
             rope = dict(checkpoints.SCALINGS[scaling])
             if "partial_rotary_factor" in changes:

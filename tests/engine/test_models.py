@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.models.proof import prove
+from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints
 from tests.helpers.answers import (
     assert_same_answer,
@@ -32,9 +34,16 @@ SPARSE = {
 }
 LENGTH = 300
 QWEN = ["Qwen2Config", "Qwen2MoeConfig", "Qwen3Config", "Qwen3MoeConfig"]
-OTHER_FAMILIES = [
-    family for family in checkpoints.FAMILIES if family not in ("LlamaConfig", *QWEN)
-]
+# One of each kind of attention; `python -m scripts.models.sweep` proves all.
+KINDS = {
+    "half of a head rotated, pairs interleaved": "Glm4ForCausalLM",
+    "layers without positions, by transformers' code": "SmolLM3ForCausalLM",
+    "windows, by transformers' code": "Olmo3ForCausalLM",
+    "windows and a soft cap": "Gemma2ForCausalLM",
+    "windows and sinks, on YaRN": "GptOssForCausalLM",
+    "proportional positions": "Gemma4ForCausalLM",
+    "experts": "MixtralForCausalLM",
+}
 
 
 def assert_agrees(
@@ -112,17 +121,10 @@ def no_compiler() -> None:
     raise RuntimeError("no C++ compiler")
 
 
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
-def test_other_families(family: str, tmp_path: Path) -> None:
-    model = checkpoints.write(tmp_path, family, **checkpoints.FAMILIES[family])
-    prompt = checkpoints.tokens(LENGTH)
-    # First: vLLM changes the classes that it takes from transformers.
-    expected = prompt_logprobs(model, prompt, **SIZES)
-    ordinary = prompt_logprobs(model, prompt)
-    with engine(model, additional_config={"dca": SIZES}) as llm:
-        [output] = generate(llm, [prompt], prompt_logprobs=0)
-    torch.testing.assert_close(of_prompt(output).double(), expected, rtol=0, atol=ATOL)
-    assert (ordinary - expected).abs().max() > 100 * ATOL
+@pytest.mark.parametrize("architecture", KINDS.values(), ids=list(KINDS))
+def test_kinds_of_attention(architecture: str, tmp_path: Path) -> None:
+    """A prompt in pieces, answers after a fresh and a cached prefix: as the sweep does it."""
+    prove(tmp_path, RECIPES[architecture])
 
 
 def test_sliding_layers_keep_their_attention_and_positions(
@@ -134,8 +136,8 @@ def test_sliding_layers_keep_their_attention_and_positions(
         "Gemma3TextConfig",
         head_dim=32,
         sliding_window=40,
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 2],
         initializer_range=0.5,
     )
     options = {"block_size": 32, "num_gpu_blocks_override": 300}
@@ -148,10 +150,11 @@ def test_sliding_layers_keep_their_attention_and_positions(
             ]
         )
         assert_agrees(llm, model, SIZES)
-    [[before, full, after]] = backends
+    [[before, full, *after]] = backends
     assert full == "DCA"
-    assert before == after != "DCA"
-    assert any("2 with a sliding window keep their own attention" in line for line in dca_log)
+    assert after == [before] * 2
+    assert before != "DCA"
+    assert any("3 with a sliding window keep their own attention" in line for line in dca_log)
 
 
 def test_linear_attention_layers_stay_as_they_are(tmp_path: Path) -> None:

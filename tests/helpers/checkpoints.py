@@ -83,18 +83,52 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         **_ORIGINAL,
     },
+    "LongRoPE": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0],
+        **_ORIGINAL,
+    },
+}
+
+
+# A tower beside the language model, for what is served without it.
+VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": SHAPE["hidden_size"],
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+}
+# No text has them.
+VISION_TOKENS = {
+    f"{name}_token_id": VOCAB + index
+    for index, name in enumerate(("image", "video", "vision_start", "vision_end"))
 }
 
 
 def config(config_class: str, **changes: Any) -> Any:
-    """A config of a class of transformers, SHAPE (and MOE) changed as given."""
+    """A config of a class of transformers, SHAPE (and MOE) changed as given.
+
+    Of a model with a tower, the text's part is changed.
+    """
     import transformers
 
     base = {**SHAPE, **MOE} if "Moe" in config_class else SHAPE
-    if config_class == "Qwen2MoeConfig":
+    if config_class in ("Qwen2MoeConfig", "Qwen3_5MoeConfig", "Qwen3_5MoeTextConfig"):
         base = {**base, "shared_expert_intermediate_size": 32}
     # Hugging Face's configs write into what they are given.
-    return getattr(transformers, config_class)(**copy.deepcopy({**base, **changes}))
+    base = copy.deepcopy({**base, **changes})
+    made = getattr(transformers, config_class)
+    for name in [name for name in base if isinstance(getattr(made, name, None), property)]:
+        del base[name]  # It follows from others there.
+    if "vision_config" not in made.sub_configs:
+        return made(**base)
+    tower = copy.deepcopy(VISION)
+    names = {"architectures": base.pop("architectures", None), **VISION_TOKENS}
+    return made(text_config=base, vision_config=tower, tie_word_embeddings=False, **names)
 
 
 def write(directory: Path, config_class: str, seed: int = 0, **changes: Any) -> Path:
@@ -102,9 +136,14 @@ def write(directory: Path, config_class: str, seed: int = 0, **changes: Any) -> 
     import transformers
 
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config(config_class, **changes), dtype=torch.float32
-    )
+    made = config(config_class, **changes)
+    has_tower = "vision_config" in made.sub_configs
+    auto = "AutoModelForImageTextToText" if has_tower else "AutoModelForCausalLM"
+    model = getattr(transformers, auto).from_config(made, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        # Trained norms weigh each entry of a head differently, which matters to rotations.
+        if "norm" in name and parameter.ndim == 1:
+            parameter.data += torch.rand(len(parameter)) * 0.6 - 0.3
     model.save_pretrained(directory)
     return directory
 

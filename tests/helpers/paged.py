@@ -46,6 +46,8 @@ class Shape:
     mscale: float = 1.0
     cache_dtype: torch.dtype | None = None  # FP8, or None for the same
     tokens_first: bool = False  # in memory: a page's tokens, then its heads
+    soft_cap: float | None = None
+    has_sinks: bool = False
     seed: int = 0
 
     @property
@@ -142,6 +144,17 @@ class Batch:
             return {}
         return {"k_scale": K_SCALE.to(device), "v_scale": V_SCALE.to(device)}
 
+    def softmax(self, device: torch.device = CPU) -> dict[str, Any]:
+        """What it has besides the scores of the keys."""
+        heads = self.shape.num_kv_heads * self.shape.group
+        generator = torch.Generator().manual_seed(self.shape.seed)
+        # Some count for nothing, some for more than all keys.
+        sinks = 4 * torch.randn(heads, generator=generator).to(self.shape.dtype)
+        return {
+            "soft_cap": self.shape.soft_cap,
+            "sinks": sinks.to(device) if self.shape.has_sinks else None,
+        }
+
     def rotated_query(self) -> torch.Tensor:
         """What the model hands to the attention layer."""
         return torch.cat(
@@ -175,6 +188,7 @@ class Batch:
                     scale=shape.scale,
                     original_max_position_embeddings=shape.original_max_position_embeddings,
                     dtype=dtype,
+                    **self.softmax(),
                 )
                 for query, key, value in zip(self.queries, self.keys, self.values, strict=True)
             ]
@@ -209,6 +223,7 @@ class Batch:
             rotation=self.rotation(device),
             softmax_scale=shape.scale,
             operations=operations,
+            **self.softmax(device),
             **self.scales(device),
         )
         return output.cpu()
@@ -248,6 +263,7 @@ class Batch:
             ),
             rotation=self.rotation(),
             softmax_scale=shape.scale,
+            **self.softmax(),
         )
         return output
 

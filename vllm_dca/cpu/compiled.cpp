@@ -35,6 +35,7 @@ constexpr int64_t kFew = 16;         // queries of a tile
 constexpr int64_t kQueries = 384;    // at most, those of all heads that share keys
 constexpr int64_t kSplit = 1024;     // keys of a split, at least,
 constexpr int64_t kRowKeys = 32;     // and this many for each row of its tile
+constexpr float kLog2E = 1.44269504f;
 
 // As vllm_dca/cpu/compiled.py fills it. Strides are in elements; the last axes are dense.
 struct Arguments {
@@ -43,6 +44,7 @@ struct Arguments {
   void* output;              // [rows, heads, head_size]
   const float* cos_sin;      // [turns, rotary_dim]
   const float* temperature;  // [rows], or null
+  const float* sinks;        // [heads], or null
   const int64_t* position;   // [rows]
   const int64_t* request;    // [rows], each one's row of the block table
   const int64_t* turn;       // [3, rows]: intra, succ, inter
@@ -50,6 +52,7 @@ struct Arguments {
   int64_t rows, kv_heads, group, head_size, rotary_dim, is_neox, block_size, chunk_len;
   int64_t query_stride[2], output_stride[2], cache_stride[3], table_stride;
   float scale;
+  float soft_cap;  // 0 for none
 };
 
 // Rows first .. first + count - 1 with keys begin .. end - 1 of their request. Their
@@ -127,7 +130,7 @@ void turn_queries(const Arguments& a, const Split& split, int64_t kv_head, int64
   std::vector<float> turned(a.head_size);
   for (int64_t m = 0; m < split.count * a.group; ++m) {
     const int64_t row = split.first + m / a.group;
-    const float scale = 1.44269504f * a.scale * (a.temperature ? a.temperature[row] : 1.0f);
+    const float scale = kLog2E * a.scale * (a.temperature ? a.temperature[row] : 1.0f);
     const float* cos = a.cos_sin + a.turn[region * a.rows + row] * a.rotary_dim;
     const float* sin = cos + pairs;
     const T* from = static_cast<const T*>(a.query) + row * a.query_stride[0] +
@@ -184,7 +187,8 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
   Cell *keys = work.keys.data<Cell>(), *values = work.values.data<Cell>();
   Cell* paired = work.paired.data<Cell>();
   if (is_few) std::fill(partial, partial + split.panels * panel_size, 0.0f);
-  Few<Cell> few{queries, partial, weights, split.panels, size};
+  const float cap = kLog2E * a.soft_cap;
+  Few<Cell> few{queries, partial, weights, split.panels, size, cap};
   const int64_t few_keys = kFewBytes / (2 * depth * sizeof(Cell)) / kLanes * kLanes;
   const int64_t step = is_few ? std::clamp<int64_t>(few_keys, 2 * kLanes, kFewKeys) : kCells * N;
   int64_t turned_for = -1;
@@ -223,7 +227,7 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
     for (int64_t i = 0; i < split.panels; ++i) {
       float* place = partial + i * panel_size;
       Panel<Cell> panel{queries + i * depth * kWidth, place, place + kSums * kWidth,
-                        place + kHead * kWidth, weights, size};
+                        place + kHead * kWidth, weights, size, cap};
       panel.attend(keys, N == 2 ? paired : values, n, (begin - position) * a.group - i * kWidth,
                    a.group, first);
     }
@@ -291,6 +295,9 @@ void attend_all(const Arguments& a) {
         float row_max = kLowest, row_sum = 0.0f;
         for (int64_t i = begin; i < end; ++i)
           row_max = std::max(row_max, partial(splits[i], kv_head)[query]);
+        const float sink = a.sinks ? kLog2E * a.sinks[kv_head * a.group + m % a.group] : kLowest;
+        row_max = std::max(row_max, sink);
+        if (a.sinks) row_sum = power_of_two<float>(everywhere(sink - row_max))[0];
         std::fill(acc.begin(), acc.end(), 0.0f);
         for (int64_t i = begin; i < end; ++i) {
           const float* part = partial(splits[i], kv_head) + query;

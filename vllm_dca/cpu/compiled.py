@@ -44,6 +44,7 @@ class _Arguments(ctypes.Structure):
         ("output", ctypes.c_void_p),
         ("cos_sin", ctypes.c_void_p),
         ("temperature", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
         ("request", ctypes.c_void_p),
         ("turn", ctypes.c_void_p),
@@ -61,6 +62,7 @@ class _Arguments(ctypes.Structure):
         ("cache_stride", ctypes.c_int64 * 3),
         ("table_stride", ctypes.c_int64),
         ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
     )
 
 
@@ -170,10 +172,15 @@ def attention(
     plan: CompiledPlan,
     rotation: QueryRotation,
     softmax_scale: float,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
     """See `vllm_dca.cpu.decode.decode_attention`."""
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+        assert sinks.shape == query.shape[1:2]
     arguments = arguments_of(
         query,
         kv_cache,
@@ -183,6 +190,8 @@ def attention(
         plan.chunk_len,
         rotation,
         softmax_scale,
+        soft_cap,
+        sinks,
     )
     getattr(library(), ATTEND[query.dtype])(ctypes.byref(arguments))
 
@@ -196,6 +205,8 @@ def arguments_of(
     chunk_len: int,
     rotation: QueryRotation,
     softmax_scale: float,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> _Arguments:
     """The kernel's; it holds no reference to the tensors."""
     _, num_kv_heads, block_size, width = kv_cache.shape
@@ -212,6 +223,7 @@ def arguments_of(
         output=output.data_ptr(),
         cos_sin=rotation.cos_sin.data_ptr(),
         temperature=None if rows.temperature is None else rows.temperature.data_ptr(),
+        sinks=None if sinks is None else sinks.data_ptr(),
         position=rows.position.data_ptr(),
         request=rows.request.data_ptr(),
         turn=rows.turn.data_ptr(),
@@ -229,6 +241,7 @@ def arguments_of(
         cache_stride=kv_cache.stride()[:3],
         table_stride=block_table.stride(0),
         scale=softmax_scale,
+        soft_cap=soft_cap or 0.0,
     )
 
 

@@ -19,6 +19,8 @@ def decode_attention(
     plan: DecodePlan,
     rotation: QueryRotation,
     softmax_scale: float,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
@@ -33,6 +35,8 @@ def decode_attention(
         plan: made once for all layers from the batch's lengths.
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
+        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap).
+        sinks: [num_heads], one more logit of each row's softmax, whose value is 0.
         k_scale: must be None, the cache is not quantised.
         v_scale: likewise.
     """
@@ -46,6 +50,8 @@ def decode_attention(
         pages = kv_cache.index_select(0, plan.pages[part]).float()
         key, value = pages.chunk(2, dim=-1)  # [pages, kv, block, size]
         scores = turned[plan.copies[part]] @ key.transpose(-1, -2)
+        if soft_cap is not None:
+            scores = (scores / soft_cap).tanh_().mul_(soft_cap)
         if unseen is not None:
             scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
             # Those slots may hold anything, NaN included, which 0 * NaN would spread.
@@ -61,6 +67,8 @@ def decode_attention(
     row_best.scatter_reduce_(0, index, best, "amax")
     weight = (best - row_best[plan.rows]).exp_()
     row_total = torch.zeros_like(row_best).index_add_(0, plan.rows, total * weight)
+    if sinks is not None:
+        row_total += (sinks.float().view(*heads, 1) - row_best).exp_()
     row_acc = acc.new_zeros(plan.num_rows, *acc.shape[1:])
     row_acc.index_add_(0, plan.rows, acc * weight)
     output.copy_((row_acc / row_total).flatten(1, 2))

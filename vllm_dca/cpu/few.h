@@ -22,6 +22,7 @@ struct Few {
   float* partial;       // [count, kHead + size]
   Cell* weights;        // [count, kFewKeys] numbers, to work with
   int64_t count, size;
+  float cap;            // of the scores, 0 for none
 
   // Updates it with some keys, of which query m sees the first seen + m / group. `first` ones
   // start it.
@@ -31,7 +32,8 @@ struct Few {
       for (int64_t t = 0; t < tokens.count; t += kLanes) {
         Vector at_once[queries];
         scores<queries>(tokens, m, t, at_once);
-        for (int i = 0; i < queries; ++i) found[i][t / kLanes] = at_once[i];
+        for (int i = 0; i < queries; ++i)
+          found[i][t / kLanes] = cap > 0 ? soft_capped(at_once[i], cap) : at_once[i];
       }
       for (int i = 0; i < queries; ++i)
         weigh(found[i], tokens.count, seen + (m + i) / group, m + i, first);

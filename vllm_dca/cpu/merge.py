@@ -5,7 +5,12 @@ import torch
 from vllm_dca.method.device import Partial
 
 
-def merge_parts(output: torch.Tensor, lse: torch.Tensor, parts: list[Partial]) -> None:
+def merge_parts(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    parts: list[Partial],
+    sinks: torch.Tensor | None = None,
+) -> None:
     """Merge attention over other keys into the output.
 
     Args:
@@ -13,12 +18,15 @@ def merge_parts(output: torch.Tensor, lse: torch.Tensor, parts: list[Partial]) -
             least one a query; becomes attention over all sets.
         lse: [num_heads, num_tokens] fp32, of the first set.
         parts: the other sets; all are disjoint.
+        sinks: [num_heads], the LSE of one more set, whose values are 0.
     """
-    if not parts:
+    if not parts and sinks is None:
         return
     total = lse.clone()
     for part in parts:
         total[:, part.tokens] = torch.logaddexp(total[:, part.tokens], part.lse)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.float()[:, None])
     merged = share(output, lse, total)
     for part in parts:
         part_share = share(part.output, part.lse, total[:, part.tokens])

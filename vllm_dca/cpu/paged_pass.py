@@ -6,10 +6,15 @@ half precision than in fp32 but for processors that multiply in half precision b
 so elsewhere it is given fp32.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from vllm_dca.cpu.merge import share
 from vllm_dca.method.provider import PagedSegments
+
+_KEYS = 1024  # that capped scores are worked out for at a time
 
 
 def attention(
@@ -20,6 +25,7 @@ def attention(
     *,
     segments: PagedSegments,
     softmax_scale: float,
+    soft_cap: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -27,7 +33,11 @@ def attention(
     block_size = key_cache.shape[1]
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32)
     dtype = query.dtype if torch.cpu._is_amx_tile_supported() else torch.float32
-    attend = _causal if segments.causal else _full
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    if soft_cap is not None:
+        attend = functools.partial(_capped, soft_cap, segments.causal)
+    else:
+        attend = _causal if segments.causal else _full
     end = 0
     lengths = zip(segments.query_lens.tolist(), segments.key_lens.tolist(), strict=True)
     for segment, (num_queries, num_keys) in enumerate(lengths):
@@ -43,6 +53,35 @@ def attention(
         )
         output[rows], lse[:, rows] = attend(query[rows].to(dtype), key, value, softmax_scale)
     return lse
+
+
+def _capped(
+    soft_cap: float,
+    causal: bool,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's flash attention has no cap: some keys at a time, in fp32."""
+    num_queries, num_heads, _ = query.shape
+    key, value = key[0].float(), value[0].float()  # [kv, keys, size]
+    group = num_heads // len(key)
+    turned = query.float().unflatten(1, (len(key), group)).permute(1, 2, 0, 3) * scale
+    total = torch.full((len(key), group, num_queries), -torch.inf)
+    output = torch.zeros_like(turned)
+    last = torch.arange(num_queries) + key.shape[1] - num_queries
+    for keys in torch.arange(key.shape[1]).split(_KEYS):
+        scores = turned @ key[:, None, keys].transpose(-1, -2)
+        scores = (scores / soft_cap).tanh_().mul_(soft_cap)
+        if causal:
+            scores.masked_fill_(keys > last[:, None], -torch.inf)
+        lse = scores.logsumexp(-1)
+        new_total = torch.logaddexp(total, lse)
+        output *= (total - new_total).exp_()[..., None]
+        output += (scores - new_total[..., None]).exp_() @ value[:, None, keys]
+        total = new_total
+    return output.permute(2, 0, 1, 3).flatten(1, 2), total.flatten(0, 1)
 
 
 def _full(

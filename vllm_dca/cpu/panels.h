@@ -16,6 +16,7 @@ struct Panel {
   float *maxima, *weight_sums, *sums;
   Cell* weights;  // [kCells, kWidth], to work with
   int64_t size;
+  float cap;      // of the scores, 0 for none
 
   using Tile = Vector[kTall][kWide];
 
@@ -37,7 +38,8 @@ struct Panel {
       Tile tile;
       for (int i = 0; i < kTall; ++i)
         for (int j = 0; j < kWide; ++j) tile[i][j] = -at(maxima + j * kLanes);
-      multiply(tile, keys + t * depth, depth, 1, queries, depth);
+      if (cap > 0) capped(tile, keys + t * depth, depth);
+      else multiply(tile, keys + t * depth, depth, 1, queries, depth);
       if (t + kTall > n || hidden + (t + kTall - 1) * group > 0)
         hide(tile, n - t, hidden + t * group, group);
       if (first || too_large(tile)) {
@@ -52,6 +54,14 @@ struct Panel {
   }
 
  private:
+  // Into a tile that holds what is to be subtracted.
+  void capped(Tile& tile, const Cell* keys, int64_t depth) {
+    Tile scores{};
+    multiply(scores, keys, depth, 1, queries, depth);
+    for (int i = 0; i < kTall; ++i)
+      for (int j = 0; j < kWide; ++j) tile[i][j] += soft_capped(scores[i][j], cap);
+  }
+
   static void hide(Tile& tile, int64_t n, int64_t hidden, int64_t group) {
     const Integers lane = numbered(kEach);
     for (int i = 0; i < kTall; ++i) {

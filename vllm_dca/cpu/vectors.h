@@ -137,6 +137,18 @@ inline Vector power_of_two(Vector x) {
                                   (reinterpret_cast<Integers>(n) << 23));
 }
 
+// cap * tanh(x / cap), to 4e-7 of itself: a quotient of polynomials, past which it is +-cap.
+inline Vector soft_capped(Vector x, float cap) {
+  const Vector end = everywhere(7.90531111f);
+  const Vector y = -larger(-larger(x / cap, -end), -end), q = y * y;
+  Vector p = -2.76076848e-16f * q + 2.00018790e-13f;
+  p = (p * q - 8.60467152e-11f) * q + 5.12229710e-08f;
+  p = (p * q + 1.48572236e-05f) * q + 6.37261929e-04f;
+  p = (p * q + 4.89352456e-03f) * y * cap;
+  return p / (((1.19825839e-06f * q + 1.18534706e-04f) * q + 2.26843463e-03f) * q +
+              4.89352519e-03f);
+}
+
 // The same cell in every lane; cells lie in vectors of floats whatever they are.
 template <typename Cell>
 inline Vector everywhere(const Cell* cell) {

@@ -87,6 +87,11 @@ class DcaBackend(AttentionBackend):
         return None
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        """One more logit of each softmax, added once, as its parts are merged."""
+        return True
+
+    @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Any; what a provider cannot do is told when it is chosen."""
         return True
@@ -137,4 +142,5 @@ class DcaBackend(AttentionBackend):
     @classmethod
     def prepare_model(cls, model: torch.nn.Module, vllm_config: VllmConfig) -> None:
         """Give the model's DCA layers their rotary tables, before the weights are loaded."""
-        remap_layers(model, vllm_config, cls)
+        # Not cls: vLLM makes subclasses for layers that attend in another way.
+        remap_layers(model, vllm_config, DcaBackend)

@@ -39,12 +39,12 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
         given = {
             "alibi_slopes": alibi_slopes,
             "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap or None,
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             **extra,
         }
@@ -65,6 +65,8 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.soft_cap = logits_soft_cap or None
+        self.sinks = sinks
         self.rotation: QueryRotation | None = None
         self.device: Device | None = None
         self.cache_dtype: torch.dtype | None = None
@@ -133,7 +135,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         assert self.device is not None
         assert output_scale is None
         assert output_block_scale is None
-        scales: dict[str, torch.Tensor | None] = {"k_scale": None, "v_scale": None}
+        scales: dict[str, Any] = {"k_scale": None, "v_scale": None}
         assert self.cache_dtype is not None
         if self.cache_dtype != query.dtype:
             kv_cache = kv_cache.view(self.cache_dtype)
@@ -163,13 +165,18 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             output[step.plan.rest] = attended
         return output
 
+    def _softmax(self) -> dict[str, Any]:
+        """What few models have; only the CPU's operations know it."""
+        given = {"soft_cap": self.soft_cap, "sinks": self.sinks}
+        return {name: value for name, value in given.items() if value is not None}
+
     def _attend(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         output: torch.Tensor,
         metadata: DcaMetadata,
-        scales: dict[str, torch.Tensor | None],
+        scales: dict[str, Any],
     ) -> None:
         """Dense: decode rows, then prefills."""
         assert self.rotation is not None
@@ -183,6 +190,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
                 plan=metadata.decode,
                 rotation=self.rotation,
                 softmax_scale=self.scale,
+                **self._softmax(),
                 **scales,
             )
         if metadata.prefill is not None:
@@ -197,5 +205,6 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
                 rotation=self.rotation,
                 softmax_scale=self.scale,
                 operations=self.device.prefill,
+                **self._softmax(),
                 **scales,
             )

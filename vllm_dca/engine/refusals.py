@@ -15,9 +15,7 @@ from vllm_dca.engine.choice import PROVIDERS
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import (
     DRAFTERS,
-    HYBRID_MODELS,
     KV_CACHE_DTYPES,
-    NOPE_MODELS,
 )
 from vllm_dca.method.config import PROVIDER_KEY
 from vllm_dca.method.sparse_config import MODE_KEY, OFF
@@ -59,27 +57,32 @@ def _platform(vllm_config: VllmConfig) -> str:
     return f"the {current_platform.device_name} platform (the CPU and CUDA are)"
 
 
-def _sliding_layers(vllm_config: VllmConfig) -> str:
+def _windows_only(vllm_config: VllmConfig) -> str:
     model = vllm_config.model_config
-    hf_config = model.hf_text_config
-    proved = hf_config.model_type in HYBRID_MODELS and (
-        "full_attention" in (getattr(hf_config, "layer_types", None) or ())
-    )
-    if proved or not has_sliding_layers(model):
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    if not has_sliding_layers(model) or "full_attention" in kinds:
         return ""
     return (
-        f"sliding-window layers in a {hf_config.model_type} model (in "
-        f"{', '.join(HYBRID_MODELS)} it does)"
+        f"{model.hf_text_config.model_type} models of sliding-window layers only, which take "
+        "any length as they are (of window and full layers it does the full ones)"
     )
 
 
-def _nope_layers(vllm_config: VllmConfig) -> str:
-    hf_config = vllm_config.model_config.hf_text_config
-    if not getattr(hf_config, "no_rope_layers", None) or hf_config.model_type in NOPE_MODELS:
+def _mrope(vllm_config: VllmConfig) -> str:
+    """An image's tokens do not advance by one position each, as chunks would have it."""
+    model = vllm_config.model_config
+    if not model.uses_mrope or model.multimodal_config is None:
         return ""
+    kinds = ["image", "video"]
+    if any(hasattr(model.hf_config, name) for name in ("thinker_config", "audio_config")):
+        kinds.append("audio")
+    limits = {kind: model.multimodal_config.get_limit_per_prompt(kind) for kind in kinds}
+    if not any(limits.values()):
+        return ""
+    none = ", ".join(f'"{kind}": 0' for kind in kinds)
     return (
-        f"layers without rotary positions in a {hf_config.model_type} model (in "
-        f"{', '.join(NOPE_MODELS)} it does)"
+        f"{' and '.join(kinds)} inputs with M-RoPE (text it does: pass --language-model-only, "
+        f"or --limit-mm-per-prompt '{{{none}}}')"
     )
 
 
@@ -133,7 +136,7 @@ REFUSALS: Sequence[Refusal] = (
             "models without rotary positions (ALiBi, learned positions)",
         ),
     ),
-    Refusal("models", "M-RoPE", _if(lambda config: config.model_config.uses_mrope, "M-RoPE")),
+    Refusal("models", "images and videos with M-RoPE", _mrope),
     Refusal(
         "models",
         "MLA",
@@ -157,13 +160,7 @@ REFUSALS: Sequence[Refusal] = (
         "no attention",
         _if(lambda config: config.model_config.is_attention_free, "models without attention"),
     ),
-    Refusal("models", "sliding windows in other models", _sliding_layers),
-    Refusal("models", "NoPE layers in other models than SmolLM3", _nope_layers),
-    Refusal(
-        "RoPE scaling",
-        "LongRoPE and others",
-        _if(lambda config: {"longrope", "su"} & {*rope_types(config.model_config)}, "LongRoPE"),
-    ),
+    Refusal("models", "sliding windows in all layers", _windows_only),
     Refusal("dtypes", "other quantised KV caches, FP8 on the CPU", _cache_dtype),
     Refusal(
         "engine",
@@ -203,9 +200,7 @@ REFUSALS: Sequence[Refusal] = (
 REFUSED_IN_LAYERS = {
     "alibi_slopes": "ALiBi slopes",
     "sliding_window": "sliding-window attention",
-    "logits_soft_cap": "a logit soft cap",
     "kv_sharing_target_layer_name": "KV sharing between layers",
-    "sinks": "attention sinks",
     "attention_chunk_size": "chunked-local attention",
 }
 # What vLLM asks a backend for, and gets the answer no.

@@ -1,49 +1,35 @@
 """Position remap: a periodic rotary table for the layers that DCA attends, and no others."""
 
-import copy
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.rotary_embedding import (
-    _ROPE_DICT,
-    DynamicNTKScalingRotaryEmbedding,
-    LinearScalingRotaryEmbedding,
-    Llama3RotaryEmbedding,
-    RotaryEmbedding,
-    YaRNScalingRotaryEmbedding,
-)
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend
 
-from vllm_dca.engine import transformers_rotary
+from vllm_dca.engine import rotary_tables, transformers_rotary
 from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.devices import compute_capability, current_device
+from vllm_dca.engine.following import NotUnderstoodError, Rotation, rotation_of
 from vllm_dca.engine.recall import RecallWatch
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.support import cache_dtype_of
-from vllm_dca.engine.transformers_rotary import PeriodicRotary
+from vllm_dca.engine.turning import check_turns
 from vllm_dca.engine.warmup import KERNELS
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import Device
 from vllm_dca.method.lines import Rule, rule_of
 from vllm_dca.method.provider import Needs
-from vllm_dca.method.rotary import QueryRotation, periodic_table, unit_table
+from vllm_dca.method.rotary import QueryRotation
 
 # vLLM's logger is set up for its own package only.
 logger = init_logger("vllm.plugins.dca")
-
-# Exactly these: a subclass may give its table another meaning.
-_GROWABLE = (RotaryEmbedding, Llama3RotaryEmbedding)
-_SUPPORTED = (
-    *_GROWABLE,
-    DynamicNTKScalingRotaryEmbedding,
-    LinearScalingRotaryEmbedding,
-    YaRNScalingRotaryEmbedding,
-)
 
 
 def remap_layers(
@@ -67,22 +53,32 @@ def remap_layers(
     settings = settings_of(vllm_config)
     tables = _Tables(settings, vllm_config.model_config.max_model_len)
     devices: dict[Needs, Device] = {}
-    remapped, kept = [], []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, Attention):
-            continue
+    remapped, kept, rotating = [], [], 0
+    layers = [(n, each) for n, each in model.named_modules() if isinstance(each, Attention)]
+    # All are followed before one is changed.
+    with set_current_vllm_config(vllm_config):
+        rotations = {}
+        for name, _ in layers:
+            with _told(name):
+                rotations[name] = rotation_of(name, model)
+    for name, layer in layers:
+        found, parent = rotations[name], model.get_submodule(name.rpartition(".")[0])
         if layer.attn_backend is not dca_backend:
             if layer.sliding_window is None:
                 raise _refusal(name, f"its attention would be {layer.attn_backend.__name__}")
-            owner, rotary_name = _find_rotary(name, model)
-            longer = tables.lengthen(name, getattr(owner, rotary_name))
-            setattr(owner, rotary_name, longer)
+            if found is not None:
+                tables.lengthen(name, found, parent)
             kept.append(name)
             continue
-        if _has_positions(layer.layer_name, vllm_config):
-            owner, rotary_name = _find_rotary(name, model)
-            periodic, rotation = tables.remap(name, getattr(owner, rotary_name))
-            setattr(owner, rotary_name, periodic)
+        if layer.head_size_v != layer.head_size:
+            raise _refusal(
+                name, f"its keys have {layer.head_size} entries, its values {layer.head_size_v}"
+            )
+        if found is not None:
+            rotation = tables.remap(name, found, parent)
+            with _told(name), set_current_vllm_config(vllm_config):
+                check_turns(name, model, rotation, settings.geometry.chunk_len)
+            rotating += 1
         else:
             # However its queries are turned, nothing is rotated: DCA is ordinary attention.
             nothing = torch.tensor([[1.0, 0.0]], dtype=torch.float32)
@@ -93,30 +89,45 @@ def remap_layers(
         if needs not in devices:
             devices[needs] = current_device(needs, settings.prefill_provider)
         rule = _rule(layer, vllm_config)
+        has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
+        if has_more and devices[needs].provider not in ("compiled", "torch"):
+            raise _refusal(name, "soft caps and sinks are served on a CPU only")
+        if rule is not None and (layer.impl.soft_cap or layer.impl.sinks is not None):
+            raise _refusal(name, "sparse prefill knows no soft cap and no sinks")
         layer.impl.prepare(rotation, devices[needs], needs.cache_dtype, rule)
         if rule is not None:
             layer.impl.watch = RecallWatch(vllm_config)
         remapped.append(name)
+    if remapped and not rotating and get_pp_group().world_size == 1:
+        raise _refusal(
+            remapped[0],
+            "it has no rotary positions, nor has any other layer that sees the whole text, so "
+            "there is nothing for DCA to change; without DCA the model takes any length that "
+            "its other layers do",
+        )
     tables.forget_replaced(model)
     # A long prompt would else wait for it.
     KERNELS.register_warmup()
     if remapped:
         logger.info_once(
-            "DCA attends %d layers: %s .. %s%s; prefill by %s",
+            "DCA attends %d layers: %s .. %s%s%s; prefill by %s",
             len(remapped),
             remapped[0],
             remapped[-1],
             f"; {len(kept)} with a sliding window keep their own attention" if kept else "",
+            f"; {unrotated} of them have no rotary positions"
+            if (unrotated := len(remapped) - rotating)
+            else "",
             ", ".join(sorted({device.provider for device in devices.values()})),
         )
 
 
-def _has_positions(layer_name: str, vllm_config: VllmConfig) -> bool:
-    """Whether a layer rotates its queries and keys; some models' do not in some layers."""
-    rotating = getattr(vllm_config.model_config.hf_text_config, "no_rope_layers", None) or []
-    index = extract_layer_index(layer_name)
-    # Past the model's own layers are a drafter's.
-    return index >= len(rotating) or bool(rotating[index])
+@contextlib.contextmanager
+def _told(layer_name: str) -> Iterator[None]:
+    try:
+        yield
+    except NotUnderstoodError as error:
+        raise _refusal(layer_name, str(error)) from error
 
 
 def _rule(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
@@ -145,27 +156,9 @@ def _refusal(layer_name: str, reason: str) -> NotImplementedError:
     return NotImplementedError(
         f"--attention-backend dca cannot serve this model: layer {layer_name}: {reason}. "
         "DCA needs a rotary embedding of type "
-        f"{', '.join(cls.__name__ for cls in _SUPPORTED)} beside each attention, or "
+        f"{', '.join(cls.__name__ for cls in rotary_tables.SUPPORTED)} in each layer, or "
         "transformers' own. Use another attention backend."
     )
-
-
-def _find_rotary(layer_name: str, model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """The module that holds a layer's rotary module, and its name there."""
-    parent = model.get_submodule(layer_name.rpartition(".")[0])
-    candidates = [
-        name
-        for name, child in parent.named_children()
-        if hasattr(child, "cos_sin_cache") or "Rotary" in type(child).__name__
-    ]
-    if len(candidates) > 1:
-        raise _refusal(layer_name, f"it has several rotary embeddings, {', '.join(candidates)}")
-    if candidates:
-        return parent, candidates[0]
-    found = transformers_rotary.find_rotary(model, layer_name)
-    if found is None:
-        raise _refusal(layer_name, "it has no rotary embedding")
-    return found
 
 
 class _Tables:
@@ -174,27 +167,60 @@ class _Tables:
     def __init__(self, settings: DcaSettings, max_model_len: int) -> None:
         self.settings = settings
         self.max_model_len = max_model_len
-        self.remapped: dict[int, tuple[torch.nn.Module, QueryRotation]] = {}
-        self.lengthened: dict[int, RotaryEmbedding] = {}
+        self.heirs: dict[tuple[int, str | None], Any] = {}
+        self.placed: dict[tuple[int, str], torch.nn.Module] = {}
+        self.replaced: set[int] = set()
 
-    def remap(self, layer_name: str, rotary: Any) -> tuple[torch.nn.Module, QueryRotation]:
-        """The module with a period, and how its queries are turned further."""
-        key = id(rotary.rotary if isinstance(rotary, PeriodicRotary) else rotary)
-        if key not in self.remapped:
-            if type(rotary) in _SUPPORTED:
-                self.remapped[key] = _remap(rotary, self.settings, self.max_model_len)
-            elif hasattr(rotary, "cos_sin_cache"):
-                kind = type(rotary).__name__
-                raise _refusal(layer_name, f"its rotary embedding is a {kind}")
-            else:
-                geometry = self.settings.geometry
-                try:
-                    self.remapped[key] = transformers_rotary.remap(
-                        rotary, geometry.chunk_size, geometry.chunk_len
+    def remap(
+        self, layer_name: str, found: Rotation, attention: torch.nn.Module
+    ) -> QueryRotation:
+        """Put the module with a period in its place; how its queries are turned further."""
+        rotary: Any = found.rotary
+        layer_type = None
+        if not rotary_tables.has_table(rotary):
+            layer_type = transformers_rotary.layer_type_of(rotary, attention)
+        key = (id(rotary), f"periodic {layer_type}")
+        if key not in self.heirs:
+            geometry = self.settings.geometry
+            try:
+                if rotary_tables.has_table(rotary):
+                    self.heirs[key] = rotary_tables.remap(
+                        rotary, geometry.chunk_size, geometry.chunk_len, self.max_model_len
                     )
-                except ValueError as error:
-                    raise _refusal(layer_name, str(error)) from error
-        return self.remapped[key]
+                else:
+                    self.heirs[key] = transformers_rotary.remap(
+                        rotary, geometry.chunk_size, geometry.chunk_len, layer_type
+                    )
+            except ValueError as error:
+                raise _refusal(layer_name, str(error)) from error
+        periodic, rotation = self.heirs[key]
+        self._put(layer_name, found, periodic)
+        return rotation
+
+    def lengthen(self, layer_name: str, found: Rotation, attention: torch.nn.Module) -> None:
+        """Put a module in its place that has rows for every position a request can reach."""
+        rotary: Any = found.rotary
+        if not rotary_tables.has_table(rotary):
+            # It has no rows, and what has a period tells types of layers apart.
+            if transformers_rotary.layer_type_of(rotary, attention) is None:
+                self._put(layer_name, found, rotary)
+            return
+        key = (id(rotary), None)
+        if key not in self.heirs:
+            try:
+                self.heirs[key] = rotary_tables.lengthened(rotary, self.max_model_len)
+            except ValueError as error:
+                raise _refusal(layer_name, f"it has a window, and {error}") from error
+        self._put(layer_name, found, self.heirs[key])
+
+    def _put(self, layer_name: str, found: Rotation, heir: torch.nn.Module) -> None:
+        for owner, name in found.places:
+            if self.placed.setdefault((id(owner), name), heir) is not heir:
+                raise _refusal(
+                    layer_name, "layers with a window and layers without share its positions"
+                )
+            setattr(owner, name, heir)
+        self.replaced.add(id(found.rotary))
 
     def forget_replaced(self, model: torch.nn.Module) -> None:
         """Take what no layer uses any more out of vLLM's collection of rotary modules.
@@ -202,38 +228,6 @@ class _Tables:
         It would stay beside its heir for good, a million rows for a Qwen-1M checkpoint. Another
         model that has the module holds it; one that wants it later has vLLM build it anew.
         """
-        replaced = {*self.remapped, *self.lengthened} - {id(each) for each in model.modules()}
+        replaced = self.replaced - {id(each) for each in model.modules()}
         for key in [key for key, rotary in _ROPE_DICT.items() if id(rotary) in replaced]:
             del _ROPE_DICT[key]
-
-    def lengthen(self, layer_name: str, rotary: Any) -> RotaryEmbedding:
-        """The module, or a copy with rows for every position that a request can reach."""
-        if id(rotary) not in self.lengthened:
-            if type(rotary) not in _GROWABLE:
-                raise _refusal(layer_name, f"it has a window, and a {type(rotary).__name__}")
-            longer = rotary
-            if len(rotary.cos_sin_cache) < self.max_model_len:
-                longer = copy.deepcopy(rotary)
-                longer.max_position_embeddings = self.max_model_len
-                table = longer._compute_cos_sin_cache().to(rotary.cos_sin_cache.dtype)
-                longer.cos_sin_cache = table
-            self.lengthened[id(rotary)] = longer
-        return self.lengthened[id(rotary)]
-
-
-def _remap(
-    rotary: RotaryEmbedding, settings: DcaSettings, max_model_len: int
-) -> tuple[RotaryEmbedding, QueryRotation]:
-    """A copy of the module with a periodic table, and the rotation that goes with it."""
-    # deepcopy also rebinds CustomOp's bound forward method; copy.copy would leave the copy
-    # calling the original, with the original's table.
-    periodic = copy.deepcopy(rotary)
-    table = rotary.cos_sin_cache
-    if settings.chunk_size >= len(table) and type(rotary) in _GROWABLE:
-        periodic.max_position_embeddings = settings.chunk_size + 1
-        table = periodic._compute_cos_sin_cache().to(table.dtype)
-    exact = periodic._compute_cos_sin_cache()  # fp32, where the module's own may be bf16
-    rotation = QueryRotation(unit_table(exact, settings.chunk_size), rotary.is_neox_style)
-    periodic.cos_sin_cache = periodic_table(table, settings.geometry.chunk_len, max_model_len)
-    periodic.max_position_embeddings = max_model_len
-    return periodic, rotation

@@ -11,37 +11,56 @@ import torch
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
 
-# Checked against Hugging Face's own code, by model_type.
-PROVED_MODELS = {
-    "cohere": "Cohere",
-    "gemma": "Gemma",
-    "gemma3_text": "Gemma 3, whose sliding-window layers keep vLLM's own attention",
-    "glm": "GLM",
-    "glm4": "GLM-4",
-    "granite": "Granite",
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "nemotron": "Nemotron",
-    "olmo": "OLMo",
-    "olmo2": "OLMo 2",
-    "phi": "Phi",
-    "phi3": "Phi-3",
-    "qwen2": "Qwen2",
-    "qwen2_moe": "Qwen2-MoE",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3-MoE",
-    "qwen3_next": "Qwen3-Next, whose linear-attention layers stay as they are",
-    "smollm3": "SmolLM3",
-    "stablelm": "StableLM",
-    "starcoder2": "StarCoder2",
-}
-# Models with sliding-window layers beside full ones, by model_type. In others the full ones may
-# have no rotary positions (Cohere 2), or there may be none: nothing in the model tells.
-HYBRID_MODELS = ("gemma3_text",)
-# Models whose config says which layers have no rotary positions.
-NOPE_MODELS = ("smollm3",)
-ROPE_TYPES = ("none", "linear", "dynamic NTK", "YaRN", "llama3")
+# Whose answers were checked against Hugging Face's own code, by model_type: docs/models.md.
+PROVED_MODELS = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone4",
+    "falcon_h1",
+    "flex_olmo",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "granitemoeshared",
+    "hy_v3",
+    "hyperclovax",
+    "jais2",
+    "laguna",
+    "llama",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_vl_text",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+ROPE_TYPES = ("none", "linear", "dynamic NTK", "YaRN", "llama3", "LongRoPE")
 # By name; the backend refuses those that do not go with the model's dtype or the device.
 KV_CACHE_DTYPES: dict["CacheDType", torch.dtype | None] = {
     "auto": None,  # the model's
@@ -54,9 +73,9 @@ KV_CACHE_DTYPES: dict["CacheDType", torch.dtype | None] = {
 # Compute capabilities whose blocks may have 99 KiB of shared memory (CUDA programming guide).
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 # Speculation whose drafts come from no attention layers of their own.
-DRAFTERS_WITHOUT_LAYERS = ("ngram",)
+DRAFTERS_WITHOUT_LAYERS = ("ngram", "medusa", "suffix")
 # Speculation whose drafters' attention layers are DCA's too, with the model's chunk sizes.
-DRAFTERS_WITH_LAYERS = ("draft_model", "eagle", "eagle3")
+DRAFTERS_WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")
 DRAFTERS = (*DRAFTERS_WITHOUT_LAYERS, *DRAFTERS_WITH_LAYERS)
 
 

@@ -21,18 +21,29 @@ class PeriodicRotary(torch.nn.Module):
     Attributes:
         rotary: the module.
         chunk_len: s, the period.
+        layer_type: whose positions repeat, where the module serves several types of layers.
     """
 
-    def __init__(self, rotary: torch.nn.Module, chunk_len: int) -> None:
+    def __init__(
+        self, rotary: torch.nn.Module, chunk_len: int, layer_type: str | None = None
+    ) -> None:
         super().__init__()
         self.rotary = rotary
         self.chunk_len = chunk_len
+        self.layer_type = layer_type
 
     def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        x: torch.Tensor,
+        position_ids: torch.Tensor,
+        layer_type: str | None = None,
     ) -> Any:
         """Cosines and sines of the offsets in the chunks, as the module itself gives them."""
-        return self.rotary(x, position_ids % self.chunk_len, *args, **kwargs)
+        if layer_type == self.layer_type:
+            position_ids = position_ids % self.chunk_len
+        if layer_type is None:
+            return self.rotary(x, position_ids)
+        return self.rotary(x, position_ids, layer_type)
 
 
 def find_rotary(model: torch.nn.Module, layer_name: str) -> tuple[torch.nn.Module, str] | None:
@@ -45,18 +56,47 @@ def find_rotary(model: torch.nn.Module, layer_name: str) -> tuple[torch.nn.Modul
         around = around.rpartition(".")[0]
         owner = model.get_submodule(around)
         for name, child in owner.named_children():
-            if isinstance(child, PeriodicRotary) or hasattr(child, "inv_freq"):
+            if isinstance(child, PeriodicRotary) or _has_frequencies(child):
                 return owner, name
     return None
 
 
-def remap(rotary: Any, chunk_size: int, chunk_len: int) -> tuple[PeriodicRotary, QueryRotation]:
+def _has_frequencies(module: torch.nn.Module) -> bool:
+    # vLLM's own have a table, and may have frequencies too.
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    return any(name.endswith("inv_freq") for name in names) and "cos_sin_cache" not in names
+
+
+def layer_type_of(rotary: Any, attention: torch.nn.Module) -> str | None:
+    """The type of layer that an attention module of transformers asks its rotary module for."""
+    rotary = rotary.rotary if isinstance(rotary, PeriodicRotary) else rotary
+    if not isinstance(rotary.rope_type, dict):
+        return None
+    index: Any = attention.layer_idx
+    return str(rotary.config.layer_types[index])
+
+
+def _prefix(layer_type: str | None) -> str:
+    return "" if layer_type is None else f"{layer_type}_"
+
+
+def rotary_dim(rotary: Any, attention: torch.nn.Module) -> int:
+    """Entries of a head that are rotated in an attention module of transformers."""
+    rotary = rotary.rotary if isinstance(rotary, PeriodicRotary) else rotary
+    prefix = _prefix(layer_type_of(rotary, attention))
+    return 2 * len(getattr(rotary, f"{prefix}inv_freq"))
+
+
+def remap(
+    rotary: Any, chunk_size: int, chunk_len: int, layer_type: str | None
+) -> tuple[PeriodicRotary, QueryRotation]:
     """The module with a period, and how queries that it rotated are turned further.
 
     Raises:
         ValueError: its positions cannot be remapped; completes "it cannot, because".
     """
-    rope_type = getattr(rotary, "rope_type", None)
+    kinds = getattr(rotary, "rope_type", None)
+    rope_type = kinds if layer_type is None or kinds is None else kinds[layer_type]
     if rope_type not in _ROPE_TYPES:
         raise ValueError(
             f"its {type(rotary).__name__} is of type {rope_type}, not {', '.join(_ROPE_TYPES)}"
@@ -67,6 +107,7 @@ def remap(rotary: Any, chunk_size: int, chunk_len: int) -> tuple[PeriodicRotary,
     # Which entries make a pair: asked of the model's own code.
     pairs = modeling.rotate_half(torch.arange(4.0, device="cpu"))
     is_neox = pairs.tolist() == [-2.0, -3.0, 0.0, 1.0]
-    angle = torch.arange(chunk_size + 1)[:, None] * rotary.inv_freq.double()
+    inv_freq = getattr(rotary, f"{_prefix(layer_type)}inv_freq")
+    angle = torch.arange(chunk_size + 1)[:, None] * inv_freq.double()
     cos_sin = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
-    return PeriodicRotary(rotary, chunk_len), QueryRotation(cos_sin, is_neox)
+    return PeriodicRotary(rotary, chunk_len, layer_type), QueryRotation(cos_sin, is_neox)

@@ -36,6 +36,8 @@ class LayerKernels:
         cache_strides: of the KV cache.
         rotary_dim: entries of a head that are rotated.
         is_neox: how they are paired.
+        soft_cap: of the scores.
+        has_sinks: whether each softmax has one more logit.
         layer: one of those that have all of this in common.
     """
 
@@ -48,6 +50,8 @@ class LayerKernels:
     cache_strides: tuple[int, ...]
     rotary_dim: int
     is_neox: bool
+    soft_cap: float | None
+    has_sinks: bool
     layer: Attention | None = dataclasses.field(compare=False)
 
 
@@ -83,6 +87,8 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
                     layer.kv_cache.stride(),
                     impl.rotation.cos_sin.shape[-1],
                     impl.rotation.is_neox,
+                    impl.soft_cap,
+                    impl.sinks is not None,
                     layer,
                 )
             )

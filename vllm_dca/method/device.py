@@ -44,7 +44,7 @@ class PrefillOperations(NamedTuple):
         torch.Tensor,
     ]
     attend: AttentionProvider
-    merge: Callable[[torch.Tensor, torch.Tensor, list[Partial]], None]
+    merge: Callable[..., None]
 
 
 class Device(NamedTuple):

@@ -3,6 +3,8 @@
 The same for every device; what differs are the operations that it is put together from.
 """
 
+from typing import Any
+
 import torch
 
 from vllm_dca.method.device import Partial, PrefillOperations
@@ -20,6 +22,8 @@ def prefill_attention(
     rotation: QueryRotation,
     softmax_scale: float,
     operations: PrefillOperations,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
@@ -34,9 +38,12 @@ def prefill_attention(
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
         operations: the device's.
+        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap); the CPU's can.
+        sinks: [num_heads], one more logit of each query's softmax, whose value is 0.
         k_scale: of an FP8 cache, see `AttentionProvider`.
         v_scale: likewise.
     """
+    capped: dict[str, Any] = {} if soft_cap is None else {"soft_cap": soft_cap}
     queries = [query]
     turns = plan.turns
     if turns is not None:
@@ -53,6 +60,7 @@ def prefill_attention(
             output,
             segments=plan.passes[index],
             softmax_scale=softmax_scale,
+            **capped,
             k_scale=k_scale,
             v_scale=v_scale,
         )
@@ -62,4 +70,7 @@ def prefill_attention(
     for index, (tokens, rows) in enumerate(plan.parts, start=1):
         part_output = torch.empty_like(queries[index])
         parts.append(Partial(part_output, attend(index, part_output), tokens, rows))
-    operations.merge(output, lse, parts)
+    if sinks is None:
+        operations.merge(output, lse, parts)
+    else:
+        operations.merge(output, lse, parts, sinks)

@@ -5,6 +5,7 @@ turn by p - r, which is never more than c. So the model keeps its own rotary emb
 only reads a periodic table, and the attention layer turns queries further where it must.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,3 +63,38 @@ def unit_table(cos_sin: torch.Tensor, chunk_size: int) -> torch.Tensor:
             f"{chunk_size}. Choose a chunk_size up to {len(cos_sin)}."
         )
     return torch.cat([cos, sin], dim=-1)
+
+
+def longer_table(cos_sin: torch.Tensor, num_positions: int) -> torch.Tensor:
+    """A rotary table with at least so many rows; new ones go on with its frequencies.
+
+    The frequencies are read off the table: row 1 tells them, and rows twice as far, in turn,
+    tell them twice as exactly.
+
+    Args:
+        cos_sin: [rows, rotary_dim] fp32, rows of m * (cos, sin) for a constant m.
+        num_positions: rows of the result, if the table has fewer.
+
+    Raises:
+        ValueError: its rows are not turns by frequencies of its own.
+    """
+    rows = len(cos_sin)
+    if rows >= num_positions:
+        return cos_sin
+    if cos_sin.is_meta:
+        return cos_sin.new_empty(num_positions, cos_sin.shape[1])
+    cos, sin = cos_sin.double().chunk(2, dim=-1)
+    phase = torch.atan2(sin, cos)
+    frequency, row = phase[1], 1
+    while 2 * row < rows:
+        row *= 2
+        turns = ((frequency * row - phase[row]) / (2 * math.pi)).round()
+        frequency = (phase[row] + 2 * math.pi * turns) / row
+    position = torch.arange(num_positions, dtype=torch.float64, device=cos_sin.device)
+    angle = position[:, None] * frequency
+    longer = (torch.cat([angle.cos(), angle.sin()], dim=-1) * cos[0, 0]).float()
+    # The table's own angles are products in fp32.
+    tolerance = 1e-5 + rows * torch.finfo(torch.float32).eps
+    if not torch.allclose(longer[:rows], cos_sin, rtol=0, atol=tolerance * float(cos[0, 0])):
+        raise ValueError("its rotary table is not one of constant frequencies")
+    return torch.cat([cos_sin, longer[rows:]])

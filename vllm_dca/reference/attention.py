@@ -5,7 +5,7 @@ paper's text clamps at c - 1), in fp64, on dense unrotated tensors, with a full 
 It shares no code with the fast paths, and they none with it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -90,6 +90,7 @@ def scores(
     is_neox: bool = True,
     scale: float,
     original_max_position_embeddings: int | None = None,
+    soft_cap: float | None = None,
     continuous: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Scaled scores, head after head: [num_queries, i[-1] + 1] each, -inf for later keys.
@@ -101,24 +102,70 @@ def scores(
         continuous: see `query_positions`; the others as of `dual_chunk_attention`.
     """
     chunk_len = chunk_size - local_size
-    num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    j = torch.arange(int(i[-1]) + 1)
-    sizes = (chunk_size, local_size, continuous)
-    wanted = query_positions(i[:, None], j, *sizes).masked_fill(j > i[:, None], -1)
     # A query stands at its intra, its succ or its inter position, whatever the key.
     standing = [
-        query_positions(i, i - i % chunk_len - back * chunk_len, *sizes) for back in (0, 1, 2)
+        query_positions(
+            i, i - i % chunk_len - back * chunk_len, chunk_size, local_size, continuous
+        )
+        for back in (0, 1, 2)
     ]
     turned = [rotate(query, p, inv_freq.double(), is_neox).to(query.dtype) for p in standing]
-    applies = [wanted == p[:, None] for p in standing]
-    factor = scale * temperature(i, original_max_position_embeddings)[:, None].to(query.dtype)
+    factor = scale * temperature(i, original_max_position_embeddings)
+    yield from turned_scores(
+        turned, key, i, chunk_len=chunk_len, factor=factor, soft_cap=soft_cap
+    )
+
+
+def turned_scores(
+    turned: Sequence[torch.Tensor],
+    key: torch.Tensor,
+    i: torch.Tensor,
+    *,
+    chunk_len: int,
+    factor: torch.Tensor,
+    soft_cap: float | None = None,
+) -> Iterator[torch.Tensor]:
+    """`scores` of queries that are rotated already, to the position that each region wants.
+
+    Args:
+        turned: for keys of the query's own chunk, of the one before it, and of earlier ones;
+            each [num_queries, num_heads, head_size].
+        key: as of `scores`.
+        i: as of `scores`.
+        chunk_len: s.
+        factor: [num_queries], on the dot products.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap).
+    """
+    num_heads, num_kv_heads = turned[0].shape[1], key.shape[1]
+    j = torch.arange(int(i[-1]) + 1)
+    chunks_back = (i[:, None] // chunk_len - j // chunk_len).clamp(max=2)
+    chunks_back = chunks_back.masked_fill(j > i[:, None], -1)
+    factor = factor[:, None].to(key.dtype)
     for head in range(num_heads):
         kv_head = head * num_kv_heads // num_heads
-        found = torch.full((len(i), len(j)), -torch.inf, dtype=query.dtype)
-        for mask, q in zip(applies, turned, strict=True):
-            dots = (factor * q[:, head]) @ key[: len(j), kv_head].T
-            found = torch.where(mask, dots, found)
+        found = torch.full((len(i), len(j)), -torch.inf, dtype=key.dtype)
+        for back, query in enumerate(turned):
+            dots = (factor * query[:, head]) @ key[: len(j), kv_head].T
+            if soft_cap is not None:
+                dots = soft_cap * (dots / soft_cap).tanh()
+            found = torch.where(chunks_back == back, dots, found)
         yield found
+
+
+def weigh(
+    scores: torch.Tensor, value: torch.Tensor, sink: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One head's softmax over its scores, and the sum of the values that it weighs.
+
+    Args:
+        scores: [num_queries, num_keys].
+        value: [num_keys, value_size].
+        sink: [], one more logit of the softmax, whose value is 0.
+    """
+    if sink is not None:
+        column = sink.to(scores.dtype).expand(len(scores), 1)
+        scores = torch.cat([scores, column], dim=-1)
+    return scores.softmax(-1)[:, : len(value)].to(value.dtype) @ value
 
 
 def dual_chunk_attention(
@@ -132,6 +179,8 @@ def dual_chunk_attention(
     is_neox: bool = True,
     scale: float,
     original_max_position_embeddings: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
@@ -147,6 +196,8 @@ def dual_chunk_attention(
         is_neox: which entries make a rotary pair, see `rotate`.
         scale: factor on the dot products, any mscale of the rotary table included.
         original_max_position_embeddings: switches the temperature on, see `temperature`.
+        soft_cap: see `turned_scores`.
+        sinks: [num_heads], see `weigh`.
         seen: [num_heads, num_queries, seq_len] bool, which keys each query attends to, at least
             one; None for all up to its own.
         dtype: of the arithmetic; whole models may have to settle for fp32.
@@ -173,10 +224,54 @@ def dual_chunk_attention(
             is_neox=is_neox,
             scale=scale,
             original_max_position_embeddings=original_max_position_embeddings,
+            soft_cap=soft_cap,
         )
         for head, of_head in enumerate(found):
             kv_head, num_keys = head * num_kv_heads // num_heads, of_head.shape[1]
             if seen is not None:
                 of_head = of_head.masked_fill(~seen[head, rows, :num_keys], -torch.inf)
-            output[rows, head] = of_head.softmax(-1) @ value[:num_keys, kv_head]
+            sink = None if sinks is None else sinks[head]
+            output[rows, head] = weigh(of_head, value[:num_keys, kv_head], sink)
+    return output
+
+
+def turned_attention(
+    turned: Sequence[torch.Tensor],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    chunk_len: int,
+    factor: torch.Tensor,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`dual_chunk_attention` of a whole sequence whose queries and keys are rotated already.
+
+    Args:
+        turned: see `turned_scores`.
+        key: [seq_len, num_kv_heads, head_size].
+        value: [seq_len, num_kv_heads, value_size].
+        chunk_len: s.
+        factor: see `turned_scores`.
+        soft_cap: see `turned_scores`.
+        sinks: [num_heads], see `weigh`.
+
+    Returns:
+        [seq_len, num_heads, value_size] in value's dtype.
+    """
+    seq_len, num_heads = turned[0].shape[:2]
+    output = torch.empty(seq_len, num_heads, value.shape[-1], dtype=value.dtype)
+    for i in torch.arange(seq_len).split(1024):
+        found = turned_scores(
+            [query[i] for query in turned],
+            key,
+            i,
+            chunk_len=chunk_len,
+            factor=factor[i],
+            soft_cap=soft_cap,
+        )
+        for head, of_head in enumerate(found):
+            kv_head = head * key.shape[1] // num_heads
+            sink = None if sinks is None else sinks[head]
+            output[i, head] = weigh(of_head, value[: of_head.shape[1], kv_head], sink)
     return output

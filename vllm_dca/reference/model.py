@@ -1,16 +1,27 @@
 """A whole model by the reference: the Hugging Face model with its attention replaced.
 
-Norms, projections and rotary frequencies stay Hugging Face's own; queries and keys reach the
-reference unrotated. Needs transformers, and nothing of vLLM.
+Norms, projections and rotary embeddings stay Hugging Face's own. A layer runs once for each
+position that its queries take, with the model's own cosines and sines of those positions.
+Needs transformers, and nothing of vLLM.
 """
 
-import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_dca.reference.attention import dual_chunk_attention
+from vllm_dca.reference.attention import (
+    key_positions,
+    query_positions,
+    temperature,
+    turned_attention,
+    weigh,
+)
+
+_NAME = "dca_reference"
 
 
 def prompt_logprobs(
@@ -25,7 +36,7 @@ def prompt_logprobs(
     """Log-probability of every token but the first, given those before it.
 
     Args:
-        model_dir: a Hugging Face checkpoint of a decoder with rotary positions.
+        model_dir: a Hugging Face checkpoint of a decoder.
         tokens: the sequence.
         chunk_size: c; without it, ordinary attention.
         local_size: w.
@@ -62,100 +73,224 @@ def forward(
         logits [len(tokens), vocab_size] and last hidden states [len(tokens), hidden_size],
         both in `dtype`.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    layers = _Layers(chunk_size, local_size, original_max_position_embeddings)
+    model = _load(model_dir, layers.attention, dtype)
+    with torch.inference_mode(), _rotary_calls(model, layers):
+        # Which modules attend shows when they do.
+        layers.ordinary = True
+        model(torch.tensor([tokens[:1]]), use_cache=False)
+        layers.ordinary = chunk_size is None
+        for module in layers.attending:
+            module.forward = layers.chunked(module.forward)
+        output = model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+    return output.logits[0], output.hidden_states[-1][0]
 
-    if chunk_size is None or local_size is None:
-        # Every query in its first chunk: the table's first line only.
-        chunk_size, local_size = 2 * len(tokens), len(tokens)
-    rotary_calls: list[tuple[Any, ...]] = []
+
+def _load(model_dir: str | Path, attention: Callable[..., Any], dtype: torch.dtype) -> Any:
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_NAME, attention)
+    # Gives no mask where the mask is causal, and nothing else.
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    config = AutoConfig.from_pretrained(model_dir)
+    has_tower = "vision_config" in type(config).sub_configs
+    auto = AutoModelForImageTextToText if has_tower else AutoModelForCausalLM
+    return auto.from_pretrained(
+        model_dir,
+        dtype=dtype,
+        attn_implementation=_NAME,
+        experts_implementation="eager",  # the default has no fp64
+    ).eval()
+
+
+class _Layers:
+    """What all layers of a forward pass share.
+
+    Attributes:
+        attending: the modules that called for attention.
+        ordinary: whether they get ordinary attention.
+        region: 0, 1, 2 for a layer that runs with its queries' positions for keys of their own
+            chunk, of the one before it, of earlier ones; None with its own positions.
+        made_by: the calls of rotary modules, by the id of what they returned.
+    """
+
+    def __init__(
+        self,
+        chunk_size: int | None,
+        local_size: int | None,
+        original_max_position_embeddings: int | None,
+    ) -> None:
+        self.chunk_size, self.local_size = chunk_size or 0, local_size or 0
+        self.original_max_position_embeddings = original_max_position_embeddings
+        self.attending: list[torch.nn.Module] = []
+        self.ordinary = True
+        self.region: int | None = None
+        self.is_masked = False
+        self.turned: dict[int, torch.Tensor] = {}
+        self.made_by: dict[int, tuple[Any, Callable[[], Any]]] = {}
 
     def attention(
+        self,
         module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        scaling: float,
-        sliding_window: int | None = None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        rotary_call = rotary_calls.pop() if rotary_calls else None
-        if sliding_window is not None and rotary_call is not None:
-            # Not DCA's: Hugging Face's own rotation, and a window.
-            query, key = rotate_there(*rotary_call)
-            query, key, value = (t[0].to(dtype) for t in (query, key, value))
-            return sliding_attention(query, key, value, scaling, sliding_window)[None], None
-        # Without rotary positions every distance is the same: DCA is ordinary attention.
-        inv_freq, mscale = torch.zeros(1), 1.0
-        if rotary_call is not None:
-            inv_freq, mscale = _frequencies(model.model.rotary_emb, module)
-        # What is not rotated keeps its length.
-        length = torch.ones(query.shape[-1], dtype=dtype)
-        length[: 2 * len(inv_freq)] = mscale
-        output = dual_chunk_attention(
-            *(t[0].transpose(0, 1) for t in (query * length, key * length, value)),
-            chunk_size=chunk_size,
-            local_size=local_size,
-            inv_freq=inv_freq,
-            is_neox=is_neox,
-            scale=scaling,
-            original_max_position_embeddings=original_max_position_embeddings,
-            dtype=dtype,
+        """In place of transformers' own: [1, heads, tokens, head size] in, tokens first out."""
+        if module not in self.attending:
+            self.attending.append(module)
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.is_masked = attention_mask is not None
+        if self.region is None and (self.ordinary or self.is_masked):
+            hidden = None if attention_mask is None else ~attention_mask[0, 0]
+            return ordinary(query, key, value, scale, hidden, softcap, s_aux)[None], None
+        if self.region is None:
+            self.turned = {}
+        else:
+            self.turned[self.region] = query
+        if self.region != 0:
+            return query.new_zeros(*query.shape[:-1], value.shape[-1])[None], None
+        i = torch.arange(len(query))
+        output = turned_attention(
+            [self.turned[back] for back in (0, 1, 2)],
+            key,
+            value,
+            chunk_len=self.chunk_size - self.local_size,
+            factor=scale * temperature(i, self.original_max_position_embeddings),
+            soft_cap=softcap,
+            sinks=s_aux,
         )
         return output[None], None
 
-    def remember(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        rotary_calls.append((query, key, *args))
-        return query, key
+    def chunked(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a layer that is DCA's where it sees all that came before."""
 
-    AttentionInterface.register("dca_reference", attention)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir,
-        dtype=dtype,
-        attn_implementation="dca_reference",
-        experts_implementation="eager",  # the default has no fp64
-    ).eval()
-    modeling: Any = importlib.import_module(type(model).__module__)
-    rotate_there = modeling.apply_rotary_pos_emb
-    # Which entries make a pair: asked of the model's own code.
-    is_neox = modeling.rotate_half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
-    modeling.apply_rotary_pos_emb = remember
-    try:
-        with torch.inference_mode():
-            output = model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
-    finally:
-        modeling.apply_rotary_pos_emb = rotate_there
-    return output.logits[0], output.hidden_states[-1][0]
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.region = None
+            output = run(*args, **kwargs)
+            if self.ordinary or self.is_masked:
+                return output
+            # Last as its keys stand, which is where the queries stand in their own chunk.
+            for self.region in (2, 1, 0):
+                output = run(*self._moved(args), **self._moved(kwargs))
+            self.region = None
+            return output
+
+        return forward
+
+    def positions(self, own: torch.Tensor) -> torch.Tensor:
+        """Where queries stand that are at these positions of the sequence."""
+        if self.region is None:
+            return own
+        if self.region == 0:
+            return key_positions(own, self.chunk_size, self.local_size)
+        chunk_len = self.chunk_size - self.local_size
+        key = own - own % chunk_len - self.region * chunk_len
+        return query_positions(own, key, self.chunk_size, self.local_size)
+
+    def _moved(self, arguments: Any) -> Any:
+        """With the cosines and sines of the region's positions in place of the own ones."""
+        if isinstance(arguments, dict):
+            return {name: self._moved(value) for name, value in arguments.items()}
+        if isinstance(arguments, list | tuple):
+            return type(arguments)(self._moved(value) for value in arguments)
+        if id(arguments) in self.made_by:
+            return self.made_by[id(arguments)][1]()
+        return arguments
 
 
-def _frequencies(rotary: Any, module: torch.nn.Module) -> tuple[torch.Tensor, float]:
-    """Radians a position, and the length of the rotary table; some have them per layer type."""
-    prefix = f"{getattr(module, 'layer_type', None)}_"
-    if not hasattr(rotary, f"{prefix}inv_freq"):
-        prefix = ""
-    # Dynamic NTK changes the other one with the length, which no distance of DCA has.
-    inv_freq = getattr(rotary, f"{prefix}original_inv_freq")
-    return inv_freq, getattr(rotary, f"{prefix}attention_scaling", 1.0)
+@contextmanager
+def _rotary_calls(model: torch.nn.Module, layers: _Layers) -> Iterator[None]:
+    """Rotary modules take the positions of the layer's region, and can be asked again."""
+    for module in model.modules():
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+            _remember(module, layers)
+    yield
+    layers.made_by.clear()
 
 
-def sliding_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int
+def _remember(rotary: Any, layers: _Layers) -> None:
+    forward = rotary.forward
+    signature = inspect.signature(forward)
+
+    def at_positions(*args: Any, **kwargs: Any) -> Any:
+        if layers.region is None:
+            return forward(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
+        positions = layers.positions(call.arguments["position_ids"])
+        kinds = rotary.rope_type
+        kind = kinds[call.arguments["layer_type"]] if isinstance(kinds, dict) else kinds
+        if kind == "dynamic":
+            # Its own frequencies, however long the sequence: no distance is.
+            rotary.max_seq_len_cached = float("inf")
+            call.arguments["position_ids"] = torch.zeros_like(positions)
+            forward(*call.args, **call.kwargs)
+            rotary.max_seq_len_cached = float("inf")
+        if kind == "longrope":
+            # A position past the original window has it take the long factors.
+            far = positions.new_full((*positions.shape[:-1], 1), 2**24)
+            call.arguments["position_ids"] = torch.cat([positions, far], dim=-1)
+            rows = forward(*call.args, **call.kwargs)
+            return tuple(each[..., :-1, :] for each in rows)
+        call.arguments["position_ids"] = positions
+        return forward(*call.args, **call.kwargs)
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        made = at_positions(*args, **kwargs)
+        several = made if isinstance(made, tuple) else (made,)
+        for index, each in enumerate(several):
+
+            def again(index: int = index) -> torch.Tensor:
+                moved = at_positions(*args, **kwargs)
+                return moved[index] if isinstance(moved, tuple) else moved
+
+            # What was made is kept, or another tensor would get its id.
+            layers.made_by[id(each)] = each, again
+        return made
+
+    rotary.forward = remembered
+
+
+def ordinary(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    hidden: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Ordinary causal attention to the last `window` tokens, the query's own included.
+    """Ordinary attention, of a layer with a window for instance.
 
     Args:
-        query: [num_heads, num_tokens, head_size], rotated.
-        key: [num_kv_heads, num_tokens, head_size], rotated.
-        value: like key.
+        query: [num_tokens, num_heads, head_size], rotated; key and value likewise.
         scale: factor on the dot products.
-        window: in tokens.
-
-    Returns:
-        [num_tokens, num_heads, head_size].
+        hidden: [num_tokens, num_tokens] bool, the keys that a query does not see; without it,
+            those after it.
+        soft_cap: as of `turned_attention`; sinks likewise.
     """
-    group = len(query) // len(key)
-    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
-    distance = torch.arange(query.shape[1])[:, None] - torch.arange(key.shape[1])
-    hidden = (distance < 0) | (distance >= window)
-    scores = (query @ key.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(0, 1)
+    i = torch.arange(len(query))
+    hidden = i > i[:, None] if hidden is None else hidden
+    output = query.new_empty(*query.shape[:-1], value.shape[-1], dtype=value.dtype)
+    for head in range(query.shape[1]):
+        kv_head = head * key.shape[1] // query.shape[1]
+        scores = (query[:, head] @ key[:, kv_head].T) * scale
+        if soft_cap is not None:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        sink = None if sinks is None else sinks[head]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        output[:, head] = weigh(scores, value[:, kv_head], sink)
+    return output

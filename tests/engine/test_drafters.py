@@ -1,0 +1,134 @@
+"""Drafters past the window: a multi-token predictor's layer is DCA's too; Medusa has none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import checkpoints
+from tests.helpers.answers import drafted, generate, of_answer
+from tests.helpers.inprocess import engine
+from vllm_dca.reference.model import forward, prompt_logprobs
+
+ATOL = 1e-3
+SIZES = {"chunk_size": 96, "local_size": 32}
+SPECULATIVE = {"method": "mtp", "num_speculative_tokens": 1}
+# A token whose embedding is zero, as the drafter takes the first one to be.
+NOTHING = 2
+ANSWER = 40
+
+
+@pytest.fixture(scope="module")
+def mimo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer, and a drafter that is the same layer over the tokens alone.
+
+    It reads the text from its second token on. So what it drafts is what the model would say
+    to that text.
+    """
+    import safetensors.torch
+
+    directory = checkpoints.write(
+        tmp_path_factory.mktemp("mimo"),
+        "Qwen2Config",
+        num_hidden_layers=1,
+        num_nextn_predict_layers=1,
+    )
+    path = directory / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    embeddings = tensors["model.embed_tokens.weight"]
+    # So that the drafter's norm over them changes nothing.
+    embeddings /= embeddings.square().mean(-1, keepdim=True).sqrt()
+    embeddings[NOTHING] = 0
+    size = embeddings.shape[1]
+    drafter = "model.mtp_layers.0."
+    copies = {
+        name.replace("model.layers.0.", drafter): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.0.")
+    }
+    copies[f"{drafter}token_layernorm.weight"] = torch.ones(size)
+    copies[f"{drafter}hidden_layernorm.weight"] = torch.ones(size)
+    copies[f"{drafter}final_layernorm.weight"] = tensors["model.norm.weight"].clone()
+    tokens_only = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1)
+    copies[f"{drafter}input_proj.weight"] = tokens_only
+    safetensors.torch.save_file({**tensors, **copies}, path, metadata={"format": "pt"})
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "MiMoForCausalLM"))
+    return directory
+
+
+def metric(llm: Any, name: str) -> int:
+    found = [each.value for each in llm.get_metrics() if each.name == f"vllm:{name}"]
+    return int(sum(found))
+
+
+def by_reference(
+    model: Path, prompt: list[int], answer: list[int], **sizes: int
+) -> tuple[int, int]:
+    """How many drafts there are, and how many of them are accepted."""
+    text = prompt + answer
+    logits, _ = forward(model, [NOTHING, *text[2:]], **sizes)
+    drafts = [None, None, *logits.argmax(-1).tolist()]  # by their place in the text
+    place, made, right = len(prompt) + 1, 0, 0
+    while place < len(text):
+        made += 1
+        accepted = drafts[place] == text[place]
+        right += accepted
+        place += 2 if accepted else 1
+    return made, right
+
+
+@pytest.mark.parametrize("length", [20, 300], ids=["inside", "past"])
+def test_what_is_drafted_is_what_the_layer_says_with_dca(length: int, mimo: Path) -> None:
+    options = {"additional_config": {"dca": SIZES}, "speculative_config": SPECULATIVE}
+    prompts = [checkpoints.tokens(length, seed) for seed in range(4)]
+    with engine(mimo, **options) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+        [layer] = [
+            module
+            for module in worker.model_runner.drafter.model.modules()
+            if hasattr(module, "attn_backend")
+        ]
+        assert layer.attn_backend.get_name() == "DCA"
+        outputs = generate(llm, prompts, max_tokens=ANSWER)
+        accepted = metric(llm, "spec_decode_num_accepted_tokens")
+        assert drafted(llm) > 0
+    with_dca, without = 0, 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens, logprobs = of_answer(output)
+        expected = prompt_logprobs(mimo, prompt + tokens, **SIZES)[-len(tokens) :]
+        torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+        with_dca += by_reference(mimo, prompt, tokens, **SIZES)[1]
+        without += by_reference(mimo, prompt, tokens)[1]
+    # A request's last draft may not be needed any more.
+    assert abs(accepted - with_dca) <= len(prompts), (accepted, with_dca)
+    assert with_dca > 2 * len(prompts)
+    if length > SIZES["chunk_size"]:
+        assert abs(accepted - without) > 2 * len(prompts), (accepted, without)
+
+
+def test_medusa_heads_draft_from_what_dca_left(mimo: Path, tmp_path: Path) -> None:
+    """A head that changes nothing drafts the model's last answer again."""
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(mimo / "model.safetensors")
+    vocab, size = tensors["lm_head.weight"].shape
+    heads = {
+        "blocks.0.layers.0.weight": torch.zeros(size, size),
+        "lm_heads.0.weight": tensors["lm_head.weight"],
+    }
+    safetensors.torch.save_file(heads, tmp_path / "model.safetensors")
+    config = {"model_type": "medusa", "architectures": ["MedusaModel"], "num_heads": 1}
+    config |= {"hidden_size": size, "vocab_size": vocab}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    medusa = {"method": "medusa", "model": str(tmp_path), "num_speculative_tokens": 1}
+    prompt = checkpoints.tokens(300)
+    options = {"additional_config": {"dca": SIZES}, "speculative_config": medusa}
+    with engine(mimo, **options) as llm:
+        [output] = generate(llm, [prompt], max_tokens=ANSWER)
+        assert drafted(llm) > 0
+    tokens, logprobs = of_answer(output)
+    expected = prompt_logprobs(mimo, prompt + tokens, **SIZES)[-len(tokens) :]
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)

@@ -1,0 +1,189 @@
+"""What rotates a layer is found in its code, and what is not understood is refused."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+from vllm_dca.engine.following import NotUnderstoodError, rotation_of
+from vllm_dca.engine.turning import check_turns
+from vllm_dca.method.rotary import QueryRotation, unit_table
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("rank") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
+
+
+class Attention(torch.nn.Module):
+    """As much of vLLM's as is called before anything runs."""
+
+    dtype = torch.float32
+    head_size = 16
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        raise AssertionError("it is followed, and never run")
+
+
+class Layer(torch.nn.Module):
+    """As vLLM's models write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = QKVParallelLinear(64, 16, 4, 2)
+        self.rotary_emb = RotaryEmbedding(16, 16, 128, 1e4, True, torch.float32)
+        self.other = RotaryEmbedding(16, 16, 128, 1e6, True, torch.float32)
+        self.learned = torch.nn.Embedding(128, 64)
+        self.q_norm = torch.nn.RMSNorm(64)
+        self.attn = Attention()
+
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        return self.rotary_emb(positions, query, key)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        query, key, value = qkv.split([64, 32, 32], dim=-1)
+        query, key = self.rotate(positions, self.q_norm(query), key, qkv)
+        return self.attn(query, key, value)
+
+
+class Fused(Layer):
+    """A kernel that reads the table, and writes what is split only then."""
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        qkv[:, :16].mul_(self.rotary_emb.cos_sin_cache[positions])
+        return self.attn(*qkv.split([64, 32, 32], dim=-1))
+
+
+class Unrotated(Layer):
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        return query, key
+
+
+class OnlyQueries(Layer):
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        return self.rotary_emb(positions, query.clone(), key.clone())[0], key.clone()
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        query, key, value = (each.clone() for each in qkv.split([64, 32, 32], dim=-1))
+        return self.attn(*self.rotate(positions, query, key, None), value)
+
+
+class Twice(Layer):
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        return self.other(positions, *self.rotary_emb(positions, query, key))
+
+
+class Learned(Layer):
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        learned = self.learned(positions)
+        return query + learned, key + learned[:, :32]
+
+
+class Silent(Layer):
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class Strange(Layer):
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, phase_of_the_moon: float
+    ) -> torch.Tensor:
+        return super().forward(positions, hidden_states)
+
+
+def model_of(layer: Layer) -> torch.nn.Module:
+    return torch.nn.ModuleDict({"self_attn": layer})
+
+
+@pytest.mark.parametrize("kind", [Layer, Fused])
+def test_the_module_is_found_by_its_table(kind: type[Layer]) -> None:
+    layer = kind()
+    before = {name: each.data_ptr() for name, each in layer.named_buffers()}
+    rotation = rotation_of("self_attn.attn", model_of(layer))
+    assert rotation is not None
+    assert rotation.rotary is layer.rotary_emb
+    assert rotation.places == [(layer, "rotary_emb")]
+    # Nothing is left behind.
+    assert {name: each.data_ptr() for name, each in layer.named_buffers()} == before
+    assert "forward" not in vars(layer.attn)
+    assert "forward" not in vars(layer.qkv_proj)
+
+
+def test_a_module_that_is_there_but_not_used_does_not_count() -> None:
+    assert rotation_of("self_attn.attn", model_of(Unrotated())) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OnlyQueries, "its queries and keys are not rotated alike"),
+        (Twice, "rotated by several modules, RotaryEmbedding, RotaryEmbedding"),
+        (Learned, "positions reach its queries through no rotary module"),
+        (Silent, "its Silent never calls it"),
+        (Strange, "its Strange takes a phase_of_the_moon"),
+    ],
+)
+def test_what_is_half_understood_is_refused(kind: type[Layer], reason: str) -> None:
+    with pytest.raises(NotUnderstoodError, match=reason):
+        rotation_of("self_attn.attn", model_of(kind()))
+
+
+class Normed(Layer):
+    """A norm after the rotation weighs entries that the rotation mixed."""
+
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        query, key = self.rotary_emb(positions, query, key)
+        return self.q_norm(query), key
+
+
+class Tail(Layer):
+    """As models with latent attention: the last entries of a head are rotated."""
+
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        query, key = (each.unflatten(-1, (-1, 16)).flip(-1) for each in (query, key))
+        rotated = self.rotary_emb(positions, query.flatten(1), key.flatten(1))
+        return tuple(each.unflatten(-1, (-1, 16)).flip(-1).flatten(1) for each in rotated)
+
+
+class Scaled(Layer):
+    """A factor that is one number for a token, such as a temperature, commutes with turns."""
+
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        query, key = self.rotary_emb(positions, query, key)
+        return query * (1 + positions // 100)[:, None], key
+
+
+def rotation_in(layer: Layer) -> QueryRotation:
+    return QueryRotation(unit_table(layer.rotary_emb.cos_sin_cache, 96), True)
+
+
+@pytest.mark.parametrize("kind", [Layer, Scaled])
+def test_queries_that_turn_as_the_table_says(kind: type[Layer]) -> None:
+    layer = kind()
+    check_turns("self_attn.attn", model_of(layer), rotation_in(layer), 64)
+
+
+@pytest.mark.parametrize("kind", [Normed, Tail, Fused])
+def test_queries_that_do_not(kind: type[Layer]) -> None:
+    layer = kind()
+    with pytest.raises(NotUnderstoodError, match="do not turn with their positions"):
+        check_turns("self_attn.attn", model_of(layer), rotation_in(layer), 64)

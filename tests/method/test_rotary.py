@@ -1,0 +1,31 @@
+"""Tables of rotary positions."""
+
+import pytest
+import torch
+
+from vllm_dca.method.rotary import longer_table
+
+FREQUENCIES = 1e4 ** -(torch.arange(32, dtype=torch.float32) / 32)
+
+
+def table(rows: int, mscale: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    angle = torch.outer(torch.arange(rows, dtype=dtype), FREQUENCIES.to(dtype))
+    return (mscale * torch.cat([angle.cos(), angle.sin()], dim=-1)).float()
+
+
+@pytest.mark.parametrize("mscale", [1.0, 1.2])
+@pytest.mark.parametrize("rows", [2, 3, 129, 4096])
+def test_a_longer_table_goes_on_as_it_began(rows: int, mscale: float) -> None:
+    longer = longer_table(table(rows, mscale), 8 * rows)
+    assert torch.equal(longer[:rows], table(rows, mscale))
+    exact = table(8 * rows, mscale, torch.float64)
+    # A row past a quarter of the table tells its angle to a rounding, and the last is at most
+    # 32 times as far. The table's own angles are products in fp32.
+    atol = 32 * torch.finfo(torch.float32).eps * (1 + rows)
+    torch.testing.assert_close(longer, exact, rtol=0, atol=atol)
+
+
+def test_a_table_of_several_frequencies_each_is_refused() -> None:
+    both = torch.cat([table(64), table(64)])
+    with pytest.raises(ValueError, match="not one of constant frequencies"):
+        longer_table(both, 256)

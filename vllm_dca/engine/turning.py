@@ -1,0 +1,103 @@
+"""Whether a layer's queries and keys turn with their positions as its rotary table says.
+
+DCA turns queries that the model has rotated already. Where a model does more to them, such as a
+norm after the rotation, or rotates other entries of a head, that gives something else. So the
+layer's own code runs on random numbers at three positions.
+"""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase
+
+from vllm_dca.cpu.turn import turn_queries
+from vllm_dca.engine import transformers_rotary
+from vllm_dca.engine.following import (
+    NotUnderstoodError,
+    ReachedError,
+    arguments_of,
+    standing_in,
+)
+from vllm_dca.method.rotary import QueryRotation
+
+# Of the largest entry. Rounding in bf16 is a tenth of that, another turn ten times as much.
+_TOLERANCE = 0.05
+
+
+def check_turns(
+    layer_name: str, model: torch.nn.Module, rotation: QueryRotation, chunk_len: int
+) -> None:
+    """Compare what reaches the attention at some positions; nothing without a device.
+
+    Args:
+        layer_name: of the Attention in the model.
+        model: with rotary modules that DCA has replaced, before its weights are loaded.
+        rotation: of the layer.
+        chunk_len: s.
+
+    Raises:
+        NotUnderstoodError: they differ.
+    """
+    parent = model.get_submodule(layer_name.rpartition(".")[0])
+    if any(each.is_meta for each in parent.parameters()):
+        return
+    device = rotation.cos_sin.device
+    positions = torch.tensor([0, 1, 5], device=device).clamp(max=chunk_len - 1)
+    query, key = _at(positions, parent, model, layer_name)
+    turns = positions[1:]
+    for name, at in (("queries", query), ("keys", key)):
+        turned = turn_queries(at[:1].float(), rotation, torch.zeros_like(turns), turns)
+        if not (turned - at[1:]).abs().max() <= _TOLERANCE * at.abs().max():
+            raise NotUnderstoodError(
+                f"its {name} do not turn with their positions as its rotary table says; it may "
+                "change them after the rotation, or rotate other entries"
+            )
+
+
+def _at(
+    positions: torch.Tensor, parent: torch.nn.Module, model: torch.nn.Module, layer_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_tokens, num_heads, head_size] each, of tokens that differ in nothing else."""
+    attention: Any = model.get_submodule(layer_name)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        numbers = torch.rand(shape, generator=generator, device="cpu") + 0.5
+        return numbers.to(positions.device, attention.dtype)
+
+    def linear(x: torch.Tensor, size: int) -> torch.Tensor:
+        return (random(size) - 1.0).expand(*x.shape[:-1], size).contiguous()
+
+    def hidden(*shape: int) -> torch.Tensor:
+        return random(shape[-1]).expand(shape).contiguous()
+
+    around = transformers_rotary.find_rotary(model, layer_name)
+
+    def embeddings(rotary: Any) -> Any:
+        layer_type = transformers_rotary.layer_type_of(rotary, parent)
+        x = random(1, len(positions), 1)
+        return rotary(x, positions[None], *(() if layer_type is None else (layer_type,)))
+
+    reached: list[torch.Tensor] = []
+    twins = {
+        name: random(*tensor.shape).to(tensor.dtype)
+        for name, tensor in parent.named_parameters()
+        if tensor.is_floating_point()
+        and not isinstance(parent.get_submodule(name.rpartition(".")[0]), LinearBase)
+    }
+    arguments = arguments_of(parent, around, positions, hidden, embeddings)
+    try:
+        with (
+            standing_in(parent, attention, linear, lambda *both: reached.extend(both)),
+            torch.inference_mode(),
+        ):
+            torch.func.functional_call(parent, twins, (), arguments, strict=False)
+    except ReachedError:
+        pass
+    except Exception as error:
+        raise NotUnderstoodError(
+            f"the code of its {type(parent).__name__} could not be tried "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    query, key = (each.reshape(len(positions), -1, attention.head_size) for each in reached)
+    return query, key
