@@ -73,8 +73,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             address=cluster.address,
             runtime_env={
                 "worker_process_setup_hook": let_ray_place_ranks,
-                # They import by name what they are sent.
-                "env_vars": {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"},
+                # They import by name what they are sent, and the vLLM that sends it.
+                "env_vars": {
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                    "VLLM_CPU_KVCACHE_SPACE": "1",
+                },
             },
         )
         yield
