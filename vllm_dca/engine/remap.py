@@ -90,9 +90,9 @@ def remap_layers(
             devices[needs] = current_device(needs, settings.prefill_provider)
         rule = _rule(layer, vllm_config)
         has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
-        if has_more and devices[needs].provider not in ("compiled", "torch"):
+        if has_more and not devices[needs].cap_and_sinks:
             raise _refusal(name, "soft caps and sinks are served on a CPU only")
-        if rule is not None and (layer.impl.soft_cap or layer.impl.sinks is not None):
+        if has_more and rule is not None:
             raise _refusal(name, "sparse prefill knows no soft cap and no sinks")
         layer.impl.prepare(rotation, devices[needs], needs.cache_dtype, rule)
         if rule is not None:

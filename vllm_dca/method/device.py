@@ -63,6 +63,7 @@ class Device(NamedTuple):
         decode_rows: up to how many new tokens of a request `decode` takes rather than
             `prefill`, where so many query heads share a KV head.
         sparse: the operations of sparse prefill; None where there are none.
+        cap_and_sinks: whether scores may have a soft cap, and heads a sink.
     """
 
     provider: str
@@ -72,3 +73,4 @@ class Device(NamedTuple):
     decode: Callable[..., None]
     decode_rows: Callable[[int], int]
     sparse: SparseOperations | None = None
+    cap_and_sinks: bool = False
