@@ -60,6 +60,8 @@ PROVED_MODELS = (
     "stablelm",
     "starcoder2",
 )
+# Whose answers past the window were not the reference's, and nobody knows why.
+DISPROVED_MODELS = ("granitemoehybrid",)
 ROPE_TYPES = ("none", "linear", "dynamic NTK", "YaRN", "llama3", "LongRoPE")
 # By name; the backend refuses those that do not go with the model's dtype or the device.
 KV_CACHE_DTYPES: dict["CacheDType", torch.dtype | None] = {
@@ -73,7 +75,7 @@ KV_CACHE_DTYPES: dict["CacheDType", torch.dtype | None] = {
 # Compute capabilities whose blocks may have 99 KiB of shared memory (CUDA programming guide).
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 # Speculation whose drafts come from no attention layers of their own.
-DRAFTERS_WITHOUT_LAYERS = ("ngram", "medusa", "suffix")
+DRAFTERS_WITHOUT_LAYERS = ("ngram", "medusa")
 # Speculation whose drafters' attention layers are DCA's too, with the model's chunk sizes.
 DRAFTERS_WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")
 DRAFTERS = (*DRAFTERS_WITHOUT_LAYERS, *DRAFTERS_WITH_LAYERS)
