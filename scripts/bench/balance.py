@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from scripts.common import record
 from vllm_dca.cuda import plan_decode
@@ -167,6 +165,10 @@ def distribution(cuts: list[Cut]) -> dict[str, float]:
 
 
 def main() -> None:
+    # The tests of the kernels use this module on machines that have no rich.
+    from rich.console import Console
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=1000)
     parser.add_argument("--output", type=Path)

@@ -96,11 +96,20 @@ def specified(
 
 
 def assert_attends(batch: Batch, segment: Segment, lines: Lines, output: torch.Tensor) -> None:
-    """As far from fp64 as the specification is in the batch's dtype, see Batch.tolerance."""
+    """As far from fp64 as the specification is in the batch's dtype, see Batch.tolerance.
+
+    Asked of a few batches, since the largest error hangs on the few rows of largest scores.
+    """
     exact = specified(batch, segment, lines)
-    ordinary = (specified(batch, segment, lines, batch.shape.dtype) - exact).abs().max()
+    ordinary = largest = 0.0
+    for sample in range(4):
+        seed = batch.shape.seed + 1000 * sample
+        other = Batch.random(dataclasses.replace(batch.shape, seed=seed)) if sample else batch
+        rounded = specified(other, segment, lines, batch.shape.dtype)
+        right = specified(other, segment, lines) if sample else exact
+        ordinary = max(ordinary, (rounded - right).abs().max().item())
+        largest = max(largest, *(value.abs().max().item() for value in other.values))
     eps = torch.finfo(batch.shape.dtype).eps
-    largest = max(value.abs().max() for value in batch.values)
     assert (output.double() - exact).abs().max() <= 2 * ordinary + 2 * eps * largest
 
 

@@ -46,6 +46,7 @@ SETTINGS = {
     "source": f"derived from the trained window of {WINDOW} tokens",
     "window": WINDOW,
     "prefill_provider": None,
+    "sparse": None,
 }
 DCA_PATH = "vllm_dca.engine.backend.DcaBackend"
 CPU_PATH = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"

@@ -50,10 +50,14 @@ def options(**sparse: Any) -> dict[str, Any]:
 
 
 def expected(
-    model: Path, rules: list[Rule], prompt: list[int] = PROMPT, steps: list[int] = STEPS
+    model: Path,
+    rules: list[Rule],
+    prompt: list[int] = PROMPT,
+    steps: list[int] = STEPS,
+    threshold: int = THRESHOLD,
 ) -> torch.Tensor:
     return helper.prompt_logprobs(
-        model, prompt, steps=steps, threshold=THRESHOLD, rules=rules, **SIZES
+        model, prompt, steps=steps, threshold=threshold, rules=rules, **SIZES
     )
 
 
@@ -110,7 +114,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_reference(llama: Path) -> torch.Tensor:
     """What `auto` answers, which is neither dense nor what other steps answer."""
     right = expected(llama, [AUTO_RULE] * 2)
-    dense = prompt_logprobs(llama, PROMPT, **SIZES)
+    dense = expected(llama, [AUTO_RULE] * 2, threshold=len(PROMPT))
+    assert_close(dense, prompt_logprobs(llama, PROMPT, **SIZES))
     assert_close(right[: THRESHOLD - 1], dense[: THRESHOLD - 1], atol=1e-9)
     assert (right - dense).abs()[THRESHOLD:].max() > 100 * ATOL
     return right

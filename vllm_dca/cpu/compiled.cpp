@@ -151,6 +151,12 @@ void turn_queries(const Arguments& a, const Split& split, int64_t kv_head, int64
       if constexpr (N == 1) to[d * lanes] = turned[d];
       else to[d / 2 * lanes].numbers[d % 2] = c10::BFloat16(turned[d]).x;
   }
+  // What another tile left in lanes without a query could raise the maxima of all.
+  for (int64_t m = split.count * a.group; m < split.panels * lanes; ++m) {
+    const int64_t depth = padded<T>(a.head_size) / N;
+    CellOf<T>* to = queries + m / lanes * depth * lanes + m % lanes;
+    for (int64_t d = 0; d < depth; ++d) to[d * lanes] = CellOf<T>{};
+  }
 }
 
 // The partial results of a split for one KV head.

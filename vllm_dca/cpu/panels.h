@@ -88,7 +88,8 @@ struct Panel {
       Vector by = top(tile, j);
       if (!first) {
         by = larger(by, Vector{});
-        const Vector scale = power_of_two<float>(-by);
+        // Exactly 1 where nothing rises: the power of 0 is only nearly that.
+        const Vector scale = by > Vector{} ? power_of_two<float>(-by) : everywhere(1.0f);
         at(weight_sums + j * kLanes) *= scale;
         for (int64_t d = 0; d < size; ++d) at(sums + d * kWidth + j * kLanes) *= scale;
       }

@@ -166,5 +166,5 @@ def attention(
 def tune(head_padded: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Queries a program takes, keys it reads at a time, and warps; so that no shape spills."""
     if dtype == torch.float32:
-        return 32, 16, (4 if head_padded <= 64 else 8)
+        return (32 if head_padded < 256 else 16), 16, (4 if head_padded <= 64 else 8)
     return (64 if head_padded < 256 else 32), 32, 4
