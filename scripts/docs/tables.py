@@ -80,31 +80,41 @@ def _medians(row: dict[str, Any]) -> dict[str, str]:
     return times
 
 
-def cpu() -> str:
+def _cpu(record: str) -> str:
     names = ("DCA", "spread", "CPU_ATTN", "DCA by torch")
-    head = ("step", "shape", "dtype", "requests")
+    head = ("step", "shape", "dtype", "requests", "DCA / CPU_ATTN", "of the machine")
     return markdown(
-        (*head, "DCA / CPU_ATTN", "DCA, ms", "quartiles", "CPU_ATTN, ms", "by torch, ms"),
+        (*head, "DCA, ms", "quartiles", "CPU_ATTN, ms", "by torch, ms"),
         *(
             (
                 *(row[key] for key in ("step", "shape", "dtype", "batch")),
                 f"**{row['ratio']:.2f}**",
+                f"{row['share']:.2f}",
                 *(_medians(row).get(name, "") for name in names),
             )
-            for row in load("cpu")["results"]
+            for row in load(record)["results"]
         ),
     )
 
 
+def cpu() -> str:
+    return _cpu("cpu")
+
+
+def cpu_avx2() -> str:
+    return _cpu("cpu-avx2")
+
+
 def cpu_growth() -> str:
+    head = ("tokens", "dtype", "requests", "chunk_len", "DCA / CPU_ATTN", "of a read")
     return markdown(
-        ("tokens", "requests", "chunk_len", "DCA / CPU_ATTN", "DCA, ms", "plan, ms"),
+        (*head, "DCA, ms", "plan, ms"),
         *(
             (
                 f"{row['context']:,}",
-                row["batch"],
-                row["chunk_len"],
+                *(row[key] for key in ("dtype", "batch", "chunk_len")),
                 f"**{row['ratio']:.2f}**",
+                f"{row['share']:.2f}",
                 _medians(row)["DCA"],
                 f"{row['plan_milliseconds_a_step']:.3f}",
             )
@@ -278,6 +288,7 @@ MADE_BY = (
     retrieval,
     sizes,
     cpu,
+    cpu_avx2,
     cpu_growth,
     engine,
     linear_memory,
