@@ -43,7 +43,7 @@ def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
     provider, _, reasons = choose("cpu", prefill_provider, needs)
     if reasons:
         logger.warning_once(
-            "DCA attends by torch, which takes two to nine times as long as its own kernel. %s",
+            "DCA attends by torch, which takes up to 22 times as long as its own kernel. %s",
             "; ".join(reasons),
         )
     return device.by_kernel() if provider == "compiled" else device.by_torch()
