@@ -11,7 +11,7 @@ UNTESTABLE, UNKNOWN = "cannot be tested here", "not looked at"
 _REASON = re.compile(
     r"--attention-backend dca (?:cannot serve this model: |does not support )"
     r"(?:layer (?P<at>\S+): )?"
-    r"(?P<reason>.*?)(?:\. (?:DCA needs a rotary|Leave out what|Use another)|$)",
+    r"(?P<reason>.*?)(?:\. (?:DCA needs|Leave out what|Use another)|$)",
     re.DOTALL,
 )
 

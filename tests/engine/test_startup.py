@@ -147,7 +147,7 @@ def test_models_that_are_refused_by_their_config(
             "Llama4TextConfig",
             "Llama4ForCausalLM",
             {"no_rope_layers": [1, 0]},
-            "its attention would be ChunkedLocalAttention",
+            "layers.1.self_attn.attn: it has no rotary positions, nor has any other layer",
         ),
     ],
 )
@@ -155,7 +155,27 @@ def test_models_that_are_refused_as_they_are_built(
     config: str, architecture: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     model = checkpoints.write_config(tmp_path, config, architecture, **changes)
-    with pytest.raises((NotImplementedError, ValueError), match=message), engine(model):
+    with pytest.raises(NotImplementedError, match=message) as refusal, engine(model):
+        pass
+    assert str(refusal.value).endswith("Use another attention backend.")
+
+
+def test_chunked_local_layers_are_refused_beside_any_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 4's on a rank of a pipeline, which does not know what other ranks' layers are."""
+    from vllm_dca.engine import remap
+
+    changes = {"no_rope_layers": [1, 0]}
+    model = checkpoints.write_config(
+        tmp_path, "Llama4TextConfig", "Llama4ForCausalLM", **changes
+    )
+    monkeypatch.setattr(remap, "get_pp_group", lambda: types.SimpleNamespace(world_size=2))
+    message = (
+        "layer model.layers.0.self_attn.attn: it is a ChunkedLocalAttention. DCA needs layers "
+        "that see the whole text or a sliding window. Use another attention backend."
+    )
+    with pytest.raises(NotImplementedError, match=message), engine(model):
         pass
 
 

@@ -1,7 +1,8 @@
 """Position remap: a periodic rotary table for the layers that DCA attends, and no others."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ from vllm_dca.method.rotary import QueryRotation
 # vLLM's logger is set up for its own package only.
 logger = init_logger("vllm.plugins.dca")
 
+_ROTARY = (
+    "transformers' own rotary embedding, or one of vLLM's "
+    f"{', '.join(each.__name__ for each in rotary_tables.SUPPORTED)}"
+)
+
 
 def remap_layers(
     model: torch.nn.Module, vllm_config: VllmConfig, dca_backend: type[AttentionBackend]
@@ -51,75 +57,118 @@ def remap_layers(
         NotImplementedError: a layer whose positions cannot be remapped, named.
     """
     settings = settings_of(vllm_config)
-    tables = _Tables(settings, vllm_config.model_config.max_model_len)
-    devices: dict[Needs, Device] = {}
-    remapped, kept, rotating = [], [], 0
-    layers = [(n, each) for n, each in model.named_modules() if isinstance(each, Attention)]
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, Attention)}
     # All are followed before one is changed.
-    with set_current_vllm_config(vllm_config):
-        rotations = {}
-        for name, _ in layers:
-            with _told(name):
-                rotations[name] = rotation_of(name, model)
-    for name, layer in layers:
-        found, parent = rotations[name], model.get_submodule(name.rpartition(".")[0])
-        if layer.attn_backend is not dca_backend:
-            if layer.sliding_window is None:
-                raise _refusal(name, f"its attention would be {layer.attn_backend.__name__}")
-            if found is not None:
-                tables.lengthen(name, found, parent)
-            kept.append(name)
-            continue
-        if layer.head_size_v != layer.head_size:
-            raise _refusal(
-                name, f"its keys have {layer.head_size} entries, its values {layer.head_size_v}"
-            )
-        if found is not None:
-            rotation = tables.remap(name, found, parent)
-            with _told(name), set_current_vllm_config(vllm_config):
-                check_turns(name, model, rotation, settings.geometry.chunk_len)
-            rotating += 1
-        else:
-            # However its queries are turned, nothing is rotated: DCA is ordinary attention.
-            nothing = torch.tensor([[1.0, 0.0]], dtype=torch.float32)
-            rotation = QueryRotation(nothing.repeat(settings.chunk_size + 1, 1), True)
-        # As a buffer it outlives what frees or moves the weights, such as vLLM's sleep mode.
-        layer.register_buffer("dca_cos_sin", rotation.cos_sin, persistent=False)
-        needs = _needs(layer, vllm_config)
-        if needs not in devices:
-            devices[needs] = current_device(needs, settings.prefill_provider)
-        rule = _rule(layer, vllm_config)
-        has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
-        if has_more and not devices[needs].cap_and_sinks:
-            raise _refusal(name, "soft caps and sinks are served on a CPU only")
-        if has_more and rule is not None:
-            raise _refusal(name, "sparse prefill knows no soft cap and no sinks")
-        layer.impl.prepare(rotation, devices[needs], needs.cache_dtype, rule)
-        if rule is not None:
-            layer.impl.watch = RecallWatch(vllm_config)
-        remapped.append(name)
-    if remapped and not rotating and get_pp_group().world_size == 1:
+    rotations = {name: _rotation(name, model, vllm_config) for name in layers}
+    attended = [name for name, each in layers.items() if each.attn_backend is dca_backend]
+    kept = [name for name, each in layers.items() if each.attn_backend is not dca_backend]
+    rotating = [name for name in attended if rotations[name] is not None]
+    if attended and not rotating and get_pp_group().world_size == 1:
         raise _refusal(
-            remapped[0],
+            attended[0],
             "it has no rotary positions, nor has any other layer that sees the whole text, so "
             "there is nothing for DCA to change; without DCA the model takes any length that "
             "its other layers do",
         )
+    tables = _Tables(settings, vllm_config.model_config.max_model_len)
+    for name in kept:
+        _keep(name, layers[name], rotations[name], model, tables)
+    device_of = functools.cache(lambda needs: current_device(needs, settings.prefill_provider))
+    for name in attended:
+        turned = _periodic(name, rotations[name], model, vllm_config, tables)
+        _prepare(name, layers[name], turned, vllm_config, device_of)
     tables.forget_replaced(model)
     # A long prompt would else wait for it.
     KERNELS.register_warmup()
-    if remapped:
-        logger.info_once(
-            "DCA attends %d layers: %s .. %s%s%s; prefill by %s",
-            len(remapped),
-            remapped[0],
-            remapped[-1],
-            f"; {len(kept)} with a sliding window keep their own attention" if kept else "",
-            f"; {unrotated} of them have no rotary positions"
-            if (unrotated := len(remapped) - rotating)
-            else "",
-            ", ".join(sorted({device.provider for device in devices.values()})),
+    if attended:
+        providers = sorted({layers[name].impl.device.provider for name in attended})
+        _say(attended, kept, len(attended) - len(rotating), providers)
+
+
+def _rotation(
+    layer_name: str, model: torch.nn.Module, vllm_config: VllmConfig
+) -> Rotation | None:
+    """What rotates a layer, of a model as it was built."""
+    with _told(layer_name), set_current_vllm_config(vllm_config):
+        return rotation_of(layer_name, model)
+
+
+def _keep(
+    layer_name: str,
+    layer: Attention,
+    found: Rotation | None,
+    model: torch.nn.Module,
+    tables: "_Tables",
+) -> None:
+    """Leave a layer with a window its attention, and its positions for as long as they go."""
+    if layer.sliding_window is None:
+        raise _refusal(
+            layer_name,
+            f"it is a {type(layer).__name__}",
+            "layers that see the whole text or a sliding window",
         )
+    if found is not None:
+        tables.lengthen(layer_name, found, model.get_submodule(layer_name.rpartition(".")[0]))
+
+
+def _periodic(
+    layer_name: str,
+    found: Rotation | None,
+    model: torch.nn.Module,
+    vllm_config: VllmConfig,
+    tables: "_Tables",
+) -> QueryRotation:
+    """Give a layer positions with a period; how its queries are turned further."""
+    geometry = settings_of(vllm_config).geometry
+    if found is None:
+        # However its queries are turned, nothing is rotated: DCA is ordinary attention.
+        nothing = torch.tensor([[1.0, 0.0]], dtype=torch.float32)
+        return QueryRotation(nothing.repeat(geometry.chunk_size + 1, 1), True)
+    parent = model.get_submodule(layer_name.rpartition(".")[0])
+    rotation = tables.remap(layer_name, found, parent)
+    with _told(layer_name), set_current_vllm_config(vllm_config):
+        check_turns(layer_name, model, rotation, geometry.chunk_len)
+    return rotation
+
+
+def _prepare(
+    layer_name: str,
+    layer: Attention,
+    rotation: QueryRotation,
+    vllm_config: VllmConfig,
+    device_of: Callable[[Needs], Device],
+) -> None:
+    """Tell a layer's attention how it turns queries, and what computes it here."""
+    if layer.head_size_v != layer.head_size:
+        raise _refusal(
+            layer_name,
+            f"its keys have {layer.head_size} entries, its values {layer.head_size_v}",
+            "as many of both",
+        )
+    # As a buffer it outlives what frees or moves the weights, such as vLLM's sleep mode.
+    layer.register_buffer("dca_cos_sin", rotation.cos_sin, persistent=False)
+    needs, rule = _needs(layer, vllm_config), _rule(layer, vllm_config)
+    device = device_of(needs)
+    has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
+    if has_more and not device.cap_and_sinks:
+        raise _refusal(layer_name, "soft caps and sinks are served on a CPU only")
+    if has_more and rule is not None:
+        raise _refusal(layer_name, "sparse prefill knows no soft cap and no sinks")
+    layer.impl.prepare(rotation, device, needs.cache_dtype, rule)
+    if rule is not None:
+        layer.impl.watch = RecallWatch(vllm_config)
+
+
+def _say(attended: list[str], kept: list[str], unrotated: int, providers: list[str]) -> None:
+    logger.info_once(
+        "DCA attends %d layers: %s .. %s%s%s; prefill by %s",
+        len(attended),
+        attended[0],
+        attended[-1],
+        f"; {len(kept)} with a sliding window keep their own attention" if kept else "",
+        f"; {unrotated} of them have no rotary positions" if unrotated else "",
+        ", ".join(providers),
+    )
 
 
 @contextlib.contextmanager
@@ -127,7 +176,11 @@ def _told(layer_name: str) -> Iterator[None]:
     try:
         yield
     except NotUnderstoodError as error:
-        raise _refusal(layer_name, str(error)) from error
+        raise _refusal(
+            layer_name,
+            str(error),
+            "queries and keys that one rotary embedding rotates alike, just before they attend",
+        ) from error
 
 
 def _rule(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
@@ -152,12 +205,11 @@ def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:
     )
 
 
-def _refusal(layer_name: str, reason: str) -> NotImplementedError:
+def _refusal(layer_name: str, reason: str, needed: str = "") -> NotImplementedError:
     return NotImplementedError(
         f"--attention-backend dca cannot serve this model: layer {layer_name}: {reason}. "
-        "DCA needs a rotary embedding of type "
-        f"{', '.join(cls.__name__ for cls in rotary_tables.SUPPORTED)} in each layer, or "
-        "transformers' own. Use another attention backend."
+        + (f"DCA needs {needed}. " if needed else "")
+        + "Use another attention backend."
     )
 
 
@@ -192,7 +244,7 @@ class _Tables:
                         rotary, geometry.chunk_size, geometry.chunk_len, layer_type
                     )
             except ValueError as error:
-                raise _refusal(layer_name, str(error)) from error
+                raise _refusal(layer_name, str(error), _ROTARY) from error
         periodic, rotation = self.heirs[key]
         self._put(layer_name, found, periodic)
         return rotation
@@ -210,14 +262,16 @@ class _Tables:
             try:
                 self.heirs[key] = rotary_tables.lengthened(rotary, self.max_model_len)
             except ValueError as error:
-                raise _refusal(layer_name, f"it has a window, and {error}") from error
+                raise _refusal(layer_name, f"it has a window, and {error}", _ROTARY) from error
         self._put(layer_name, found, self.heirs[key])
 
     def _put(self, layer_name: str, found: Rotation, heir: torch.nn.Module) -> None:
         for owner, name in found.places:
             if self.placed.setdefault((id(owner), name), heir) is not heir:
                 raise _refusal(
-                    layer_name, "layers with a window and layers without share its positions"
+                    layer_name,
+                    "layers with a window and layers without share its positions",
+                    f"a {type(found.rotary).__name__} for each of the two kinds",
                 )
             setattr(owner, name, heir)
         self.replaced.add(id(found.rotary))
