@@ -1,10 +1,18 @@
-"""What the documents point at exists: pages, headings, files, modules to run."""
+"""What the documents point at exists: pages, headings, files, modules to run.
 
+And a record knows the code that it measured, so that a document can say if it is older.
+"""
+
+import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from scripts.common import sources
+from scripts.common.sources import Measurement
+from scripts.docs import records, tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -93,3 +101,76 @@ def test_what_is_broken_is_seen(tmp_path: Path) -> None:
         "scripts/b.py",
         "tests/c.py",
     ]
+
+
+def test_every_record_says_what_it_measures() -> None:
+    named = [name for of in sources.MEASUREMENTS.values() for name in of.records]
+    kept = {path.stem for path in records.RESULTS.iterdir()} - {*records.OF_THE_PAST}
+    assert sorted(named) == sorted({*named})
+    assert kept <= {*named}
+    for of in sources.MEASUREMENTS.values():
+        assert all(list(ROOT.glob(pattern)) for pattern in (*of.files, *sources.SPARSE))
+    # What README.md shows of a record, or draws, is among what is told to be older.
+    readme = (ROOT / "README.md").read_text()
+    assert {found[1] for found in tables.TABLE.finditer(readme)} <= {*tables.DATED}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "code", "same", "other"),
+    [
+        (
+            ".py",
+            'def f(x):\n    return x + "#1"\n',
+            '"""What."""\n\ndef f(x):  # why\n    """Wie groß?"""\n\n    return x + "#1"\n',
+            'def f(x):\n    return x + "#2"\n',
+        ),
+        (
+            ".h",
+            'int f() {\n  return g("//1");\n}\n',
+            '/* What,\n and why. */\nint f() {  // how\n\n  return g("//1");\n}\n',
+            'int f() {\n  return g("//2");\n}\n',
+        ),
+    ],
+)
+def test_a_digest_is_of_the_code(
+    suffix: str, code: str, same: str, other: str, tmp_path: Path
+) -> None:
+    def digest(text: str) -> str:
+        path = tmp_path / f"file{suffix}"
+        path.write_text(text)
+        return sources.digest(path)
+
+    assert digest(code) == digest(same) != digest(other)
+
+
+def test_an_older_record_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "scripts.bench.made_up"
+    measured = Measurement(("made-up",), ("vllm_dca/*.py",))
+    monkeypatch.setitem(sources.MEASUREMENTS, module, measured)
+    own, kernel = tmp_path / "scripts/bench/made_up.py", tmp_path / "vllm_dca/kernel.py"
+    record = tmp_path / "docs/results/made-up.json"
+    for path in (own, kernel, record):
+        path.parent.mkdir(parents=True)
+        path.write_text("x = 1\n")
+
+    # A record of two runs.
+    run = {"commit": "abc", "sources": sources.digests(module, tmp_path)}
+    record.write_text(json.dumps({"results": {"dca": {"run": run}, "plain": {"run": run}}}))
+    kernel.write_text("x = 1  # the same\n")
+    assert records.changed("made-up", tmp_path) == []
+    kernel.write_text("x = 2\n")
+    assert records.changed("made-up", tmp_path) == ["vllm_dca/kernel.py"]
+    kernel.unlink()
+    assert records.changed("made-up", tmp_path) == ["vllm_dca/kernel.py"]
+    # Nobody knows what made this one.
+    record.write_text(json.dumps({"commit": "abc-dirty"}))
+    assert records.changed("made-up", tmp_path) == ["scripts/bench/made_up.py"]
+    with pytest.raises(KeyError, match="unheard-of"):
+        records.changed("unheard-of", tmp_path)
+
+
+def test_what_the_readme_shows_says_that_it_is_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "<!-- table: demo -->\n<!-- end -->\n"
+    for found, told in (([], False), (["vllm_dca/kernel.py"], True)):
+        monkeypatch.setattr(records, "changed", lambda _, found=found: found)
+        assert ("earlier version" in tables.rewritten(text)) == told

@@ -12,12 +12,10 @@ wait leaves under way, times what one of them holds.
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import subprocess
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +28,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from scripts.common import record
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.merge import merge_parts
 from vllm_dca.cuda.paged_pass import attention
@@ -230,11 +229,7 @@ def main() -> None:
         table.add_row(*map(str, row.values()))
     Console(width=140).print(table)
     if args.output:
-        kernels = ",\n".join(f"  {json.dumps(row)}" for row in results)
-        triton_version = json.dumps(version("triton"))
-        args.output.write_text(
-            f'{{\n "triton": {triton_version},\n "kernels": [\n{kernels}\n ]\n}}\n'
-        )
+        record.write_kernels(args.output, results)
     spilled = [
         row for row in results if row["spilled_bytes"] and row["capability"] in WITHOUT_SPILLS
     ]

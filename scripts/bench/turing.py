@@ -7,9 +7,7 @@ In fp16, with the tiles that other cards have and with smaller ones. Needs no GP
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +15,7 @@ from unittest import mock
 import torch
 
 from scripts.bench import compile_kernels
+from scripts.common import record
 from vllm_dca.cuda import decode, paged_pass
 
 CAPABILITY = 75
@@ -60,9 +59,7 @@ def main() -> None:
     for row in results:
         print(row)
     if args.output:
-        kernels = ",\n".join(f"  {json.dumps(row)}" for row in results)
-        triton = json.dumps(version("triton"))
-        args.output.write_text(f'{{\n "triton": {triton},\n "kernels": [\n{kernels}\n ]\n}}\n')
+        record.write_kernels(args.output, results)
 
 
 if __name__ == "__main__":

@@ -12,21 +12,27 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.common import sources
+from scripts.common.sources import ROOT
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """The facts of this run, to stand before its results; versions of the packages too."""
+    """The facts of this run, to stand before its results; versions of the packages too.
+
+    With digests of what it measured, if scripts/common/sources.py names the command.
+    """
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
 
-    module = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix()
-    module = module.removesuffix("/__main__")
+    path = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix()
+    module = path.removesuffix("/__main__").replace("/", ".")
+    measured = sources.digests(module)
     return {
-        "command": command("python", "-m", module.replace("/", "."), *sys.argv[1:]),
+        "command": command("python", "-m", module, *sys.argv[1:]),
         "commit": commit(),
         "machine": f"{platform.machine()}, {len(cpu)} x {cpu[0] if cpu else 'unknown'}",
         "versions": {name: _version(name) for name in ("torch", *packages)},
+        **({"sources": measured} if measured else {}),
     }
 
 
@@ -65,6 +71,14 @@ def write(output: Path, record: dict[str, Any]) -> None:
     unfinished = output.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(output)
+
+
+def write_kernels(output: Path, rows: list[dict[str, Any]]) -> None:
+    """Kernels that were compiled, one a line: there are hundreds."""
+    facts = {"triton": version("triton"), **provenance()}
+    head = json.dumps(facts, indent=1).removesuffix("\n}")
+    kernels = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    output.write_text(f'{head},\n "kernels": [\n{kernels}\n ]\n}}\n')
 
 
 class Journal:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from scripts.common.record import ROOT
+from scripts.docs import records
 from scripts.quality.methods import name_of
 from vllm_dca.engine import support_table
 
@@ -299,11 +300,25 @@ MADE_BY = (
 )
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
 TABLES |= {"support": support_table.table, "features": support_table.features}
+# Beside the README's picture and prose stands no table, only what is said of their age.
+TABLES |= {"evaluation": str}
+# The records of what README.md shows, and of that table's page: it says if they are older.
+DATED = {
+    "demo": ("demo",),
+    "perplexity": ("perplexity",),
+    "retrieval": ("retrieval",),
+    "sizes": ("sizes-perplexity", "sizes-retrieval"),
+    "evaluation": ("perplexity", "retrieval"),
+}
 
 
 def rewritten(text: str) -> str:
     """A document with the tables that are true now."""
-    return TABLE.sub(lambda found: f"{found[1]} -->\n{TABLES[found[1]]()}", text)
+
+    def made(name: str) -> str:
+        return f"{name} -->\n{TABLES[name]()}{records.note(*DATED.get(name, ()))}"
+
+    return TABLE.sub(lambda found: made(found[1]), text)
 
 
 if __name__ == "__main__":
