@@ -114,3 +114,23 @@ class Journal:
         if self.output:
             found = {"failures": self.failures, "results": self.results}
             write(self.output, {**self.facts, **found})
+
+
+class Growing:
+    """A record of results by two names, on disk after each; what is there already stays.
+
+    Raises:
+        ValueError: the file is of another run.
+    """
+
+    def __init__(self, output: Path | None, asked: dict[str, Any]) -> None:
+        kept = json.loads(output.read_text()) if output and output.exists() else {}
+        self.output, self.asked = output, json.loads(json.dumps(asked))
+        if kept and {key: kept[key] for key in kept if key != "results"} != self.asked:
+            raise ValueError(f"{output} is of another run: name another file")
+        self.results: dict[str, dict[str, Any]] = kept.get("results", {})
+
+    def add(self, row: str, column: str, result: dict[str, Any]) -> None:
+        self.results.setdefault(row, {})[column] = result
+        if self.output:
+            write(self.output, {**self.asked, "results": self.results})

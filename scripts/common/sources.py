@@ -68,6 +68,7 @@ MEASUREMENTS = {
         ("perplexity", "sizes-perplexity"), ENGINE_ON_CPU
     ),
     "scripts.quality.retrieval": Measurement(("retrieval", "sizes-retrieval"), ENGINE_ON_CPU),
+    "scripts.quality.ruler": Measurement(("ruler",), ENGINE_ON_CPU),
     "scripts.quality.twice_the_window": Measurement(
         ("twice-the-window",), ("vllm_dca/reference/*.py", *ENGINE_ON_CPU)
     ),
