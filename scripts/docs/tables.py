@@ -124,7 +124,7 @@ def cpu_growth() -> str:
     )
 
 
-def engine() -> str:
+def engine(record: str = "engine-cpu") -> str:
     def milliseconds(of: dict[str, float]) -> str:
         median, low, high = (f"{of[key] * 1e3:.1f}" for key in ("median", "low", "high"))
         return f"{median} ({low} to {high})"
@@ -133,7 +133,7 @@ def engine() -> str:
         ("", "DCA / CPU_ATTN", "DCA, ms (quartiles)", "CPU_ATTN, ms (quartiles)"),
         *(
             (what, f"**{of['ratio']:.2f}**", *map(milliseconds, of["seconds"].values()))
-            for what, of in load("engine-cpu")["results"].items()
+            for what, of in load(record)["results"].items()
         ),
     )
 
