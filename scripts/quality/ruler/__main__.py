@@ -1,6 +1,6 @@
 """RULER's tasks that need no data but a text, against served models.
 
-Each of the methods gets a server of its own, `vllm serve MODEL`; unknown arguments go to it.
+Each of the methods gets a server of its own, `vllm serve`; unknown arguments go to it.
 With --base-url the server that runs there is asked, and --method says which one it has: nothing
 is reported when it runs DCA and should not, or the other way round. Lengths are in the served
 model's own tokens, the answer included. An answer scores the share of the expected strings that
@@ -80,7 +80,7 @@ def server_of(
 
 def main(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="A directory.")] = study.DEMO_MODEL,
+    model: Annotated[Path, typer.Option(help="A directory.")] = study.DEMO_MODEL,
     base_url: Annotated[str, typer.Option(help="A server that runs.")] = "",
     method: Annotated[str, typer.Option(help="Methods, spaces between.")] = "plain yarn dca",
     lengths: Annotated[str, typer.Option(help="Tokens.")] = "4096 16384",
