@@ -65,9 +65,11 @@ MEASUREMENTS = {
     ),
     "scripts.quality.demo": Measurement(("demo",), ENGINE_ON_CPU),
     "scripts.quality.perplexity": Measurement(
-        ("perplexity", "sizes-perplexity"), ENGINE_ON_CPU
+        ("perplexity", "perplexity-128k", "sizes-perplexity"), ENGINE_ON_CPU
     ),
-    "scripts.quality.retrieval": Measurement(("retrieval", "sizes-retrieval"), ENGINE_ON_CPU),
+    "scripts.quality.retrieval": Measurement(
+        ("retrieval", "retrieval-128k", "sizes-retrieval"), ENGINE_ON_CPU
+    ),
     "scripts.quality.ruler": Measurement(("ruler",), ENGINE_ON_CPU),
     "scripts.quality.twice_the_window": Measurement(
         ("twice-the-window",), ("vllm_dca/reference/*.py", *ENGINE_ON_CPU)

@@ -10,6 +10,7 @@ from random import Random
 import pytest
 
 from scripts.common import record
+from scripts.docs import ruler
 from scripts.quality.methods import Method
 from scripts.quality.ruler import sample as scoring
 from scripts.quality.ruler.served import Served
@@ -148,3 +149,17 @@ def test_a_record_grows_and_is_of_one_run(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="another run"):
         record.Growing(output, {"seed": 1})
+
+
+def test_a_table_says_how_many_and_how_sure() -> None:
+    answer = {"expected": ["a", "b"], "found": 1}
+    columns = {
+        "run 0": {"commit": "abc"},
+        "4096 vt 0": {"answers": [answer]},
+        "4096 vt 1": {"answers": [{**answer, "found": 2}]},
+        "8192 vt 0": {"answers": [{**answer, "found": 0}]},
+    }
+    assert ruler.counts(columns) == {(4096, "vt"): (3, 4), (8192, "vt"): (0, 2)}
+    # Newcombe 1998, table I, method 3.
+    for found, asked, low, high in ((81, 263, 0.2553, 0.3662), (0, 20, 0.0, 0.1611)):
+        assert ruler.interval(found, asked) == pytest.approx((low, high), abs=5e-5)
