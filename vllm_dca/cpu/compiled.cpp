@@ -74,6 +74,8 @@ using CellOf = float;
 // Whether they lie in memory as cells.
 template <typename T>
 constexpr bool kAsCells = std::is_same_v<T, float> || std::is_same_v<CellOf<T>, Pair>;
+template <typename T>
+using StoredAs = std::conditional_t<kAsCells<T>, CellOf<T>, T>;
 
 // Entries of a head, with zeros up to whole vectors.
 template <typename T>
@@ -168,7 +170,9 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
   const int64_t size = padded<T>(a.head_size), block = a.block_size, lanes = split.lanes;
   const int64_t panel_size = (kHead + size) * lanes, depth = size / N;
   const int64_t position = a.position[split.first], chunk = position / a.chunk_len;
-  const bool is_few = lanes == 1, in_place = is_few && kAsCells<T> && size == a.head_size;
+  using Stored = StoredAs<T>;
+  const bool is_few = lanes == 1;
+  const bool in_place = is_few && kVectorLoads<T> && a.head_size % kTogether<Stored> == 0;
   const int32_t* pages = a.block_table + a.request[split.first] * a.table_stride;
   auto slot = [&](int64_t token) {
     return static_cast<const T*>(a.kv_cache) + pages[token / block] * a.cache_stride[0] +
@@ -195,7 +199,8 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
   if (is_few) std::fill(partial, partial + split.panels * panel_size, 0.0f);
   const float cap = kLog2E * a.soft_cap;
   Few<Cell> few{queries, partial, weights, split.panels, size, cap};
-  const int64_t few_keys = kFewBytes / (2 * depth * sizeof(Cell)) / kLanes * kLanes;
+  const int64_t number = in_place ? sizeof(T) : sizeof(Cell) / N;
+  const int64_t few_keys = kFewBytes / (2 * size * number) / kLanes * kLanes;
   const int64_t step = is_few ? std::clamp<int64_t>(few_keys, 2 * kLanes, kFewKeys) : kCells * N;
   int64_t turned_for = -1;
   if (is_few) fetch(split.begin, std::min(split.begin + step, split.end));
@@ -205,14 +210,19 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
     const int64_t region = std::min<int64_t>(chunk - key_chunk, 2);
     end = std::min({begin + step, split.end, (key_chunk + 1) * a.chunk_len});
     if (in_place) end = std::min(end, (begin / block + 1) * block);
-    if (region != turned_for) turn_queries<T>(a, split, kv_head, turned_for = region, queries);
+    if (region != turned_for) {
+      turn_queries<T>(a, split, kv_head, turned_for = region, queries);
+      if (in_place) few.template arrange<Stored>(queries);
+    }
     const int64_t n = end - begin;
     const bool first = begin == split.begin;
     if (in_place) {
-      const Cell* from = reinterpret_cast<const Cell*>(slot(begin));
-      const Cell* next = end < split.end ? reinterpret_cast<const Cell*>(slot(end)) : from;
-      few.attend({from, from + depth, next, next + depth, a.cache_stride[2] / N, n},
-                 position + 1 - begin, a.group, first);
+      constexpr int64_t n_stored = sizeof(Stored) / sizeof(T);
+      const int64_t values = a.head_size / n_stored, row = a.cache_stride[2] / n_stored;
+      const Stored* from = reinterpret_cast<const Stored*>(slot(begin));
+      const Stored* next = end < split.end ? reinterpret_cast<const Stored*>(slot(end)) : from;
+      few.attend(Neighbours<Stored>{from, from + values, next, row, n}, position + 1 - begin,
+                 a.group, first);
       continue;
     }
     fetch(end, std::min(end + step, split.end));
@@ -221,7 +231,8 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
       copy_numbers(from + a.head_size, a.head_size, values + (t - begin) * depth);
     });
     if (is_few) {
-      few.attend({keys, values, keys, values, depth, n}, position + 1 - begin, a.group, first);
+      few.attend(Neighbours<Cell>{keys, values, keys, depth, n}, position + 1 - begin, a.group,
+                 first);
       continue;
     }
     const int64_t rows = (n + kTall - 1) / kTall * kTall;
@@ -238,7 +249,8 @@ void attend(const Arguments& a, const Split& split, int64_t kv_head, Workspace& 
                    a.group, first);
     }
   }
-  if (is_few) few.finish();
+  if (is_few && in_place) few.template finish<Stored>();
+  else if (is_few) few.template finish<Cell>();
 }
 
 // Cuts rows into tiles, and each tile's keys into splits start[tile] .. start[tile + 1] - 1;

@@ -6,11 +6,11 @@ namespace {
 constexpr int64_t kFewKeys = 64;       // taken at a time, at most,
 constexpr int64_t kFewBytes = 1 << 14;  // and of these keys and values: two times that is in L1
 
-// Keys and values of neighbouring tokens, in rows of `row` cells, and where those that come next
-// are, which are fetched meanwhile.
-template <typename Cell>
+// Keys and values of neighbouring tokens as they are stored, in rows of `row` of these, and where
+// those that come next are, which are fetched meanwhile, keys and values in one.
+template <typename Stored>
 struct Neighbours {
-  const Cell *keys, *values, *next_keys, *next_values;
+  const Stored *keys, *values, *next;
   int64_t row, count;
 };
 
@@ -26,8 +26,9 @@ struct Few {
 
   // Updates it with some keys, of which query m sees the first seen + m / group. `first` ones
   // start it.
-  void attend(const Neighbours<Cell>& tokens, int64_t seen, int64_t group, bool first) {
-    const auto score = [&](auto queries, int64_t m) {
+  template <typename Stored>
+  void attend(const Neighbours<Stored>& tokens, int64_t seen, int64_t group, bool first) {
+    by_several([&](auto queries, int64_t m) {
       Vector found[queries][kFewKeys / kLanes];
       for (int64_t t = 0; t < tokens.count; t += kLanes) {
         Vector at_once[queries];
@@ -37,53 +38,103 @@ struct Few {
       }
       for (int i = 0; i < queries; ++i)
         weigh(found[i], tokens.count, seen + (m + i) / group, m + i, first);
-    };
-    const auto value = [&](auto queries, int64_t m) { add_values<queries>(tokens, m); };
-    by_several<kLanes / 4>(score);
-    by_several<4>(value);
+    });
+    by_several([&](auto queries, int64_t m) { add_values<queries>(tokens, m); });
   }
 
-  // Sums up the lanes' shares, and puts the weighted values into their order.
+  // Puts queries into the order in which keys are loaded.
+  template <typename Stored>
+  void arrange(Cell* queries) const {
+    if constexpr (std::is_same_v<Cell, float> && kOwnOrder<Stored>)
+      for (int64_t d = 0; d < count * size; d += kTogether<Stored>)
+        reorder<Stored>(queries + d, [](float* to, const float* from, int i, int place) {
+          to[place] = from[i];
+        });
+  }
+
+  // Sums up the lanes' shares, and puts the weighted values from the order in which they are
+  // loaded into their own.
+  template <typename Stored>
   void finish() {
-    for (int64_t m = 0; m < count; ++m)
+    for (int64_t m = 0; m < count; ++m) {
       row(m)[kSums] = over_lanes(at(row(m) + kSums), [](Vector a, Vector b) { return a + b; })[0];
-#if defined(__AVX512BF16__)
-    if constexpr (kNumbers<Cell> == 2)
-      for (int64_t m = 0; m < count; ++m)
-        for (int64_t d = 0; d < size; d += 2 * kLanes) in_order(row(m) + kHead + d);
-#endif
+      if constexpr (kOwnOrder<Stored>)
+        for (int64_t d = 0; d < size; d += kTogether<Stored>)
+          reorder<Stored>(row(m) + kHead + d, [](float* to, const float* from, int i, int place) {
+            to[i] = from[place];
+          });
+    }
   }
 
  private:
+  // Queries taken at a time: their sums with four keys, or over four vectors of values, stay in
+  // registers.
+  static constexpr int kMost = kLanes == 4 ? 2 : kLanes == 8 ? 3 : 4;
+
   float* row(int64_t m) { return partial + m * (kHead + size); }
 
-  // Calls it with several queries at a time, as a constant, and the first's number.
+  template <typename Stored, typename Move>
+  static void reorder(float* numbers, Move move) {
+    float of[kTogether<Stored>];
+    std::memcpy(of, numbers, sizeof of);
+    for (int i = 0; i < kTogether<Stored>; ++i) move(numbers, of, i, place_of<Stored>(i));
+  }
+
+  // Calls it with several queries at a time, as a constant, and the first's number. 4 are 2 and 2
+  // rather than 3 and 1.
+  template <typename Use>
+  void by_several(Use use) const {
+    for (int64_t m = 0, most; m < count; m += most) {
+      const int64_t left = count - m, times = (left + kMost - 1) / kMost;
+      most = (left + times - 1) / times;
+      constant<kMost>(most, [&](auto queries) { use(queries, m); });
+    }
+  }
   template <int most, typename Use>
-  void by_several(Use use, int64_t m = 0) {
-    for (; m + most <= count; m += most) use(std::integral_constant<int, most>(), m);
+  static void constant(int64_t number, Use use) {
     if constexpr (most > 1)
-      if (m < count) by_several<most - 1>(use, m);
+      if (number < most) return constant<most - 1>(number, use);
+    use(std::integral_constant<int, most>());
+  }
+
+  // The first half of what comes next is fetched while scores are computed, the second while values
+  // are added: at an even pace, and in memory's order, which the processor's own fetching follows.
+  template <typename Stored>
+  void fetch(const Neighbours<Stored>& tokens, int64_t token) const {
+    const Stored* from = tokens.next + token * tokens.row;
+    for (int64_t i = 0; i < 2 * size / kNumbers<Cell>; i += 64 / sizeof(Stored))
+      __builtin_prefetch(from + i);
   }
 
   // Of some queries with kLanes keys from t, four keys at a time.
-  template <int kQueries>
-  void scores(const Neighbours<Cell>& tokens, int64_t m, int64_t t, Vector* found) const {
+  template <int kQueries, typename Stored>
+  void scores(const Neighbours<Stored>& tokens, int64_t m, int64_t t, Vector* found) const {
+    constexpr int kParts = kVectorsOf<Stored>;
     const int64_t depth = size / kNumbers<Cell>, last = tokens.count - 1 - t;
     Vector fours[kQueries][kLanes / 4];
     for (int four = 0; four < kLanes / 4; ++four) {
-      const Cell *query = queries + m * depth, *key[4];
-      for (int i = 0; i < 4; ++i)
+      const Cell* query = queries + m * depth;
+      const Stored* key[4];
+      for (int i = 0; i < 4; ++i) {
         key[i] = tokens.keys + (t + std::min<int64_t>(4 * four + i, last)) * tokens.row;
-      const Cell* next = tokens.next_keys + (t + 4 * four) * tokens.row;
-      Vector product[kQueries][4] = {};
-      for (int64_t l = 0; l < depth; l += kLanes) {
-        for (int i = 0; i < 4; ++i) {
-          if (m == 0 && l % 16 == 0) __builtin_prefetch(next + i * tokens.row + l);
-          const Vector right = at(key[i] + l);
-          for (int q = 0; q < kQueries; ++q)
-            product[q][i] = add_product<Cell>(product[q][i], at(query + q * depth + l), right);
-        }
+        if (m == 0 && i % 2 == 0) fetch(tokens, (t + 4 * four + i) / 2);
       }
+      Vector product[kQueries][4] = {};
+      // A loop for each part: with AVX2, one for both has too few registers.
+      const auto multiply = [&](auto part) {
+        for (int64_t l = 0; l < depth; l += kParts * kLanes) {
+          Vector left[kQueries];
+          for (int q = 0; q < kQueries; ++q)
+            left[q] = in_register(at(query + q * depth + l + part * kLanes));
+          for (int i = 0; i < 4; ++i) {
+            const Vector right = in_register(vector_of(key[i] + l, part));
+            for (int q = 0; q < kQueries; ++q)
+              product[q][i] = add_product<Cell>(product[q][i], left[q], right);
+          }
+        }
+      };
+      multiply(std::integral_constant<int, 0>());
+      if constexpr (kParts == 2) multiply(std::integral_constant<int, 1>());
       for (int q = 0; q < kQueries; ++q) fours[q][four] = four_joined(product[q]);
     }
     for (int q = 0; q < kQueries; ++q) found[q] = all_joined(fours[q]);
@@ -118,31 +169,31 @@ struct Few {
       store_numbers(score + k, weights + m * kStep + k * kLanes / kNumbers<Cell>);
   }
 
-  template <int kQueries>
-  void add_values(const Neighbours<Cell>& tokens, int64_t m) {
+  template <int kQueries, typename Stored>
+  void add_values(const Neighbours<Stored>& tokens, int64_t m) {
+    constexpr int kLeast = kTogether<Stored> / kLanes;
     int64_t d = 0;
     for (; d + 4 * kLanes <= size; d += 4 * kLanes) add_values<kQueries, 4>(tokens, m, d);
-    for (; d < size; d += kNumbers<Cell> * kLanes)
-      add_values<kQueries, kNumbers<Cell>>(tokens, m, d);
+    for (; d < size; d += kLeast * kLanes) add_values<kQueries, kLeast>(tokens, m, d);
   }
 
   // Entries d .. d + kWide * kLanes - 1 of the values, for kQueries queries.
-  template <int kQueries, int kWide>
-  void add_values(const Neighbours<Cell>& tokens, int64_t m, int64_t d) {
+  template <int kQueries, int kWide, typename Stored>
+  void add_values(const Neighbours<Stored>& tokens, int64_t m, int64_t d) {
+    constexpr int N = kNumbers<Cell>;
     Vector sum[kQueries][kWide];
     for (int i = 0; i < kQueries; ++i)
       for (int j = 0; j < kWide; ++j) sum[i][j] = at(row(m + i) + kHead + d + j * kLanes);
-    for (int64_t t = 0; t < tokens.count; t += kNumbers<Cell>) {
-      const Cell* value = tokens.values + t * tokens.row + d / kNumbers<Cell>;
-      Vector right[kWide];
-      if (m == 0)
-        for (int i = 0; i < kNumbers<Cell>; ++i)
-          for (int64_t l = 0; l < kWide * kLanes / kNumbers<Cell>; l += 16)
-            __builtin_prefetch(tokens.next_values + (t + i) * tokens.row + d / kNumbers<Cell> + l);
-      load_values(right, value, t + 1 < tokens.count ? value + tokens.row : value);
-      for (int i = 0; i < kQueries; ++i) {
-        const Vector left = everywhere(weights + (m + i) * kStep + t / kNumbers<Cell>);
-        for (int j = 0; j < kWide; ++j) sum[i][j] = add_product<Cell>(sum[i][j], left, right[j]);
+    const Cell* weight = weights + m * kStep;
+    const Stored* value = tokens.values + d / N;
+    for (int64_t t = 0; t < tokens.count; t += N, ++weight, value += N * tokens.row) {
+      if (m == 0 && d == 0 && t % 2 == 0) fetch(tokens, (tokens.count + t) / 2);
+      const Stored* beside = t + 1 < tokens.count ? value + tokens.row : value;
+      Vector left[kQueries];
+      for (int i = 0; i < kQueries; ++i) left[i] = in_register(everywhere(weight + i * kStep));
+      for (int j = 0; j < kWide; ++j) {
+        const Vector right = in_register(value_of(value, beside, j));
+        for (int i = 0; i < kQueries; ++i) sum[i][j] = add_product<Cell>(sum[i][j], left[i], right);
       }
     }
     for (int i = 0; i < kQueries; ++i)

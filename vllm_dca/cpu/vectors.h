@@ -67,7 +67,7 @@ inline Integers numbered(std::index_sequence<i...>) {
 
 // The same in every lane: a sum with zeros would be one more instruction.
 template <typename Lanes, typename Number, size_t... i>
-inline Lanes repeated(Number number, std::index_sequence<i...>) {
+constexpr Lanes repeated(Number number, std::index_sequence<i...>) {
   return Lanes{(void(i), number)...};
 }
 inline Vector everywhere(float number) { return repeated<Vector>(number, kEach); }
@@ -211,6 +211,15 @@ inline Vector as_floats(const c10::Half* from) {
 #endif
 }
 
+// Whether one instruction or two make floats of a vector of them.
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+template <typename T>
+constexpr bool kVectorLoads = true;
+#else
+template <typename T>
+constexpr bool kVectorLoads = !std::is_same_v<T, c10::Half>;
+#endif
+
 inline bool any_above(Vector x, float limit) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ);
@@ -227,10 +236,45 @@ inline void store_rows(Vector a, Vector, float* to) { at(to) = a; }
 // A query's weights side by side as cells: a vector of floats, or two of them rounded to pairs.
 inline void store_numbers(const Vector* from, float* to) { at(to) = *from; }
 
-// Values of a token, along the lanes; as pairs, with those of the token beside it.
-template <int kWide>
-inline void load_values(Vector (&to)[kWide], const float* value, const float*) {
-  for (int j = 0; j < kWide; ++j) to[j] = at(value + j * kLanes);
+// Numbers of half precision that are no pairs are loaded two vectors at a time.
+template <typename Stored>
+constexpr int kVectorsOf = sizeof(Stored) == 2 ? 2 : 1;
+// How many are loaded together, as far as their order is concerned: this is their own where it costs
+// fewer instructions. Number i of them is then at place_of(i).
+template <typename Stored>
+constexpr int kTogether = std::is_same_v<Stored, float> ? kLanes : 2 * kLanes;
+template <typename Stored>
+constexpr bool kOwnOrder = std::is_same_v<Stored, Pair> || std::is_same_v<Stored, c10::BFloat16>;
+template <typename Stored>
+constexpr int place_of(int i) {
+  if (std::is_same_v<Stored, Pair>) return i / 8 * 4 + i % 4 + i / 4 % 2 * kLanes;
+  return i % 2 * kLanes + i / 2;
+}
+
+// Vector `number` from an address on, which is a constant. Of bfloat16 there are two in one of
+// integers: the lower halves, then the upper ones.
+template <typename Cell>
+inline Vector vector_of(const Cell* from, int number) { return at(from + number * kLanes); }
+inline Vector vector_of(const c10::BFloat16* from, int number) {
+  Integers both = *reinterpret_cast<const Integers*>(from + number / 2 * 2 * kLanes);
+  if (number % 2 == 0) return reinterpret_cast<Vector>(both << 16);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // From memory: there is no register for it.
+  static constexpr Integers upper = repeated<Integers>(int32_t(0xffff0000), kEach);
+  asm("vandps %1, %0, %0" : "+x"(both) : "m"(upper));
+  return reinterpret_cast<Vector>(both);
+#else
+  return reinterpret_cast<Vector>(both & int32_t(0xffff0000));
+#endif
+}
+inline Vector vector_of(const c10::Half* from, int number) {
+  return as_floats(from + number * kLanes);
+}
+
+// The same of a token's values; of pairs, with those of the token beside it.
+template <typename Stored>
+inline Vector value_of(const Stored* value, const Stored*, int number) {
+  return vector_of(value, number);
 }
 
 #if defined(__AVX512BF16__)
@@ -253,21 +297,11 @@ inline void pair_up(const Pair* a, const Pair* b, int64_t count, Pair* cells) {
                                              widened(b->numbers + i) << 16);
 }
 
-// In an order of its own, which costs one instruction a vector: `in_order` undoes it.
-template <int kWide>
-inline void load_values(Vector (&to)[kWide], const Pair* value, const Pair* beside) {
-  for (int j = 0; j < kWide; j += 2) {
-    const __m512i a = (__m512i)at(value + j / 2 * kLanes), b = (__m512i)at(beside + j / 2 * kLanes);
-    to[j] = (Vector)_mm512_unpacklo_epi16(a, b);
-    to[j + 1] = (Vector)_mm512_unpackhi_epi16(a, b);
-  }
-}
-
-// Two vectors of sums over what `load_values` gave.
-inline void in_order(float* place) {
-  float of[2 * kLanes];
-  std::memcpy(of, place, sizeof of);
-  for (int i = 0; i < 2 * kLanes; ++i) place[i] = of[i / 8 * 4 + i % 4 + i / 4 % 2 * kLanes];
+// Unpacked within 128 bits: one instruction a vector.
+inline Vector value_of(const Pair* value, const Pair* beside, int number) {
+  const __m512i a = (__m512i)at(value + number / 2 * kLanes);
+  const __m512i b = (__m512i)at(beside + number / 2 * kLanes);
+  return (Vector)(number % 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
 }
 #endif
 
