@@ -29,6 +29,10 @@ from vllm_dca.method.planning import plan_prefill
 from vllm_dca.method.prefill import prefill_attention
 
 TRITON = PrefillOperations(turn_queries, attention, merge_parts)
+# What few models have.
+CAPPED, SUNK = {"soft_cap": 2.0}, {"has_sinks": True}
+BOTH = {**CAPPED, **SUNK}
+SOFTMAX = pytest.mark.parametrize("softmax", [{}, BOTH], ids=["plain", "cap and sinks"])
 
 
 interpreter.repair()
@@ -75,6 +79,7 @@ def attend(batch: Batch, query: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
         plan=plan,
         rotation=batch.rotation(DEVICE),
         softmax_scale=batch.shape.scale,
+        **batch.softmax(DEVICE),
         **batch.scales(DEVICE),
     )
     return output.cpu()
@@ -92,8 +97,8 @@ def prefill(batch: Batch, operations: PrefillOperations = TRITON) -> torch.Tenso
 
 @st.composite
 def cached_shapes(draw: st.DrawFn, decode: bool = False) -> Shape:
-    """Shapes with every kind of cache: FP8, and either order in memory."""
-    shape = draw(shapes(decode))
+    """Shapes with every kind of cache: FP8, and either order in memory; capped, with sinks."""
+    shape = draw(shapes(decode, softmax=True))
     kinds = [None, torch.float8_e4m3fn, torch.float8_e5m2]
     return dataclasses.replace(
         shape, cache_dtype=draw(st.sampled_from(kinds)), tokens_first=draw(st.booleans())
@@ -133,10 +138,12 @@ def test_head_sizes_and_groups(head_size: int, group: int) -> None:
         batch.assert_close(prefill(batch))
 
 
-@pytest.mark.parametrize("temperature", [None, 20])
-def test_decode_row_equals_prefill_row(temperature: int | None) -> None:
+@pytest.mark.parametrize(("temperature", "softmax"), [(None, {}), (20, {}), (20, BOTH)])
+def test_decode_row_equals_prefill_row(
+    temperature: int | None, softmax: dict[str, Any]
+) -> None:
     """One request at every length around three chunks, and all of its rows at once."""
-    shape = Shape([(70, 30)], original_max_position_embeddings=temperature)
+    shape = Shape([(70, 30)], original_max_position_embeddings=temperature, **softmax)
     batch = Batch.random(shape)
     assert (decode(batch) - prefill(batch)).abs().max() <= batch.tolerance()
 
@@ -232,9 +239,10 @@ def test_rows_that_cross_every_border(cached: int) -> None:
     assert (together - prefill(batch)).abs().max() <= batch.tolerance()
 
 
-def test_packed_rows_are_as_rows_alone() -> None:
+@SOFTMAX
+def test_packed_rows_are_as_rows_alone(softmax: dict[str, Any]) -> None:
     """However a prefill is cut into steps, its rows' answers are the same."""
-    batch = Batch.random(Shape([(70, 40)]))
+    batch = Batch.random(Shape([(70, 40)], **softmax))
     whole, query = decode(batch), batch.rotated_query()
     for size in (1, 4, 17):
         steps = planner(batch.shape, size, 4)
@@ -304,9 +312,9 @@ class NeverWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def prefill_launches(lengths: list[tuple[int, int]]) -> Counter[str]:
+def prefill_launches(lengths: list[tuple[int, int]], **softmax: Any) -> Counter[str]:
     """How often one layer runs each operation, and that none waits."""
-    batch = Batch.random(Shape(lengths, num_kv_heads=1, group=1))
+    batch = Batch.random(Shape(lengths, num_kv_heads=1, group=1, **softmax))
     calls: Counter[str] = Counter()
 
     def counted(name: str) -> Any:

@@ -158,6 +158,7 @@ NEEDS = Needs(128, torch.bfloat16, torch.bfloat16, 16, (9, 0))
         ({"dtype": torch.float32, "cache_dtype": torch.float32}, "takes float16 and bfloat16"),
         ({"cache_dtype": torch.float8_e4m3fn}, "cannot read a torch.float8_e4m3fn cache"),
         ({"head_size": 100}, "up to 256 in steps of 8, not 100"),
+        ({"has_soft_cap": True}, "no soft cap on scores; flash-attention's and triton do"),
         ({"capability": (7, 5)}, r"need compute capability 8.0, and this is \(7, 5\)"),
     ],
 )

@@ -1,5 +1,6 @@
 """Attention providers for CUDA: what they are called with, and which is chosen."""
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -80,14 +81,16 @@ def stand_in(signature: inspect.Signature, calls: list[dict[str, Any]]) -> Calla
                 call["causal"],
             ),
             softmax_scale=call["softmax_scale"],
+            soft_cap=call.get("softcap"),
         )
         return (output, lse) if paged else (output, lse, None)
 
     return flash_attn_varlen_func
 
 
+@pytest.mark.parametrize("softmax", [{}, {"soft_cap": 2.0, "has_sinks": True}])
 @pytest.mark.parametrize("name", ["vllm_flash_attn", "flash_attn"])
-def test_flash_attention_is_called_as_it_wants(name: str) -> None:
+def test_flash_attention_is_called_as_it_wants(name: str, softmax: dict[str, Any]) -> None:
     """With arguments that it has, by batches that the reference answers."""
     calls: list[dict[str, Any]] = []
     if name == "vllm_flash_attn":
@@ -96,12 +99,16 @@ def test_flash_attention_is_called_as_it_wants(name: str) -> None:
     else:
         signature = inspect.signature(package_signature)
         attend = functools.partial(flash_attn._package, stand_in(signature, calls))
-    batch = Batch.random(Shape([(70, 20), (16, 0), (33, 32)], dtype=torch.bfloat16))
+    shape = Shape([(70, 20), (16, 0), (33, 32)], dtype=torch.bfloat16, **softmax)
+    batch = Batch.random(shape)
     batch.assert_close(
         batch.prefill(operations=PrefillOperations(turn_queries, attend, merge_parts))
     )
     assert [call["causal"] for call in calls] == [True, False, False]
     for call in calls:
+        assert call.get("softcap") == softmax.get("soft_cap")
+        # The merge adds them, once.
+        assert "s_aux" not in call
         assert call["cu_seqlens_q"].dtype == call["block_table"].dtype == torch.int32
         assert call["block_table"].stride(-1) == 1
         assert call["k"].stride(-1) == call["v"].stride(-1) == 1
@@ -213,6 +220,26 @@ def test_what_the_package_cannot_do(
     needs = Needs(**{**vars(NEEDS), **changes})
     with pytest.raises(ValueError, match=reason):
         choose("cuda", "flash_attn", needs)
+
+
+def test_an_old_package_has_no_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then another is chosen, and start-up says why."""
+
+    def old(q: Any, k: Any, v: Any) -> None: ...
+
+    needs = dataclasses.replace(NEEDS, has_soft_cap=True)
+    interface = ModuleType("flash_attn.flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    interface.flash_attn_varlen_func = package_signature  # type: ignore[attr-defined]
+    assert choose("cuda", None, needs)[0] == "flash_attn"
+    interface.flash_attn_varlen_func = old  # type: ignore[attr-defined]
+    assert choose("cuda", None, NEEDS)[0] == "flash_attn"
+    name, _, reasons = choose("cuda", None, needs)
+    assert name == "triton"
+    assert any("flash-attn 2.6 and later do" in reason for reason in reasons)
+    with pytest.raises(ValueError, match=r"xformers: .*no soft cap.*triton do"):
+        choose("cuda", "xformers", needs)
 
 
 def test_triton_reads_e4m3_where_the_card_does() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.models.recipes import RECIPES
 from tests.engine.test_parallel import ONE_CORE_EACH
 from tests.helpers import checkpoints
 from tests.helpers.answers import (
@@ -222,6 +223,27 @@ def test_sliding_layers(tmp_path: Path) -> None:
     with engine(model, block_size=32, **OPTIONS) as llm:
         [output] = generate(llm, [PROMPT], max_tokens=3)
     assert_agrees(model, PROMPT, output)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "GptOssForCausalLM"])
+@under("V2")
+def test_caps_and_sinks(architecture: str, tmp_path: Path) -> None:
+    """Of full layers between some with a window: in pieces, decoded, after a prefix hit."""
+    recipe = RECIPES[architecture]
+    changes = dict(recipe["changes"])
+    if "Gemma" in architecture:
+        # So low that it matters to scores as small as these.
+        changes["attn_logit_softcapping"] = 2.0
+    model = checkpoints.write(tmp_path, recipe["config"], **changes)
+    prompts = [PROMPT, checkpoints.tokens(20)]
+    expected = prompt_logprobs(model, PROMPT, **SIZES)
+    with engine(model, **{**OPTIONS, **recipe["options"]}) as llm:
+        outputs = generate(llm, prompts, max_tokens=3, prompt_logprobs=0)
+        [cached] = generate(llm, [PROMPT], max_tokens=3)
+    assert cached.num_cached_tokens > 0
+    assert_close(of_prompt(outputs[0]), expected)
+    for prompt, output in zip([*prompts, PROMPT], [*outputs, cached], strict=True):
+        assert_agrees(model, prompt, output)
 
 
 @under("V2")

@@ -1,6 +1,7 @@
 """The support table says what is refused, what is proved, and where; nothing else."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,8 @@ INTERPRETED = {
         "tensor parallel": "test_model_runner_v2::test_two_ranks",
         "linear-attention layers": "test_model_runner_v2::test_linear_attention_layers",
         "sliding-window layers": "test_model_runner_v2::test_sliding_layers",
+        "soft caps": "test_model_runner_v2::test_caps_and_sinks",
+        "attention sinks": "test_model_runner_v2::test_caps_and_sinks",
     },
 }
 # ... and each that it calls refused.
@@ -167,6 +170,15 @@ def test_every_claim_has_a_test() -> None:
 def test_what_the_interpreter_showed_has_a_test(runner: str) -> None:
     shown = [feature for feature, where in FEATURES.items() if getattr(where, runner.lower())]
     assert_proved(shown, INTERPRETED[runner], runner)
+
+
+def test_what_is_not_offered_on_gpus_is_refused_there() -> None:
+    """By a refusal of that name, and by nothing else."""
+    refused = {refusal.what.removesuffix(" on CUDA") for refusal in REFUSALS}
+    for feature, shown in FEATURES.items():
+        name = re.sub(r"\[(.*)\]\(.*\)", r"\1", feature)
+        assert shown.offered == (name not in refused), feature
+        assert not (shown.v1 or shown.v2) or shown.offered
 
 
 def test_every_refusal_has_a_test() -> None:

@@ -48,6 +48,7 @@ class Shape:
     tokens_first: bool = False  # in memory: a page's tokens, then its heads
     soft_cap: float | None = None
     has_sinks: bool = False
+    sinks_at: float = 0.0  # what they are spread around
     seed: int = 0
 
     @property
@@ -149,10 +150,10 @@ class Batch:
         heads = self.shape.num_kv_heads * self.shape.group
         generator = torch.Generator().manual_seed(self.shape.seed)
         # Some count for nothing, some for more than all keys.
-        sinks = 4 * torch.randn(heads, generator=generator).to(self.shape.dtype)
+        sinks = self.shape.sinks_at + 4 * torch.randn(heads, generator=generator)
         return {
             "soft_cap": self.shape.soft_cap,
-            "sinks": sinks.to(device) if self.shape.has_sinks else None,
+            "sinks": sinks.to(device, self.shape.dtype) if self.shape.has_sinks else None,
         }
 
     def rotated_query(self) -> torch.Tensor:

@@ -28,7 +28,6 @@ def by_kernel() -> Device:
         compiled.attention,
         lambda group: sys.maxsize,
         SparseOperations(compiled_sparse.weigh, compiled_sparse.select, compiled_sparse.attend),
-        cap_and_sinks=True,
     )
 
 
@@ -42,7 +41,6 @@ def by_torch() -> Device:
         decode.decode_attention,
         lambda group: 1,
         SparseOperations(sparse.weigh, select, sparse.attend),
-        cap_and_sinks=True,
     )
 
 

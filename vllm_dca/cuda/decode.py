@@ -17,36 +17,19 @@ from vllm_dca.cuda.plan_decode import DecodePlan, pack_at, share_of
 from vllm_dca.cuda.reduce import reduce_pieces
 from vllm_dca.cuda.tiles import attend_keys
 from vllm_dca.cuda.tuning import MIN_DOT_SIZE, tune
-from vllm_dca.cuda.turn import rotary_pairs, turned_by
+from vllm_dca.cuda.turn import turn_into
 from vllm_dca.method.rotary import QueryRotation
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _turn_into(
-    turned,  # [QUERIES, HEAD_PADDED], written
-    query,  # [QUERIES, 1] where each begins
-    real,  # [QUERIES] whether it is one
-    cos_sin,
-    turn,  # [QUERIES] positions
-    m,
-    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
-):  # fmt: skip
-    """By memory and a few columns at a time: whole queries would want all registers."""
-    COLUMNS: tl.constexpr = 32 if HEAD_PADDED > 32 else HEAD_PADDED
-    for first in range(0, HEAD_PADDED, COLUMNS):
-        d = first + tl.arange(0, COLUMNS)
-        partner, column, sign, rotates = rotary_pairs(d, ROTARY_DIM, IS_NEOX)
-        inside = real[:, None] & (d < HEAD_SIZE)[None, :]
-        q = tl.load(query + d[None, :], mask=inside, other=0.0)
-        paired = tl.load(query + partner[None, :], mask=inside, other=0.0)
-        result = turned_by(
-            q.to(tl.float32), paired.to(tl.float32), cos_sin, turn[:, None], column[None, :],
-            sign[None, :], rotates[None, :], ROTARY_DIM,
-        )  # fmt: skip
-        tl.store(turned + m[:, None] * HEAD_PADDED + d[None, :], result.to(q.dtype))
+def _add_sink(best, total, acc, sink):
+    """One more logit, whose value is 0; none where it is -inf."""
+    new_best = tl.maximum(best, sink)
+    origin = tl.where(new_best == float("-inf"), 0.0, new_best)
+    keep = tl.exp2(best - origin)
+    return new_best, total * keep + tl.exp2(sink - origin), acc * keep[:, None]
 
 
 # What changes from step to step must not make Triton compile the kernel again.
@@ -74,6 +57,8 @@ def _decode_kernel(
     k_scale,  # [1] fp32, of an FP8 cache
     v_scale,
     scale_log2,  # softmax_scale * log2(e)
+    soft_cap_log2,  # soft_cap * log2(e); None for none
+    sinks,  # [num_heads]; None for none
     chunk_len,
     chunk_size,
     inter_position,
@@ -171,7 +156,7 @@ def _decode_kernel(
             target = tl.where(chunk - key_chunk > 1, inter_position, succ)
             turn = tl.where(chunk > key_chunk, target - offset, 0)
             tl.debug_barrier()
-            _turn_into(
+            turn_into(
                 turned,
                 query + row[:, None] * query_stride_row + head[:, None] * query_stride_head,
                 real,
@@ -186,13 +171,18 @@ def _decode_kernel(
             tl.debug_barrier()
             q = tl.load(turned + m[:, None] * HEAD_PADDED + d[None, :])
             best, total, acc = attend_keys(
-                best, total, acc, q, factor[:, None], sees, at, to, cache,
+                best, total, acc, q, factor[:, None], soft_cap_log2, sees, at, to, cache,
                 cache_stride_page, cache_stride_slot, cache + HEAD_SIZE, cache_stride_page,
                 cache_stride_slot, table, d, HEAD_SIZE, PAGE_SIZE, TILE,
             )  # fmt: skip
             at = to
 
         if lo < hi:
+            if sinks is not None:
+                # Of a sequence's pieces one has the first keys. Once they are summed: beside a
+                # large sink their weights would lose digits in half precision.
+                sink = tl.load(sinks + head, mask=real & (lo == 0), other=float("-inf"))
+                best, total, acc = _add_sink(best, total, acc, sink.to(tl.float32) * LOG2_E)
             result = acc / tl.where(total > 0, total, 1.0)[:, None]
             if (lo == 0) & (hi == keys):
                 whole = output + row[:, None] * output_stride_row
@@ -218,6 +208,8 @@ def decode_attention(
     plan: DecodePlan,
     rotation: QueryRotation,
     softmax_scale: float,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
@@ -231,6 +223,8 @@ def decode_attention(
         plan: made once for all layers from the batch's lengths.
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
+        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap).
+        sinks: [num_heads], one more logit of each row's softmax, whose value is 0.
         k_scale: [1] fp32, what FP8 keys are multiplied by; None for a cache that is not FP8.
         v_scale: like k_scale, for the values.
     """
@@ -267,7 +261,9 @@ def decode_attention(
         turned,
         k_scale,
         v_scale,
-        softmax_scale * LOG2_E,
+        softmax_scale * LOG2_E.value,
+        None if soft_cap is None else soft_cap * LOG2_E.value,
+        sinks,
         plan.geometry.chunk_len,
         plan.geometry.chunk_size,
         plan.geometry.inter_position,

@@ -1,6 +1,7 @@
 """Attention providers on flash-attention: vLLM's bundled builds, and the flash-attn package."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ def bundled_with_vllm(
         UnusableProviderError: it cannot serve these needs.
     """
     check(needs, page_multiple=16, largest_head=512 if fa_version == 4 else 256)
+    _check_soft_cap(needs, flash_attn_varlen_func)
     return functools.partial(_bundled, flash_attn_varlen_func, fa_version, num_multiprocessors)
 
 
@@ -66,6 +68,7 @@ def package(needs: Needs) -> AttentionProvider:
     except ImportError as error:
         raise UnusableProviderError(f"flash-attn 2 is not installed ({error})") from error
     check(needs, page_multiple=256, largest_head=256)
+    _check_soft_cap(needs, flash_attn_varlen_func)
     return functools.partial(_package, flash_attn_varlen_func)
 
 
@@ -92,6 +95,21 @@ def check(needs: Needs, page_multiple: int, largest_head: int) -> None:
         )
 
 
+def _check_soft_cap(needs: Needs, flash_attn_varlen_func: Callable[..., Any]) -> None:
+    """The package has one from 2.6 on."""
+    if not needs.has_soft_cap:
+        return
+    if "softcap" not in inspect.signature(flash_attn_varlen_func).parameters:
+        raise UnusableProviderError(
+            "this version puts no soft cap on scores; flash-attn 2.6 and later do"
+        )
+
+
+def _capped(soft_cap: float | None) -> dict[str, float]:
+    """Its argument, left out where there is none, since old versions do not have it."""
+    return {} if soft_cap is None else {"softcap": soft_cap}
+
+
 def _bundled(
     flash_attn_varlen_func: Callable[..., Any],
     fa_version: int,
@@ -103,6 +121,7 @@ def _bundled(
     *,
     segments: PagedSegments,
     softmax_scale: float,
+    soft_cap: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -118,6 +137,7 @@ def _bundled(
         block_table=segments.block_table,
         softmax_scale=softmax_scale,
         causal=segments.causal,
+        **_capped(soft_cap),
         return_softmax_lse=True,
         fa_version=fa_version,
         num_splits=num_splits(len(query), query.shape[1], num_multiprocessors),
@@ -134,6 +154,7 @@ def _package(
     *,
     segments: PagedSegments,
     softmax_scale: float,
+    soft_cap: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -148,6 +169,7 @@ def _package(
         max_seqlen_k=segments.max_seqlen_k,
         softmax_scale=softmax_scale,
         causal=segments.causal,
+        **_capped(soft_cap),
         return_attn_probs=True,
         block_table=segments.block_table,
     )

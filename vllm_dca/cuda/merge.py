@@ -48,10 +48,11 @@ def _merge_kernel(
     lse_2,
     lse_2_stride,
     rows_2,
+    sinks,  # [num_heads]; None for none
     num_heads,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
-    TWO: tl.constexpr,
+    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -65,27 +66,38 @@ def _merge_kernel(
     best = tl.load(lse + head * lse_stride + token, mask=head < num_heads, other=0.0)
     acc = tl.load(target, mask=inside, other=0.0).to(tl.float32)
     total = tl.full([HEADS], 1.0, tl.float32)
-    best, total, acc = _add_part(
-        best, total, acc, output_1, lse_1, lse_1_stride, rows_1, token, num_heads, head, d,
-        inside, HEAD_SIZE,
-    )  # fmt: skip
-    if TWO:
+    if PARTS > 0:
+        best, total, acc = _add_part(
+            best, total, acc, output_1, lse_1, lse_1_stride, rows_1, token, num_heads, head, d,
+            inside, HEAD_SIZE,
+        )  # fmt: skip
+    if PARTS > 1:
         best, total, acc = _add_part(
             best, total, acc, output_2, lse_2, lse_2_stride, rows_2, token, num_heads, head, d,
             inside, HEAD_SIZE,
         )  # fmt: skip
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=head < num_heads, other=0.0).to(tl.float32)
+        best, total, acc = _weigh(best, total, acc, sink, 0.0)
     merged = acc / total[:, None]
     tl.store(target, merged.to(output.dtype.element_ty), mask=inside)
 
 
-def merge_parts(output: torch.Tensor, lse: torch.Tensor, parts: list[Partial]) -> None:
+def merge_parts(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    parts: list[Partial],
+    sinks: torch.Tensor | None = None,
+) -> None:
     """As `vllm_dca.cpu.merge.merge_parts`, in one launch; at most two parts.
 
     Needs the last axes dense, and each part's output dense as a whole.
     """
-    if not parts:
+    if not parts and sinks is None:
         return
-    first, second = parts[0], parts[-1]
+    # Of a part that is not there nothing is read.
+    read = parts or [Partial(output, lse, lse, lse)]
+    first, second = read[0], read[-1]
     num_tokens, num_heads, head_size = output.shape
     _merge_kernel[(num_tokens, triton.cdiv(num_heads, HEADS_PER_PROGRAM))](
         output,
@@ -101,9 +113,10 @@ def merge_parts(output: torch.Tensor, lse: torch.Tensor, parts: list[Partial]) -
         second.lse,
         second.lse.stride(0),
         second.rows,
+        sinks,
         num_heads,
         HEAD_SIZE=head_size,
         HEAD_PADDED=triton.next_power_of_2(head_size),
-        TWO=len(parts) == 2,
+        PARTS=len(parts),
         HEADS=HEADS_PER_PROGRAM,
     )

@@ -45,6 +45,7 @@ def _attention_kernel(
     num_segments,
     search_steps,
     scale_log2,  # softmax_scale * log2(e)
+    soft_cap_log2,  # soft_cap * log2(e); None for none
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -94,7 +95,7 @@ def _attention_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
     best, total, acc = attend_keys(
-        best, total, acc, q, factor, sees, 0, end, keys_of_head, key_stride_page,
+        best, total, acc, q, factor, soft_cap_log2, sees, 0, end, keys_of_head, key_stride_page,
         key_stride_slot, values_of_head, value_stride_page, value_stride_slot, table, d,
         HEAD_SIZE, PAGE_SIZE, TILE,
     )  # fmt: skip
@@ -117,6 +118,7 @@ def attention(
     *,
     segments: PagedSegments,
     softmax_scale: float,
+    soft_cap: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -147,6 +149,7 @@ def attention(
         num_segments,
         num_segments.bit_length(),
         softmax_scale * LOG2_E,
+        None if soft_cap is None else soft_cap * LOG2_E,
         CAUSAL=segments.causal,
         GROUP=num_heads // num_kv_heads,
         HEAD_SIZE=head_size,

@@ -5,10 +5,27 @@ import triton.language as tl
 
 
 @triton.jit
+def soft_capped(x, cap):
+    """cap * tanh(x / cap), to 4e-7 of itself: a quotient of polynomials, and +-cap past them.
+
+    Triton's own tanh is libdevice's, which its interpreter has not.
+    """
+    y = tl.minimum(tl.maximum(x / cap, -7.90531111), 7.90531111)
+    q = y * y
+    p = -2.76076848e-16 * q + 2.00018790e-13
+    p = (p * q - 8.60467152e-11) * q + 5.12229710e-08
+    p = (p * q + 1.48572236e-05) * q + 6.37261929e-04
+    p = (p * q + 4.89352456e-03) * y
+    divisor = (1.19825839e-06 * q + 1.18534706e-04) * q + 2.26843463e-03
+    return p / (divisor * q + 4.89352519e-03) * cap
+
+
+@triton.jit
 def attend_keys(
     best, total, acc,  # [ROWS], [ROWS], [ROWS, HEAD_PADDED] fp32
     query,  # [ROWS, HEAD_PADDED]
     factor,  # on the dot products, log2(e) included
+    soft_cap,  # of the scores, log2(e) included; None for none
     sees,  # [ROWS], keys that each row sees
     lo, hi,  # keys
     key_cache, key_stride_page, key_stride_slot,  # of this KV head
@@ -33,6 +50,8 @@ def attend_keys(
         inside = (key < hi)[:, None] & (d < HEAD_SIZE)[None, :]
         k = tl.load(k_slot[:, None] + d[None, :], mask=inside, other=0.0)
         scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee") * factor
+        if soft_cap is not None:
+            scores = soft_capped(scores, soft_cap)
         scores = tl.where(key[None, :] < sees[:, None], scores, float("-inf"))
 
         new_best = tl.maximum(best, tl.max(scores, 1))

@@ -52,6 +52,32 @@ def turned_by(
 
 
 @triton.jit
+def turn_into(
+    turned,  # [QUERIES, HEAD_PADDED], written
+    query,  # [QUERIES, 1] where each begins
+    real,  # [QUERIES] whether it is one
+    cos_sin,
+    turn,  # [QUERIES] positions
+    m,
+    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
+):  # fmt: skip
+    """By memory and a few columns at a time: whole queries would want all registers."""
+    COLUMNS: tl.constexpr = 32 if HEAD_PADDED > 32 else HEAD_PADDED
+    for first in range(0, HEAD_PADDED, COLUMNS):
+        d = first + tl.arange(0, COLUMNS)
+        partner, column, sign, rotates = rotary_pairs(d, ROTARY_DIM, IS_NEOX)
+        inside = real[:, None] & (d < HEAD_SIZE)[None, :]
+        q = tl.load(query + d[None, :], mask=inside, other=0.0)
+        paired = tl.load(query + partner[None, :], mask=inside, other=0.0)
+        result = turned_by(
+            q.to(tl.float32), paired.to(tl.float32), cos_sin, turn[:, None], column[None, :],
+            sign[None, :], rotates[None, :], ROTARY_DIM,
+        )  # fmt: skip
+        tl.store(turned + m[:, None] * HEAD_PADDED + d[None, :], result.to(q.dtype))
+
+
+@triton.jit
 def _turn_kernel(
     query,  # [num_tokens, num_heads, HEAD_SIZE]
     query_stride_token,

@@ -34,6 +34,10 @@ def provider(needs: Needs) -> AttentionProvider:
             f"its operators that return partial results need compute capability 8.0, and this "
             f"is {needs.capability}"
         )
+    if needs.has_soft_cap:
+        raise UnusableProviderError(
+            "its operators put no soft cap on scores; flash-attention's and triton do"
+        )
     if torch.version.cuda is None:
         raise UnusableProviderError("it wants a torch for CUDA")
     try:

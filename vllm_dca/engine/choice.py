@@ -33,7 +33,9 @@ def _vllm_flash_attn(needs: Needs) -> AttentionProvider:
     except ImportError as error:
         raise UnusableProviderError(f"vLLM was built without it ({error})") from error
     fa_version = get_flash_attn_version(
-        head_size=needs.head_size, kv_cache_block_size=needs.block_size
+        head_size=needs.head_size,
+        requires_softcap=needs.has_soft_cap,
+        kv_cache_block_size=needs.block_size,
     )
     if fa_version is None:
         raise UnusableProviderError(f"vLLM has none for compute capability {needs.capability}")

@@ -165,11 +165,6 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             output[step.plan.rest] = attended
         return output
 
-    def _softmax(self) -> dict[str, Any]:
-        """What few models have; only the CPU's operations know it."""
-        given = {"soft_cap": self.soft_cap, "sinks": self.sinks}
-        return {name: value for name, value in given.items() if value is not None}
-
     def _attend(
         self,
         query: torch.Tensor,
@@ -190,7 +185,8 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
                 plan=metadata.decode,
                 rotation=self.rotation,
                 softmax_scale=self.scale,
-                **self._softmax(),
+                soft_cap=self.soft_cap,
+                sinks=self.sinks,
                 **scales,
             )
         if metadata.prefill is not None:
@@ -205,6 +201,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
                 rotation=self.rotation,
                 softmax_scale=self.scale,
                 operations=self.device.prefill,
-                **self._softmax(),
+                soft_cap=self.soft_cap,
+                sinks=self.sinks,
                 **scales,
             )

@@ -150,8 +150,6 @@ def _prepare(
     needs, rule = _needs(layer, vllm_config), _rule(layer, vllm_config)
     device = device_of(needs)
     has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
-    if has_more and not device.cap_and_sinks:
-        raise _refusal(layer_name, "soft caps and sinks are served on a CPU only")
     if has_more and rule is not None:
         raise _refusal(layer_name, "sparse prefill knows no soft cap and no sinks")
     layer.impl.prepare(rotation, device, needs.cache_dtype, rule)
@@ -202,6 +200,7 @@ def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:
         cache_dtype=cache_dtype_of(layer.kv_cache_dtype, dtype),
         block_size=block_size_of(vllm_config),
         capability=compute_capability(),
+        has_soft_cap=layer.impl.soft_cap is not None,
     )
 
 

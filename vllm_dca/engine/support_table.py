@@ -14,11 +14,20 @@ class Shown(NamedTuple):
         cpu: with the CPU's code.
         v1: with the GPU's code in Triton's interpreter, under vLLM's Model Runner V1.
         v2: likewise, under V2, which is CUDA's default.
+        offered: whether a start on a GPU takes it.
     """
 
     cpu: bool = True
     v1: bool = False
     v2: bool = True
+    offered: bool = True
+
+    @property
+    def on_a_gpu(self) -> str:
+        """As the table says it; nothing has run on one yet."""
+        if not self.offered:
+            return "not offered"
+        return "only interpreted" if self.v1 or self.v2 else "not yet"
 
 
 FEATURES: dict[str, Shown] = {
@@ -40,7 +49,7 @@ FEATURES: dict[str, Shown] = {
     "prompts as embeddings": Shown(),
     "reloading weights": Shown(),
     "KV connectors": Shown(),
-    "[sparse prefill](sparse.md)": Shown(v2=False),
+    "[sparse prefill](sparse.md)": Shown(v2=False, offered=False),
     "speculative decoding by ngram": Shown(v1=True),
     "speculative decoding by EAGLE and EAGLE-3": Shown(),
     "speculative decoding by a draft model": Shown(v1=True),
@@ -48,8 +57,8 @@ FEATURES: dict[str, Shown] = {
     "speculative decoding by Medusa heads": Shown(v2=False),
     "sliding-window layers beside full ones": Shown(),
     "linear-attention layers beside full ones": Shown(),
-    "soft caps, on the CPU": Shown(v2=False),
-    "attention sinks, on the CPU": Shown(v2=False),
+    "soft caps": Shown(),
+    "attention sinks": Shown(),
     "M-RoPE for text": Shown(v2=False),
     "tensor parallel": Shown(),
     "pipeline parallel": Shown(v2=False),
@@ -89,6 +98,6 @@ def features() -> str:
         "|---|---|---|---|---|",
     ]
     for feature, shown in FEATURES.items():
-        cells = " | ".join("yes" if each else "" for each in shown)
-        lines.append(f"| {feature} | {cells} | not yet |")
+        cells = ("yes" if each else "" for each in (shown.cpu, shown.v1, shown.v2))
+        lines.append(f"| {feature} | {' | '.join(cells)} | {shown.on_a_gpu} |")
     return "\n".join(lines) + "\n"

@@ -36,7 +36,8 @@ class PrefillOperations(NamedTuple):
     Attributes:
         turn: `vllm_dca.cpu.turn.turn_queries` or a function like it.
         attend: computes each pass.
-        merge: `vllm_dca.cpu.merge.merge_parts` or a function like it.
+        merge: `vllm_dca.cpu.merge.merge_parts` or a function like it. It adds the sinks, so
+            that no pass has to know them.
     """
 
     turn: Callable[
@@ -63,7 +64,6 @@ class Device(NamedTuple):
         decode_rows: up to how many new tokens of a request `decode` takes rather than
             `prefill`, where so many query heads share a KV head.
         sparse: the operations of sparse prefill; None where there are none.
-        cap_and_sinks: whether scores may have a soft cap, and heads a sink.
     """
 
     provider: str
@@ -73,4 +73,3 @@ class Device(NamedTuple):
     decode: Callable[..., None]
     decode_rows: Callable[[int], int]
     sparse: SparseOperations | None = None
-    cap_and_sinks: bool = False

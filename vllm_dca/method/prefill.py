@@ -38,7 +38,7 @@ def prefill_attention(
         rotation: how this layer turns queries.
         softmax_scale: factor on the dot products.
         operations: the device's.
-        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap); the CPU's can.
+        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap).
         sinks: [num_heads], one more logit of each query's softmax, whose value is 0.
         k_scale: of an FP8 cache, see `AttentionProvider`.
         v_scale: likewise.
@@ -70,7 +70,4 @@ def prefill_attention(
     for index, (tokens, rows) in enumerate(plan.parts, start=1):
         part_output = torch.empty_like(queries[index])
         parts.append(Partial(part_output, attend(index, part_output), tokens, rows))
-    if sinks is None:
-        operations.merge(output, lse, parts)
-    else:
-        operations.merge(output, lse, parts, sinks)
+    operations.merge(output, lse, parts, sinks)

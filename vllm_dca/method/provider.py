@@ -55,6 +55,7 @@ class Needs:
         cache_dtype: of keys and values; another than dtype only for FP8.
         block_size: tokens a page.
         capability: compute capability; (0, 0) on the CPU.
+        has_soft_cap: whether scores have a cap.
     """
 
     head_size: int
@@ -62,6 +63,7 @@ class Needs:
     cache_dtype: torch.dtype
     block_size: int
     capability: tuple[int, int]
+    has_soft_cap: bool = False
 
 
 class UnusableProviderError(Exception):
@@ -80,6 +82,7 @@ class AttentionProvider(Protocol):
         *,
         segments: PagedSegments,
         softmax_scale: float,
+        soft_cap: float | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -93,11 +96,13 @@ class AttentionProvider(Protocol):
             output: [total_q, num_heads, head_size], written.
             segments: which query reads what.
             softmax_scale: factor on the dot products.
+            soft_cap: scaled scores become soft_cap * tanh(score / soft_cap); only given where
+                `Needs` said so.
             k_scale: [1] fp32, what FP8 keys are multiplied by; None for a cache of the
                 query's dtype.
             v_scale: like k_scale, for the values.
 
         Returns:
-            Natural-log log-sum-exp of the scaled scores, [num_heads, total_q] fp32.
+            Natural-log log-sum-exp of the scaled and capped scores, [num_heads, total_q] fp32.
         """
         ...
