@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -55,15 +56,32 @@ SHARED_MEMORY_IN_ALL = {
 WITHOUT_SPILLS = (80, 90, 100)
 # What --quick compiles for: data centres' cards with the least and the most room.
 QUICK = (80, 90)
-# Name, query heads, KV heads, head size.
+
+
+class Shape(NamedTuple):
+    """Of a layer: what its kernels are compiled for."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_size: int
+    soft_cap: float | None = None
+    has_sinks: bool = False
+
+
 SHAPES = [
-    ("Llama-3-8B", 32, 8, 128),
-    ("MQA", 48, 1, 256),
-    ("Qwen2.5-7B", 28, 4, 128),
-    ("Llama-2-7B", 32, 32, 128),
-    ("SmolLM2-135M", 9, 3, 64),
-    ("Gemma-like", 8, 4, 256),
-    ("Phi-like", 32, 32, 80),
+    Shape("Llama-3-8B", 32, 8, 128),
+    Shape("MQA", 48, 1, 256),
+    Shape("Qwen2.5-7B", 28, 4, 128),
+    Shape("Llama-2-7B", 32, 32, 128),
+    Shape("SmolLM2-135M", 9, 3, 64),
+    Shape("Gemma-like", 8, 4, 256),
+    Shape("Phi-like", 32, 32, 80),
+]
+# What few models have, and other kernels are compiled for.
+WITH_MORE = [
+    Shape("Gemma-2", 16, 8, 256, soft_cap=50.0),
+    Shape("gpt-oss", 64, 8, 64, has_sinks=True),
 ]
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f8E5M2": 1, "f8E4M3FN": 1}
 WARPS_PER_MULTIPROCESSOR = {75: 32, 80: 64, 86: 48, 90: 64, 100: 64}
@@ -104,8 +122,10 @@ class Compiler:
         JITFunction.run = self.run
 
 
-def launch(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache: torch.dtype):
+def launch(shape: Shape, dtype: torch.dtype, cache: torch.dtype):
     """Every kernel once, as the backend launches it."""
+    _, heads, kv_heads, head_size, soft_cap, has_sinks = shape
+    sinks = torch.zeros(heads, dtype=dtype) if has_sinks else None
     rows, page = 4, 16
     query = torch.zeros(rows, heads, head_size, dtype=dtype)
     rotation = QueryRotation(torch.zeros(64, head_size), True)
@@ -113,7 +133,7 @@ def launch(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache:
     turn_queries(query, rotation, indices, indices)
     lse = torch.zeros(heads, rows)
     part = Partial(query, lse, indices, indices)
-    merge_parts(query, lse, [part, part])
+    merge_parts(query, lse, [part, part], sinks)
     kv_cache = torch.zeros(2, kv_heads, page, 2 * head_size, dtype=cache)
     scale = torch.ones(1) if cache != dtype else None
     key_cache, value_cache = split_kv(kv_cache)
@@ -129,6 +149,7 @@ def launch(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache:
             torch.empty_like(query),
             segments=dataclasses.replace(prefill.passes[0], causal=causal),
             softmax_scale=0.1,
+            soft_cap=soft_cap,
             k_scale=scale,
             v_scale=scale,
         )
@@ -144,6 +165,8 @@ def launch(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache:
             plan=planner.plan(starts[:2], starts[:1], table, rows),
             rotation=rotation,
             softmax_scale=0.1,
+            soft_cap=soft_cap,
+            sinks=sinks,
             k_scale=scale,
             v_scale=scale,
         )
@@ -194,29 +217,31 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two cards, the first shape, and the largest in fp32",
+        help="two cards, the first shape, the largest in fp32, a cap and sinks in bf16",
     )
     parser.add_argument("--shapes", nargs="+", help="some of them; else all")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    shapes = SHAPES[: 2 if args.quick else None]
+    shapes = [*SHAPES[: 2 if args.quick else None], *WITH_MORE]
     if args.shapes:
-        shapes = [shape for shape in SHAPES if shape[0] in args.shapes]
+        shapes = [shape for shape in [*SHAPES, *WITH_MORE] if shape.name in args.shapes]
     results = []
     for capability in QUICK if args.quick else SHARED_MEMORY:
         fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 90)
         dtypes = [(d, d) for d in DTYPES] + [(torch.bfloat16, c) for c in fp8]
-        for name, heads, kv_heads, head_size in shapes:
-            if args.quick and name == "MQA":
+        for shape in shapes:
+            if args.quick and shape.name == "MQA":
                 dtypes = [(torch.float32, torch.float32)]
+            if args.quick and shape in WITH_MORE:
+                dtypes = [(torch.bfloat16, torch.bfloat16)]
             for dtype, cache in dtypes:
                 with Compiler(capability) as compiler:
-                    launch(heads, kv_heads, head_size, dtype, cache)
+                    launch(shape, dtype, cache)
                 for kernel, compiled in compiler.kernels.items():
                     results.append(
                         {
                             "capability": capability,
-                            "shape": name,
+                            "shape": shape.name,
                             "dtype": str(dtype).removeprefix("torch."),
                             "kv_cache": str(cache).removeprefix("torch."),
                             "kernel": kernel,

@@ -34,16 +34,16 @@ def smaller_tiles() -> Iterator[None]:
 
 
 def compiled(tiles: str) -> Iterator[dict[str, Any]]:
-    for name, heads, kv_heads, head_size in compile_kernels.SHAPES:
+    for shape in compile_kernels.SHAPES:
         with compile_kernels.Compiler(CAPABILITY) as compiler:
-            compile_kernels.launch(heads, kv_heads, head_size, *[torch.float16] * 2)
+            compile_kernels.launch(shape, *[torch.float16] * 2)
         for kernel, found in compiler.kernels.items():
             kind = KERNELS.get(kernel.partition("_")[0])
             if kind is not None:
                 yield {
                     "kernel": kind,
                     "tiles": tiles,
-                    "shape": name,
+                    "shape": shape.name,
                     **compile_kernels.resources(found, CAPABILITY),
                     "tensor_core_instructions": found.asm["ptx"].count("mma.sync"),
                 }

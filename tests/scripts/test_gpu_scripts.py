@@ -82,7 +82,12 @@ def test_kernels_compile_and_fit(tmp_path: Path) -> None:
     kernels = json.loads(output.read_text())["kernels"]
     shared = {80: 166_912, 90: 232_448}
     assert {kernel["capability"] for kernel in kernels} == set(shared)
-    assert {kernel["shape"] for kernel in kernels} == {"Llama-3-8B", "MQA"}
+    assert {kernel["shape"] for kernel in kernels} == {
+        "Llama-3-8B",
+        "MQA",
+        "Gemma-2",
+        "gpt-oss",
+    }
     names = {kernel["kernel"].partition("_")[0] for kernel in kernels}
     assert names == {"turn", "merge", "attention", "plan", "decode", "reduce"}
     for kernel in kernels:
