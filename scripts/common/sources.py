@@ -63,6 +63,9 @@ MEASUREMENTS = {
     "scripts.models.sweep": Measurement(
         ("models",), ("vllm_dca/engine/*.py", "scripts/models/*.py", *CPU)
     ),
+    "scripts.quality.cases": Measurement(
+        ("cases",), ("vllm_dca/reference/*.py", *CPU, *CUDA), is_sparse=True
+    ),
     "scripts.quality.demo": Measurement(("demo",), ENGINE_ON_CPU),
     "scripts.quality.perplexity": Measurement(
         ("perplexity", "perplexity-128k", "sizes-perplexity"), ENGINE_ON_CPU

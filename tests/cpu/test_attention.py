@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.cases import cases
 from tests.helpers.paged import Batch, Shape
 from vllm_dca.cpu import compiled, plan_decode
 from vllm_dca.method.kv_cache import write_kv
@@ -55,14 +56,14 @@ def shapes(draw: st.DrawFn, decode: bool = False, softmax: bool = False) -> Shap
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(150), deadline=None)
 @given(shapes(softmax=True))
 def test_prefill_agrees_with_reference(shape: Shape) -> None:
     batch = Batch.random(shape)
     batch.assert_close(batch.prefill())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(150), deadline=None)
 @given(shapes(decode=True, softmax=True), st.sampled_from([1 << 22, 100]))
 def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
     batch = Batch.random(shape)
@@ -71,7 +72,7 @@ def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
         batch.assert_close(batch.decode())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(150), deadline=None)
 @given(st.one_of(shapes(softmax=True), shapes(decode=True, softmax=True)), st.booleans())
 def test_compiled_agrees_with_reference(shape: Shape, tokens_first: bool) -> None:
     batch = Batch.random(dataclasses.replace(shape, tokens_first=tokens_first))

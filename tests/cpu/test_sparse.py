@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import sparse as helper
+from tests.helpers.cases import cases
 from tests.helpers.paged import Batch, Shape
 from vllm_dca.cpu import compiled, compiled_sparse, sparse
 from vllm_dca.method.lines import Lines, Rule, select
@@ -114,7 +115,7 @@ def assert_attends(batch: Batch, segment: Segment, lines: Lines, output: torch.T
 
 
 @PATHS
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=cases(25), deadline=None)
 @given(shapes(), st.sampled_from([0, 70, 300]), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
 def test_attends_to_given_lines(path: str, shape: Shape, threshold: int, share: float) -> None:
     batch = Batch.random(shape)
@@ -184,14 +185,14 @@ BY_COVERAGE = Rule(None, None, 0.6, 70)
 
 
 @PATHS
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=cases(15), deadline=None)
 @given(shapes(), st.sampled_from([BY_BUDGETS, BY_COVERAGE]))
 def test_weighs_lines(path: str, shape: Shape, rule: Rule) -> None:
     assert_weighed(Batch.random(shape), rule, path)
 
 
 @PATHS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=cases(60), deadline=None)
 @given(
     st.integers(64, 500),
     st.one_of(

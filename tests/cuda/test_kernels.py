@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scripts.bench import balance
 from tests.cpu.test_attention import shapes
 from tests.helpers import interpreter
+from tests.helpers.cases import cases
 from tests.helpers.paged import CPU_PREFILL, DEVICE, Batch, Shape, query_start_loc
 from vllm_dca.cuda import plan_decode, tuning
 from vllm_dca.cuda.decode import decode_attention
@@ -105,21 +106,21 @@ def cached_shapes(draw: st.DrawFn, decode: bool = False) -> Shape:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=cases(40), deadline=None)
 @given(cached_shapes(decode=True), st.integers(1, 12))
 def test_decode_agrees_with_reference(shape: Shape, num_programs: int) -> None:
     batch = Batch.random(shape)
     batch.assert_close(decode(batch, num_programs))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=cases(40), deadline=None)
 @given(cached_shapes())
 def test_prefill_agrees_with_reference(shape: Shape) -> None:
     batch = Batch.random(shape)
     batch.assert_close(prefill(batch))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=cases(15), deadline=None)
 @given(cached_shapes())
 def test_decode_takes_any_number_of_new_tokens(shape: Shape) -> None:
     """Each tile with the turns of its own rows."""
