@@ -6,7 +6,10 @@ is given chunks longer than the context, where DCA is ordinary attention.
 
 What the machine could do is measured beside them: a prefill is held against a matrix product
 by torch, in the dtype that the processor multiplies, a decode against a plain read of as many
-bytes.
+bytes, and against the larger of that and of the time that its products alone would take there.
+
+A record is written after each row. The same command on the same commit goes on where it was
+cut short.
 """
 
 import itertools
@@ -40,6 +43,8 @@ PAGE = 128
 OPERATIONS = PrefillOperations(turn_queries, paged_pass.attention, merge_parts)
 SECONDS = 10
 PREFILL = 2048  # new tokens of a step's prefills, at the ends of their contexts
+CACHED = 256  # new tokens of each request whose other ones are cached
+STEPS = ("decode", "prefill", "cached")
 MATRIX = 2048  # rows and columns of the matrices that are multiplied
 # By which torch and its libraries take a processor for a lesser one.
 LESSER = {
@@ -130,26 +135,26 @@ def emulate(instructions: str) -> None:
     torch.cpu._is_avx512_supported = lambda: False  # vLLM asks it which library to load
 
 
-def yardstick(layer: Layer) -> tuple[str, Callable[[], object]]:
-    """What the machine does with nothing in the way: a product of matrices, or a read."""
-    if layer.new == 1:
-        # Another copy, so that neither run finds in the processor's cache what the other read.
-        copy = layer.kv_cache.clone().view(torch.float32).flatten()
-        return "read", copy.sum
+def read(layer: Layer) -> Callable[[], object]:
+    """What the machine does with nothing in the way: a read of as many bytes."""
+    # Another copy, so that neither run finds in the processor's cache what the other read.
+    copy = layer.kv_cache.clone().view(torch.float32).flatten()
+    return copy.sum
+
+
+def product(layer: Layer) -> Callable[[], object]:
+    """Likewise a product of two square matrices."""
     dtype = layer.query.dtype
     if dtype != torch.float32 and processor().dtype != dtype:
         dtype = torch.float32
     left, right = torch.randn(2, MATRIX, MATRIX, dtype=dtype)
-    return "torch.mm", lambda: left @ right
+    return lambda: left @ right
 
 
-def share(layer: Layer, name: str, of_dca: float, of_yardstick: float) -> float:
-    """DCA's speed over the yardstick's, from the milliseconds of both."""
-    if name == "read":
-        return of_yardstick / of_dca
+def of_products(layer: Layer) -> float:
+    """The layer's multiplications by keys and by values, over those of the matrices."""
     seen = sum(range(layer.context - layer.new + 1, layer.context + 1)) * len(layer.seq_lens)
-    products = 2 * seen * layer.query.shape[1] * layer.head_size  # by keys, and by values
-    return products / MATRIX**3 * of_yardstick / of_dca
+    return 2 * seen * layer.query.shape[1] * layer.head_size / MATRIX**3
 
 
 def alternate(
@@ -189,7 +194,7 @@ def measure(
     repeats: int = 15,
 ) -> dict[str, Any]:
     """One row: a step of the layer by CPU_ATTN and by DCA."""
-    new = 1 if step == "decode" else min(PREFILL // batch, context)
+    new = {"decode": 1, "prefill": min(PREFILL // batch, context), "cached": CACHED}[step]
     kernel = compiled.CompiledPlan, compiled.attention
     sizes = shape, *SHAPES[shape], chunk_len + LOCAL_SIZE, LOCAL_SIZE
     layer = BothLayers(sizes, batch, context, new, dtype)
@@ -206,9 +211,12 @@ def measure(
         layer.output.fill_(torch.nan)
         run()
         layer.check()
-    name, limit = yardstick(layer)
-    times = alternate({"CPU_ATTN": layer.own, **runs, name: limit}, repeats)
+    limits = {"read": read(layer)} if step == "decode" else {}
+    limits["torch.mm"] = product(layer)
+    times = alternate({"CPU_ATTN": layer.own, **runs, **limits}, repeats)
     medians = {each: found["median"] for each, found in times.items()}
+    arithmetic = of_products(layer) * medians["torch.mm"]
+    limit = max(medians.get("read", 0.0), arithmetic)
     arguments = layer.starts, layer.seq_lens, layer.block_table, PAGE, layer.geometry
     planning = alternate({"plan": lambda: kernel[0](*arguments)}, 20)["plan"]["median"]
     return {
@@ -220,8 +228,10 @@ def measure(
         "chunk_len": chunk_len,
         "new": new,
         "ratio": medians["DCA"] / medians["CPU_ATTN"],
-        "yardstick": name,
-        "share": share(layer, name, medians["DCA"], medians[name]),
+        "yardstick": next(iter(limits)),
+        "share": medians.get("read", arithmetic) / medians["DCA"],
+        "arithmetic_milliseconds": arithmetic,
+        "share_of_limit": limit / medians["DCA"],
         "milliseconds": times,
         "plan_milliseconds_a_step": planning,
     }
@@ -234,7 +244,9 @@ def main(
     shape: Annotated[str, typer.Option(help="Spaces between.")] = " ".join(SHAPES),
     dtype: Annotated[str, typer.Option(help="Spaces between.")] = " ".join(DTYPES),
     batch: Annotated[str, typer.Option(help="Spaces between.")] = "1 8",
-    step: Annotated[str, typer.Option(help="Spaces between.")] = "decode prefill",
+    step: Annotated[
+        str, typer.Option(help=f"Among {', '.join(STEPS)}, spaces between.")
+    ] = "decode prefill",
     instructions: Annotated[
         str | None, typer.Option(help=f"No more than these: {', '.join(LESSER)}.")
     ] = None,
@@ -252,20 +264,26 @@ def main(
     names = ("DCA", "CPU_ATTN", "DCA by torch")
     of_times = (f"{name}, ms" for name in names)
     columns = ("step", "shape", "dtype", "batch", "context", "chunk_len")
-    table = Table(*columns, "DCA / CPU_ATTN", "of torch.mm or a read", *of_times)
-    rows = []
+    shares = ("of torch.mm or a read", "of the larger")
+    table = Table(*columns, "DCA / CPU_ATTN", *shares, *of_times)
+    rows = record.resumed(output, facts)
+    known = {tuple(row[key] for key in columns): row for row in rows}
+    each: tuple[Any, ...]
     numbers = (map(int, words.split()) for words in (batch, context, chunk_len))
     for each in itertools.product(step.split(), shape.split(), dtype.split(), *numbers):
-        row = measure(*each, repeats)
-        rows.append(row)
+        row = known.get(each)
+        if row is None:
+            row = measure(*each, repeats)
+            rows.append(row)
+        if output:
+            record.write(output, {**facts, "results": rows})
         times = row["milliseconds"]
         medians = [f"{times[name]['median']:.2f}" if name in times else "" for name in names]
-        cells = [*map(str, each), f"{row['ratio']:.2f}", f"{row['share']:.2f}"]
+        found = (f"{row[key]:.2f}" for key in ("ratio", "share", "share_of_limit"))
+        cells = [*map(str, each), *found]
         table.add_row(*cells, *medians)
         console.print(*cells)
     console.print(table)
-    if output:
-        record.write(output, {**facts, "results": rows})
 
 
 if __name__ == "__main__":

@@ -73,6 +73,15 @@ def write(output: Path, record: dict[str, Any]) -> None:
     unfinished.replace(output)
 
 
+def resumed(output: Path | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a record of these very facts that was cut short, if there is one."""
+    if output is None or not output.exists():
+        return []
+    before = json.loads(output.read_text())
+    found: list[dict[str, Any]] = before.pop("results", [])
+    return found if before == facts else []
+
+
 def write_kernels(output: Path, rows: list[dict[str, Any]]) -> None:
     """Kernels that were compiled, one a line: there are hundreds."""
     facts = {"triton": version("triton"), **provenance()}

@@ -208,3 +208,12 @@ def test_the_engine_is_held_against_the_reference(tmp_path: Path) -> None:
     assert row["ran"]["backends"] == [[f"DCA ({by_kernel().provider})"]]
     distances = row["rms_from_fp64"]
     assert 0 < distances["engine"] <= 2 * distances["bf16 reference"]
+
+
+def test_a_record_goes_on_where_the_same_run_was_cut_short(tmp_path: Path) -> None:
+    output, facts = tmp_path / "record.json", {"commit": "a"}
+    assert record.resumed(output, facts) == []
+    record.write(output, {**facts, "results": [1]})
+    assert record.resumed(output, facts) == [1]
+    assert record.resumed(output, {"commit": "b"}) == []
+    assert record.resumed(None, facts) == []
