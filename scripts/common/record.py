@@ -1,7 +1,9 @@
 """What a result must say of itself to be made again: command, commit, machine, versions."""
 
 import contextlib
+import fcntl
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -12,27 +14,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scripts.common import sources
-from scripts.common.sources import ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """The facts of this run, to stand before its results; versions of the packages too.
-
-    With digests of what it measured, if scripts/common/sources.py names the command.
-    """
+    """The facts of this run, to stand before its results; versions of the packages too."""
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
 
-    path = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix()
-    module = path.removesuffix("/__main__").replace("/", ".")
-    measured = sources.digests(module)
+    module = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix()
+    module = module.removesuffix("/__main__")
     return {
-        "command": command("python", "-m", module, *sys.argv[1:]),
+        "command": command("python", "-m", module.replace("/", "."), *sys.argv[1:]),
         "commit": commit(),
         "machine": f"{platform.machine()}, {len(cpu)} x {cpu[0] if cpu else 'unknown'}",
         "versions": {name: _version(name) for name in ("torch", *packages)},
-        **({"sources": measured} if measured else {}),
     }
 
 
@@ -126,20 +122,35 @@ class Journal:
 
 
 class Growing:
-    """A record of results by two names, on disk after each; what is there already stays.
+    """A record of results by two names, on disk after each, by several commands at once.
 
     Raises:
         ValueError: the file is of another run.
     """
 
     def __init__(self, output: Path | None, asked: dict[str, Any]) -> None:
-        kept = json.loads(output.read_text()) if output and output.exists() else {}
         self.output, self.asked = output, json.loads(json.dumps(asked))
-        if kept and {key: kept[key] for key in kept if key != "results"} != self.asked:
-            raise ValueError(f"{output} is of another run: name another file")
-        self.results: dict[str, dict[str, Any]] = kept.get("results", {})
+        self.results: dict[str, dict[str, Any]] = {}
+        self._read()
 
     def add(self, row: str, column: str, result: dict[str, Any]) -> None:
-        self.results.setdefault(row, {})[column] = result
-        if self.output:
+        if not self.output:
+            self.results.setdefault(row, {})[column] = result
+            return
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.output.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self._read()
+            self.results.setdefault(row, {})[column] = result
             write(self.output, {**self.asked, "results": self.results})
+        finally:
+            os.close(folder)
+
+    def _read(self) -> None:
+        if not self.output or not self.output.exists():
+            return
+        found = json.loads(self.output.read_text())
+        self.results = found.pop("results")
+        if found != self.asked:
+            raise ValueError(f"{self.output} is of another run: name another file")

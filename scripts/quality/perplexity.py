@@ -34,18 +34,38 @@ def windows(tokens: list[int], length: int, count: int) -> list[list[int]]:
     return [tokens[at : at + length] for at in range(0, step * count, step)]
 
 
-def nll(llm: Any, tokens: list[int]) -> list[float]:
-    """Mean negative log-likelihood of each BUCKET of tokens; the first token has none."""
+def nll(llm: Any, tokens: list[int], cached: int = 0) -> list[float]:
+    """Mean negative log-likelihood of each BUCKET of tokens; the first token has none.
+
+    Args:
+        llm: the engine.
+        tokens: to be scored.
+        cached: of these, a number of BUCKETs, are in the engine's cache, and aren't.
+
+    Raises:
+        RuntimeError: another number was.
+    """
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    parameters = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        prompt_logprobs=0,
+        skip_reading_prefix_cache=not cached,
+        detokenize=False,
+    )
     [output] = llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
+    if output.num_cached_tokens != cached:
+        raise RuntimeError(f"{output.num_cached_tokens} tokens were cached, not {cached}")
+    # The first that is computed has no score: what predicts it was not.
+    first = cached + 1
     scored = [
         -at[token].logprob
-        for at, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)
+        for at, token in zip(output.prompt_logprobs[first:], tokens[first:], strict=True)
     ]
     # Bucket b is of positions b * BUCKET and on; scored[0] is of position 1.
-    buckets = [scored[max(at - 1, 0) : at + BUCKET - 1] for at in range(0, len(tokens), BUCKET)]
+    starts = range(0, len(tokens) - cached, BUCKET)
+    buckets = [scored[max(at - 1, 0) : at + BUCKET - 1] for at in starts]
     return [sum(bucket) / len(bucket) for bucket in buckets]
 
 

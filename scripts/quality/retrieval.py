@@ -37,6 +37,7 @@ THINGS = (
     "The serial number of the broken clock is",
 )
 ANSWER = 8  # tokens
+ROOM = 32  # tokens for a question, before a text's end
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,22 @@ def haystack(
 
 
 def ask(
-    llm: Any, tokenizer: Any, text: list[int], needles: list[Needle], length: int
+    llm: Any,
+    tokenizer: Any,
+    text: list[int],
+    needles: list[Needle],
+    length: int,
+    cached: bool = False,
 ) -> list[dict[str, Any]]:
-    """Each needle's question, at the end of `length` tokens or some less."""
+    """Each needle's question, at the end of `length` tokens or some less.
+
+    Raises:
+        RuntimeError: the text was to be cached, and was not.
+    """
     from vllm import SamplingParams
 
-    room = 32
-    start = text[: length - room]
-    hidden = [needle for needle in needles if needle.position < length - 3 * room]
+    start = text[: length - ROOM]
+    hidden = [needle for needle in needles if needle.position < length - 3 * ROOM]
     prompts = [
         {"prompt_token_ids": start + tokenizer(end, add_special_tokens=False)["input_ids"]}
         for end in (f"\n\n{needle.question}" for needle in hidden)
@@ -87,6 +96,8 @@ def ask(
     # The first one alone: the others find its blocks.
     outputs = llm.generate(prompts[:1], parameters, use_tqdm=False)
     outputs += llm.generate(prompts[1:], parameters, use_tqdm=False)
+    if cached and outputs[0].num_cached_tokens < len(start) * 3 // 4:
+        raise RuntimeError(f"{outputs[0].num_cached_tokens} tokens were cached")
     answers = [output.outputs[0].text for output in outputs]
     return [
         {

@@ -1,0 +1,166 @@
+"""Asked of an engine's workers through `LLM.apply_model`: how sparse prefill selects, what it
+keeps, and what attention takes.
+
+A module of its own, because vLLM passes its functions on by name.
+"""
+
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_dca.engine.impl import DcaImpl
+from vllm_dca.engine.metadata import DcaMetadataBuilder
+from vllm_dca.method.lines import Lines, Rule
+from vllm_dca.method.sparse import Attended, SparseOperations
+from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_planning import Segment
+
+SINKS = 64  # the first keys, which a window keeps too
+
+
+class Selection(NamedTuple):
+    """How keys are selected.
+
+    Attributes:
+        coverage: of `auto`; None for dense attention.
+        window: take as many keys as `auto` would, in each head, but the first and the nearest.
+    """
+
+    coverage: float | None
+    window: bool = False
+
+    @property
+    def label(self) -> str:
+        """As records have it."""
+        if self.coverage is None:
+            return "dense"
+        return f"{'window' if self.window else 'auto'} {self.coverage:g}"
+
+    @classmethod
+    def parse(cls, label: str) -> "Selection":
+        """The other way round.
+
+        Raises:
+            ValueError: it is no label.
+        """
+        match label.split():
+            case ["dense"]:
+                return cls(None)
+            case ["auto" | "window" as kind, share]:
+                return cls(float(share), kind == "window")
+        raise ValueError(f"{label!r} is none of: dense, auto COVERAGE, window COVERAGE")
+
+
+class SinkAndWindow:
+    """As many keys as `auto` takes of each head, but the first ones and the nearest.
+
+    As many in the middle of a segment, that is, where it is looked at what lines keep.
+    """
+
+    def __init__(self, operations: SparseOperations) -> None:
+        self.own = operations
+        self.middle = 0
+
+    def operations(self) -> SparseOperations:
+        return self.own._replace(weigh=self._weigh, select=self._select)
+
+    def _weigh(self, *args: Any, segment: Segment, **kwargs: Any) -> Any:
+        self.middle = (segment.begin + segment.end) // 2 // TILE * TILE
+        return self.own.weigh(*args, segment=segment, **kwargs)
+
+    def _select(self, vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> Lines:
+        lines, middle = self.own.select(vertical, slash, rule), self.middle
+        near = lines.distances[:, 1 : middle + 1].flip(1)
+        count = (lines.verticals[:, :middle] | near).sum(1, keepdim=True)
+        distance = torch.arange(lines.distances.shape[1])
+        first = torch.arange(lines.verticals.shape[1]) < SINKS
+        return Lines(first.repeat(len(count), 1), (distance > 0) & (distance <= count - SINKS))
+
+
+class Watched:
+    """A layer, what its attention took, and what it kept."""
+
+    def __init__(self, impl: DcaImpl) -> None:
+        assert impl.rule is not None
+        assert impl.device is not None
+        assert impl.device.sparse is not None
+        self.impl, self.rule, self.device = impl, impl.rule, impl.device
+        self.sparse, self.forward = impl.device.sparse, impl.forward
+        self.seconds = 0.0
+        self.segments: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
+        impl.forward = self._timed  # type: ignore[method-assign]
+        impl.watch = self._look
+
+    def use(self, selection: Selection) -> None:
+        """From now on; what was seen before is forgotten."""
+        self.seconds, self.segments = 0.0, []
+        if selection.coverage is None:
+            self.impl.rule = None
+            return
+        self.impl.rule = self.rule._replace(coverage=selection.coverage)
+        sparse = SinkAndWindow(self.sparse).operations() if selection.window else self.sparse
+        self.impl.device = self.device._replace(sparse=sparse)
+
+    def _timed(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self.seconds += time.process_time() - start
+
+    def _look(self, attended: Attended) -> None:
+        start = time.process_time()
+        recall, keys = attended.kept(attended.lines)
+        begin, end = attended.segment.begin, attended.segment.end
+        self.segments.append((end - begin, (begin + end) / 2, recall, keys))
+        self.seconds -= time.process_time() - start
+
+    def kept(self) -> tuple[float, list[float]]:
+        """The share of keys, and of each head's attention, over all rows that were sparse."""
+        pairs = sum(rows * middle for rows, middle, *_ in self.segments)
+        keys = sum(rows * middle * keys.mean() for rows, middle, _, keys in self.segments)
+        rows = sum(rows for rows, *_ in self.segments)
+        recall = sum(rows * recall for rows, _, recall, _ in self.segments) / rows
+        return float(keys / pairs), recall.tolist()
+
+
+def _layers(model: torch.nn.Module) -> list[Watched]:
+    """Each of DCA's, watched from the first time on."""
+    found = []
+    for module in model.modules():
+        impl = getattr(module, "impl", None)
+        if isinstance(impl, DcaImpl):
+            known = getattr(impl.watch, "__self__", None)
+            found.append(known if isinstance(known, Watched) else Watched(impl))
+    return found
+
+
+def use(model: torch.nn.Module, label: str) -> None:
+    """Select in this way from now on, and look at every step."""
+    DcaMetadataBuilder.watched_steps = 1
+    for layer in _layers(model):
+        layer.use(Selection.parse(label))
+
+
+def kept(model: torch.nn.Module) -> dict[str, Any]:
+    """Since `use`: what attention took, and shares of keys and of attention, by layer."""
+    layers = _layers(model)
+    found: dict[str, Any] = {
+        "attention_seconds": round(sum(layer.seconds for layer in layers), 2)
+    }
+    if not any(layer.segments for layer in layers):
+        return found
+    keys, recalls = zip(*(layer.kept() for layer in layers), strict=True)
+    every = [recall for of_layer in recalls for recall in of_layer]
+    by_layer = {
+        "keys": list(keys),
+        "recall": [statistics.fmean(of_layer) for of_layer in recalls],
+        "least recall of a head": [min(of_layer) for of_layer in recalls],
+    }
+    return found | {
+        "keys": round(statistics.fmean(keys), 4),
+        "recall": round(statistics.fmean(every), 4),
+        "layers": {what: [round(of, 3) for of in each] for what, each in by_layer.items()},
+    }
