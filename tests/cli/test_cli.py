@@ -181,7 +181,29 @@ def test_sparse_prefill_is_said(llama: str) -> None:
     said = explained(llama, *options, *FP32, *BLOCK)
     [how] = said["sparse prefill"]
     assert how.startswith("from position 150 on, by lines that cover 0.95 of each head's")
-    assert "sparse prefill" not in explained(llama, *FP32, *BLOCK)
+    # At least 1,024 of a kind: at this length all of them.
+    assert said["its keys"][0].startswith("of a prompt of 1024 tokens 100.0% or more: how many")
+    off = explained(llama, *options[:2], *FP32, *BLOCK)
+    assert not {"sparse prefill", "its keys", "its time"} & set(off)
+
+
+def test_what_budgets_keep_is_said(llama: str, tmp_path: Path) -> None:
+    """Of 16,384 tokens, the first 4,096 dense: a sixteenth of the pairs."""
+    file = tmp_path / "budgets.json"
+    heads = {str(head): ["vertical_and_slash", 30, 100, 1] for head in range(4)}
+    file.write_text(json.dumps([heads, heads]))
+    sparse = {"sparse": "checkpoint", "sparse_budgets": str(file), "sparse_threshold": 4096}
+    dca = {"dca": {"chunk_size": 2048, "local_size": 1024, **sparse}}
+    options = ("--max-model-len", "16K", "--additional-config", json.dumps(dca))
+    said = explained(llama, *options, *FP32, *BLOCK)
+    [keys], [time] = said["its keys"], said["its time"]
+    least, most = (float(share) for share in re.findall(r"([\d.]+)%", keys))
+    # And 163 to 193 keys of the later rows, which have 10,240 before them on average.
+    assert least == pytest.approx(6.25 + 100 * 12288 * 130 / 2**27, abs=0.1)
+    assert least < most < least + 0.5
+    fastest, slowest = (float(share) for share in re.findall(r"\d\.\d\d", time))
+    # Weighed are 64 rows of a step of at most 1,024 tokens.
+    assert 0.0625 + 0.9375 * 2 / 16 < fastest <= slowest < 0.3
 
 
 def test_what_needs_the_weights_is_said(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

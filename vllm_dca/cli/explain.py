@@ -6,6 +6,7 @@ import tempfile
 from typing import Any
 
 from vllm_dca.method.config import DcaSettings
+from vllm_dca.method.sparse_cost import Bounds, bounds
 
 # The authors list models of 7 and 13 billion parameters up to 8 times their window
 # (https://github.com/HKUNLP/ChunkLlama).
@@ -27,6 +28,8 @@ class Explanation:
         token_bytes: KV cache of one more token in DCA's layers, on each rank.
         request_bytes: KV cache of one request of max_model_len tokens, on each rank.
         ranks: of tensor parallelism.
+        sparse: what sparse prefill keeps and takes of a prompt of max_model_len tokens; None
+            where it is off.
         warnings: for people to read.
     """
 
@@ -40,6 +43,7 @@ class Explanation:
     token_bytes: int
     request_bytes: int
     ranks: int
+    sparse: Bounds | None
     warnings: list[str]
 
 
@@ -99,6 +103,16 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         token_bytes=sum(specs[name].page_size_bytes // specs[name].block_size for name in dca),
         request_bytes=sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values()),
         ranks=ranks,
+        sparse=None
+        if settings.sparse is None
+        else bounds(
+            settings.sparse,
+            model_config.max_model_len,
+            min(
+                vllm_config.scheduler_config.max_num_batched_tokens,
+                settings.geometry.chunk_len,
+            ),
+        ),
         warnings=[
             *warnings,
             *unchecked,

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from vllm_dca.cli.doctor import CHECKS
 from vllm_dca.cli.explain import Explanation, find_out
+from vllm_dca.method.sparse_cost import Bounds
 
 # vLLM is imported by the commands, after its log is turned down: it takes seconds, and --help
 # should not.
@@ -226,8 +227,9 @@ def _print_explanation(found: Explanation) -> None:
         + (f"; {others} keep another attention" if others else ""),
     )
     _line("prefill by", f"{found.provider or 'unknown'}, on this machine ({found.device_type})")
-    if settings.sparse is not None:
+    if settings.sparse is not None and found.sparse is not None:
         _line("sparse prefill", settings.sparse.described)
+        _print_bounds(found.sparse, found.max_model_len, settings.sparse.budgets is not None)
     rank = f" on each of {found.ranks} ranks" if found.ranks > 1 else ""
     _line(
         "KV cache",
@@ -236,6 +238,19 @@ def _print_explanation(found: Explanation) -> None:
     )
     for warning in found.warnings:
         _line("warning", warning.removeprefix("DCA: "), "yellow")
+
+
+def _print_bounds(sparse: Bounds, length: int, by_budgets: bool) -> None:
+    """What is known before a prompt is read."""
+    (least, most), (fastest, slowest) = sparse
+    if by_budgets:
+        keys = f"{least:.1%} to {most:.1%}, by how many of a head's diagonals lie side by side"
+        time = f"{fastest:.2f} to {slowest:.2f}"
+    else:
+        keys = f"{least:.1%} or more: how many is the text's, and vllm_dca:sparse_keys tells it"
+        time = f"{fastest:.2f} or more"
+    _line("its keys", f"of a prompt of {length} tokens {keys}")
+    _line("its time", f"{time} of dense attention's, selecting included; the rest is as before")
 
 
 def _line(label: str, text: str, style: str = "bold") -> None:

@@ -1,0 +1,79 @@
+"""What `explain` says of sparse prefill, against what the reference keeps and records took."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_dca.method.sparse_config import SparseSettings
+from vllm_dca.method.sparse_cost import ATTENDING, SELECTING, bounds
+from vllm_dca.reference import sparse as reference
+
+LENGTH, THRESHOLD, STEP = 4096, 1024, 512
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
+
+
+def kept(verticals: torch.Tensor, diagonals: torch.Tensor, rule: reference.Rule) -> float:
+    """The share of the keys before a row, where these weigh most for every segment."""
+    seen = torch.arange(1, THRESHOLD + 1).sum().item()
+    for end in range(THRESHOLD + STEP, LENGTH + 1, STEP):
+        i = torch.arange(end - 64, end)
+        weights = torch.full((1, 64, end), 1e-9, dtype=torch.float64)
+        weights[..., verticals[verticals < end]] += 0.01
+        # More on diagonals: a row has a key of each vertical, so these are on diagonals too.
+        for row, position in enumerate(i.tolist()):
+            keys = position - diagonals
+            weights[0, row, keys[keys >= 0]] += 1.0
+        lines = reference.select(weights, i, rule)
+        seen += reference.seen_keys(torch.arange(end - STEP, end), lines).sum().item()
+    return seen / torch.arange(1, LENGTH + 1).sum().item()
+
+
+def by_budget(verticals: int, slashes: int) -> tuple[SparseSettings, reference.Rule]:
+    settings = SparseSettings(THRESHOLD, 1.0, 0, (((verticals, slashes),),))
+    return settings, reference.Rule([verticals], [slashes])
+
+
+def test_budgets_keep_the_least_side_by_side_and_the_most_apart() -> None:
+    settings, rule = by_budget(30, 400)
+    (least, _), _ = bounds(settings, LENGTH, STEP)
+    assert kept(torch.arange(30), torch.arange(400), rule) == pytest.approx(least, rel=0.1)
+    settings, rule = by_budget(60, 110)
+    (_, most), _ = bounds(settings, LENGTH, STEP)
+    diagonals = torch.cat([torch.arange(100), torch.arange(200, 1000, 80)])
+    assert kept(torch.arange(60), diagonals, rule) == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize("budgets", [None, (((5000, 5000),),)])
+def test_all_is_kept_below_the_threshold(budgets: object) -> None:
+    settings = SparseSettings(LENGTH, 0.95, 64, budgets)  # type: ignore[arg-type]
+    assert bounds(settings, LENGTH, STEP) == ((1.0, 1.0), (1.0, 1.0))
+
+
+def test_by_coverage_the_least_is_known() -> None:
+    """With weight on the nearest keys alone, no more than sparse_min_keys are kept."""
+    settings = SparseSettings(THRESHOLD, 0.5, 640, None)
+    (least, most), (fastest, slowest) = bounds(settings, LENGTH, STEP)
+    rule = reference.Rule(coverage=0.5, min_keys=640)
+    # Blocks of equal weight are taken from the nearest on; so are keys.
+    found = kept(torch.arange(3000, 3640), torch.arange(640), rule)
+    assert least <= found < most == 1.0
+    assert fastest < 1 < slowest
+
+
+def test_time_is_as_measured() -> None:
+    rows = [
+        row
+        for name in ("sparse-32k", "sparse-128k")
+        for row in json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    ]
+    slopes = [
+        took / float(share)
+        for row in rows
+        for share, took in row["attend"].items()
+        if float(share) > 0.05
+    ]
+    assert sum(slopes) / len(slopes) == pytest.approx(ATTENDING, rel=0.1)
+    selecting = [row["select"]["auto"] * row["new"] / 64 for row in rows]
+    assert sum(selecting) / len(selecting) == pytest.approx(SELECTING, rel=0.1)

@@ -1,0 +1,68 @@
+"""What can be known of sparse prefill before it runs: bounds on its keys, and on its time."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_dca.method.lines import BAND, PROBE, SINKS
+from vllm_dca.method.sparse_config import TILE, SparseSettings
+
+# As measured (docs/sparse.md): attending takes so many times its share of the keys, and
+# selecting as long as dense attention from so many times the probe's rows.
+ATTENDING = 1.4
+SELECTING = 2
+
+Numbers = npt.NDArray[np.float64]
+
+
+class Bounds(NamedTuple):
+    """Of one prompt, its dense rows included, in the mean of all heads.
+
+    Attributes:
+        keys: the least and the largest share of the keys before a row.
+        time: the least and the longest time of attention, as shares of dense attention's.
+    """
+
+    keys: tuple[float, float]
+    time: tuple[float, float]
+
+
+def bounds(settings: SparseSettings, length: int, step: int) -> Bounds:
+    """How few keys the settings may keep, and how many.
+
+    A head's verticals may be among the keys of its diagonals or not, and a tile has 64 keys of
+    a diagonal, which it shares with the diagonals beside it. By coverage only the least number
+    is known: the rest is the text's.
+
+    Args:
+        settings: of sparse prefill.
+        length: of the prompt, in tokens.
+        step: the most tokens of a segment.
+    """
+    tile_end = TILE * np.arange(1.0, -(-length // TILE) + 1)
+    # In its own tile a row sees half on average.
+    pairs = tile_end - TILE / 2
+    is_sparse = tile_end > settings.threshold
+    sparse = float((pairs * is_sparse).sum() / pairs.sum())
+    kept = [
+        float((np.minimum(count[:, None], tile_end) - TILE / 2)[:, is_sparse].sum())
+        / (len(count) * pairs.sum())
+        for count in _counts(settings)
+    ]
+    least, most = (1 - sparse + share for share in kept)
+    selecting = sparse * SELECTING * PROBE / step
+    fastest, slowest = (1 - sparse + ATTENDING * share + selecting for share in kept)
+    return Bounds((least, most), (fastest, slowest))
+
+
+def _counts(settings: SparseSettings) -> tuple[Numbers, ...]:
+    """[num_heads] keys of a head at least, and at most."""
+    if settings.budgets is None:
+        blocks = TILE * -(-settings.min_keys // TILE)
+        return np.array([float(max(blocks, BAND))]), np.array([np.inf])
+    heads = [head for layer in settings.budgets for head in layer]
+    verticals, slashes = np.maximum(np.array(heads, dtype=float), [SINKS, BAND]).T
+    # The nearest diagonals lie side by side in any case.
+    apart = BAND + TILE - 1 + TILE * (slashes - BAND)
+    return np.maximum(verticals, slashes + TILE - 1), verticals + apart
