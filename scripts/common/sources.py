@@ -74,6 +74,11 @@ MEASUREMENTS = {
         ("retrieval", "retrieval-128k", "sizes-retrieval"), ENGINE_ON_CPU
     ),
     "scripts.quality.ruler": Measurement(("ruler",), ENGINE_ON_CPU),
+    "scripts.quality.sparse": Measurement(
+        ("sparse-quality-16k", "sparse-quality-32k"),
+        ("scripts/quality/kept.py", *ENGINE_ON_CPU),
+        is_sparse=True,
+    ),
     "scripts.quality.twice_the_window": Measurement(
         ("twice-the-window",), ("vllm_dca/reference/*.py", *ENGINE_ON_CPU)
     ),

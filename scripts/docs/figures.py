@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scripts.common.record import ROOT
+from scripts.quality.loss import losses
 from scripts.quality.methods import name_of
 from vllm_dca.cli import picture
 from vllm_dca.method.geometry import ChunkGeometry
@@ -102,6 +103,31 @@ def retrieval(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def sparse_loss(results: dict[str, Any]) -> Figure:
+    """How much higher perplexity is, by the keys that are kept and by attention's time."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    found = losses(results)
+    ways = (("auto", "auto", COLOURS["dca"]), ("window", "first and nearest", COLOURS["yarn"]))
+    for kind, name, colour in ways:
+        of_kind = [of for label, of in found.items() if label.startswith(f"{kind} ")]
+        of_kind.sort(key=lambda of: of.keys or 0.0)
+        for axes, shares in zip(
+            panels, ([of.keys for of in of_kind], [of.time for of in of_kind]), strict=True
+        ):
+            axes.plot(shares, [of.more for of in of_kind], "o-", color=colour, label=name)
+    for axes, label in zip(
+        panels, ("share of the keys kept", "attention's time, dense = 1"), strict=True
+    ):
+        axes.axhline(0, color="grey", linestyle="--", linewidth=1)
+        axes.set_xlim(0, 1.05)
+        axes.set_xlabel(label)
+        axes.yaxis.set_major_formatter(lambda x, _: f"{x:+.0%}")
+    panels[0].set_ylabel("perplexity, beside dense")
+    panels[0].legend(frameon=False)
+    return figure
+
+
 def _cut(axes: Any, most: dict[str, float]) -> None:
     """End the picture where lines that go far beyond the others leave it, and say how far."""
     top = 1.15 * min(most.values())
@@ -173,6 +199,8 @@ def main() -> None:
     save(
         retrieval(json.loads((results / "retrieval.json").read_text())["results"]), "retrieval"
     )
+    quality = json.loads((results / "sparse-quality-16k.json").read_text())
+    save(sparse_loss(quality["results"]), "sparse-loss")
 
 
 if __name__ == "__main__":

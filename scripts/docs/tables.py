@@ -11,6 +11,7 @@ from typing import Any
 
 from scripts.common.record import ROOT
 from scripts.docs import records
+from scripts.quality import loss
 from scripts.quality.methods import name_of
 from vllm_dca.engine import support_table
 
@@ -204,6 +205,40 @@ def sparse() -> str:
     )
 
 
+def sparse_quality() -> str:
+    rows = [
+        (length, label, of)
+        for length in ("16k", "32k")
+        if (RESULTS / f"sparse-quality-{length}.json").exists()
+        for label, of in loss.losses(load(f"sparse-quality-{length}")["results"]).items()
+    ]
+
+    def shown(share: float | None) -> str:
+        return "" if share is None else f"{share:.2f}"
+
+    return markdown(
+        (
+            "tokens",
+            "keys",
+            "texts",
+            "perplexity",
+            "found",
+            "kept",
+            "recall",
+            "attention's time",
+        ),
+        *(
+            (
+                *(length, label, of.texts),
+                f"{of.perplexity:.2f} ({of.more:+.1%})",
+                f"{of.found} of {of.asked}; dense {of.dense_found}",
+                *(shown(share) for share in (of.keys, of.recall, of.time)),
+            )
+            for length, label, of in rows
+        ),
+    )
+
+
 def balance() -> str:
     cards = load("balance")["busiest"]
     return markdown(
@@ -295,6 +330,7 @@ MADE_BY = (
     linear_memory,
     turing,
     sparse,
+    sparse_quality,
     model_counts,
     models,
 )

@@ -23,7 +23,7 @@ import typer
 from rich.table import Table
 
 from scripts.common import corpus, record
-from scripts.quality import kept, methods, retrieval, study
+from scripts.quality import kept, loss, methods, retrieval, study
 from scripts.quality.kept import Selection
 from scripts.quality.methods import Method
 from scripts.quality.perplexity import BUCKET, nll
@@ -63,24 +63,6 @@ class Reader:
             self.llm, self.tokenizer, self.text, self.needles, len(self.text), cached=True
         )
         return {"seconds": round(seconds), **found, "nll": scores, "answers": answers}
-
-
-def summary(of_texts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Over the texts: perplexity past the threshold, share found, and means of the rest."""
-    every = list(of_texts.values())
-    scores = [score for found in every for score in found["nll"]]
-    right = [answer["right"] for found in every for answer in found["answers"]]
-    means = {
-        what: sum(found[what] for found in every) / len(every)
-        for what in ("keys", "recall", "attention_seconds")
-        if what in every[0]
-    }
-    return {
-        "perplexity": math.exp(sum(scores) / len(scores)),
-        "found": sum(right),
-        "asked": len(right),
-        **means,
-    }
 
 
 def main(
@@ -140,25 +122,23 @@ def main(
                 found["run"] = {**facts, "backend": backend}
                 document.add(selection.label, work, found)
                 longest = max(longest, time.monotonic() - begun)
-                told = ", ".join(
-                    f"{what} {of:.4g}" for what, of in summary({work: found}).items()
-                )
+                took = found["attention_seconds"]
                 print(
-                    f"{number} of {len(wanted)}: {selection.label}, {work}: {told}; "
-                    f"{longest:.0f} s",
+                    f"{number} of {len(wanted)}: {selection.label}, {work}: perplexity "
+                    f"{loss.perplexity([found]):.2f}, attention {took:.0f} s of processor "
+                    f"time; {longest:.0f} s",
                     flush=True,
                 )
 
-    table = Table("", "perplexity", "found", "keys", "recall", "attention, s")
-    for label, of_texts in document.results.items():
-        of = summary(of_texts)
-        shares = (f"{of[what]:.3f}" if what in of else "" for what in ("keys", "recall"))
+    table = Table("", "texts", "perplexity", "found", "keys", "recall", "attention's time")
+    for label, of in loss.losses(document.results).items():
         table.add_row(
-            f"{label} ({len(of_texts)} texts)",
-            f"{of['perplexity']:.2f}",
-            f"{of['found']} of {of['asked']}",
-            *shares,
-            f"{of['attention_seconds']:.1f}",
+            label,
+            f"{of.texts}",
+            f"{of.perplexity:.2f} ({of.more:+.1%})",
+            f"{of.found} of {of.asked}",
+            *("" if share is None else f"{share:.3f}" for share in (of.keys, of.recall)),
+            f"{of.time:.2f}",
         )
     study.console.print(table)
 

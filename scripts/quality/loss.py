@@ -1,0 +1,75 @@
+"""What a record of `scripts.quality.sparse` says, beside dense attention of the same texts."""
+
+import math
+from typing import Any, NamedTuple
+
+
+class Loss(NamedTuple):
+    """Of one way to select keys.
+
+    Attributes:
+        texts: that were read.
+        perplexity: past the threshold.
+        dense_perplexity: of dense attention, on the same texts.
+        found: numbers, of those that were asked for.
+        dense_found: likewise.
+        asked: how many.
+        keys: share of the keys that was kept; None where attention was dense.
+        recall: share of attention that was kept; likewise.
+        time: attention's processor time, as a share of dense attention's.
+    """
+
+    texts: int
+    perplexity: float
+    dense_perplexity: float
+    found: int
+    dense_found: int
+    asked: int
+    keys: float | None
+    recall: float | None
+    time: float
+
+    @property
+    def more(self) -> float:
+        """By which share perplexity is higher."""
+        return self.perplexity / self.dense_perplexity - 1
+
+
+def losses(results: dict[str, dict[str, Any]]) -> dict[str, Loss]:
+    """By the ways' labels; texts that were not read densely are left out."""
+    found = {}
+    for label, of_texts in results.items():
+        texts = [text for text in of_texts if text in results["dense"]]
+        if not texts:
+            continue
+        own = [of_texts[text] for text in texts]
+        dense = [results["dense"][text] for text in texts]
+        shares = {
+            what: mean([of[what] for of in own]) if what in own[0] else None
+            for what in ("keys", "recall")
+        }
+        found[label] = Loss(
+            len(texts),
+            *map(perplexity, (own, dense)),
+            *map(right, (own, dense)),
+            sum(len(of["answers"]) for of in own),
+            **shares,
+            time=seconds(own) / seconds(dense),
+        )
+    return found
+
+
+def perplexity(of_texts: list[dict[str, Any]]) -> float:
+    return math.exp(mean([score for of in of_texts for score in of["nll"]]))
+
+
+def right(of_texts: list[dict[str, Any]]) -> int:
+    return sum(answer["right"] for of in of_texts for answer in of["answers"])
+
+
+def seconds(of_texts: list[dict[str, Any]]) -> float:
+    return sum(of["attention_seconds"] for of in of_texts)
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)

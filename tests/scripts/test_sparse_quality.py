@@ -1,0 +1,79 @@
+"""What the record of sparse prefill's quality rests on: the window, the sums, and the file."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.common.record import Growing
+from scripts.quality.kept import SINKS, Selection, SinkAndWindow
+from scripts.quality.loss import losses
+from vllm_dca.method import lines
+from vllm_dca.method.sparse import SparseOperations
+from vllm_dca.method.sparse_planning import Segment
+
+
+def test_a_window_has_as_many_keys_in_the_middle_of_a_segment() -> None:
+    begin, end, heads = 1000, 2000, 3
+    torch.manual_seed(0)
+    weights = torch.rand(heads, end), torch.rand(heads, end // 64 + 1)
+
+    def weigh(*_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return weights
+
+    def unused(**_: object) -> None:
+        raise AssertionError
+
+    own = SparseOperations(weigh, lines.select, unused)
+    exchanged = SinkAndWindow(own).operations()
+    rule = lines.Rule(None, None, 0.4, 64)
+    found = exchanged.weigh(segment=Segment(0, begin, end, 0))
+    window, auto = exchanged.select(*found, rule), own.select(*weights, rule)
+    middle = (begin + end) // 2 // 64 * 64
+    j = torch.arange(middle)
+
+    def seen(of: lines.Lines) -> torch.Tensor:
+        return of.verticals[:, :middle] | of.distances[:, middle - j]
+
+    assert torch.equal(seen(window).sum(1), seen(auto).sum(1))
+    for row in seen(window).tolist():
+        assert all(row[:SINKS])
+        # One run of keys that are not seen.
+        assert sum(a != b for a, b in itertools.pairwise(row)) == 2
+        assert row[-1]
+    assert not window.distances[:, 0].any()
+    for label in ("dense", "auto 0.9", "window 0.7"):
+        assert Selection.parse(label).label == label
+    with pytest.raises(ValueError, match="is none of"):
+        Selection.parse("window")
+
+
+def test_ways_are_compared_on_the_texts_that_both_read() -> None:
+    def read(score: float, right: int, seconds: float, **more: float) -> dict[str, object]:
+        answers = [{"right": n < right} for n in range(4)]
+        return {"nll": [score], "answers": answers, "attention_seconds": seconds, **more}
+
+    found = losses(
+        {
+            "dense": {"a": read(1.0, 3, 10.0), "b": read(3.0, 4, 30.0)},
+            "auto 0.9": {"b": read(3.1, 2, 15.0, keys=0.2, recall=0.9)},
+            "auto 0.8": {"c": read(3.1, 2, 15.0, keys=0.2, recall=0.9)},
+        }
+    )
+    assert list(found) == ["dense", "auto 0.9"]
+    assert found["dense"].perplexity == pytest.approx(math.exp(2))
+    assert found["auto 0.9"].more == pytest.approx(math.exp(0.1) - 1)
+    assert found["auto 0.9"][3:6] == (2, 4, 4)
+    assert found["auto 0.9"].time == 0.5
+
+
+def test_commands_may_write_one_record(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    first, second = (Growing(file, {"length": 1}) for _ in range(2))
+    first.add("dense", "a", {"n": 1})
+    second.add("dense", "b", {"n": 2})
+    assert Growing(file, {"length": 1}).results == {"dense": {"a": {"n": 1}, "b": {"n": 2}}}
+    with pytest.raises(ValueError, match="of another run"):
+        Growing(file, {"length": 2})
