@@ -34,13 +34,14 @@ from vllm_dca.cpu.processor import processor
 from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.method.device import PrefillOperations
 from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.prefill import by_passes
 
 # Query heads, KV heads, head size.
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
 LOCAL_SIZE = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PAGE = 128
-OPERATIONS = PrefillOperations(turn_queries, paged_pass.attention, merge_parts)
+BY_TORCH = by_passes(PrefillOperations(turn_queries, paged_pass.attention, merge_parts))
 SECONDS = 10
 PREFILL = 2048  # new tokens of a step's prefills, at the ends of their contexts
 CACHED = 256  # new tokens of each request whose other ones are cached
@@ -205,8 +206,8 @@ def measure(
     if batch == 1 and step == "decode":
         runs["DCA by torch"] = layer.planned(decode.DecodePlan, decode.decode_attention)
     elif batch == 1:
-        plan = layer.plan_prefill(layer.geometry)
-        runs["DCA by torch"] = lambda: layer.prefill(plan, OPERATIONS)
+        plan = layer.plan_prefill(BY_TORCH)
+        runs["DCA by torch"] = lambda: layer.prefill(plan, BY_TORCH)
     for run in runs.values():
         layer.output.fill_(torch.nan)
         run()

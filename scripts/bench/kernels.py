@@ -10,13 +10,16 @@ the fp64 reference. Each case is written when it is done; one that fails is told
 Floors: a case cannot be faster than its keys and values at the bandwidth of a copy, nor faster
 than its products at the rate of a matrix product. Both are measured first. (Contexts that fit
 into the GPU's cache can be faster than the copy.)
+
+Bytes are worked out, not measured, by `scripts.bench.moves`: floor_MB has every key and value,
+query and answer once; moved_MB what the launches move besides.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import cases, clock, providers
+from scripts.bench import cases, clock, moves, providers
 from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from scripts.common import record
@@ -24,7 +27,6 @@ from vllm_dca.cuda import device
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.kv_cache import split_kv
-from vllm_dca.method.provider import AttentionProvider
 
 FLASH = ("vllm_flash_attn", "flash_attn")
 
@@ -69,9 +71,9 @@ class Bench:
         """One causal call: chunks longer than the context. None without flash-attention."""
         if self.flash is None:
             return None
-        attend: AttentionProvider = self.can[self.flash]
+        attend = self.can[self.flash]
         plain = ChunkGeometry(2 * layer.context + self.page, self.page)
-        [segments] = layer.plan_prefill(plain).passes
+        [segments] = layer.plan_prefill(device.prefill_by(attend), plain).passes
 
         def run() -> None:
             attend(
@@ -98,15 +100,18 @@ class Bench:
             **found,
             "launched_ms": clock.launched(lambda: self.decode(layer, plan)),
             "plan_ms": clock.replayed(plan_step),
+            **moves.decode(case, clock.multiprocessors()),
         }
 
     def prefill_row(self, case: Case) -> dict[str, Any]:
         layer = providers.layer_of(case, self.page)
-        plan = layer.plan_prefill(layer.geometry)
-        layer.prefill(plan, self.device.prefill)
+        by = self.device.prefill
+        plan = layer.plan_prefill(by)
+        layer.prefill(plan, by)
         layer.check()
-        run = lambda: layer.prefill(plan, self.device.prefill)  # noqa: E731
-        return self._beside_flash(case, layer, run, clock.launched)
+        found = self._beside_flash(case, layer, lambda: layer.prefill(plan, by), clock.launched)
+        moved = moves.by_one_launch if self.provider == "triton" else moves.by_passes
+        return {**found, **moves.prefill(moved, case)}
 
     def _beside_flash(self, case: Case, layer: Layer, run: Any, timed: Any) -> dict[str, Any]:
         dca, flash = timed(run), self.by_flash(layer)
@@ -129,8 +134,10 @@ def with_floors(row: dict[str, Any], case: Case, facts: dict[str, Any]) -> dict[
     return {**row, "floor_copy_ms": copy, "floor_product_ms": product, "of_floor": share}
 
 
-LAYOUT = "{:56}{:>10}{:>10}{:>11}{:>9}{:>12}{:>10}{:>10}"
-COLUMNS = "case DCA_ms flash_ms DCA/flash copy_ms product_ms of_floor launches"
+LAYOUT = "{:56}{:>10}{:>10}{:>11}{:>9}{:>12}{:>10}{:>10}{:>10}{:>10}"
+COLUMNS = (
+    "case DCA_ms flash_ms DCA/flash copy_ms product_ms of_floor launches floor_MB moved_MB"
+)
 
 
 def printed(row: dict[str, Any]) -> str:
@@ -142,7 +149,8 @@ def printed(row: dict[str, Any]) -> str:
         *(row[name] for name in ("floor_copy_ms", "floor_product_ms", "of_floor")),
     ]
     cells = (number if isinstance(number, str) else f"{number:.3f}" for number in numbers)
-    return LAYOUT.format(row["case"], *cells, row["launches"])
+    sizes = (f"{row[name] / 1e6:,.1f}" for name in ("floor_bytes", "moved_bytes"))
+    return LAYOUT.format(row["case"], *cells, row["launches"], *sizes)
 
 
 def main() -> None:

@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 
-from vllm_dca.method.device import PrefillOperations
+from vllm_dca.method.device import Prefill
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.kv_cache import split_kv
-from vllm_dca.method.planning import plan_prefill
-from vllm_dca.method.prefill import prefill_attention
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.reference.attention import dual_chunk_attention, key_positions, rotate
 
@@ -50,19 +48,18 @@ class Layer:
         self.seq_lens = torch.full((batch,), context, dtype=torch.int32)
         self.scale = self.head_size**-0.5
 
-    def plan_prefill(self, geometry: ChunkGeometry) -> Any:
+    def plan_prefill(self, by: Prefill, geometry: ChunkGeometry | None = None) -> Any:
         lengths = self.starts.numpy(), self.seq_lens.numpy()
-        return plan_prefill(*lengths, self.block_table, self.page, geometry)
+        return by.plan(*lengths, self.block_table, self.page, geometry or self.geometry)
 
-    def prefill(self, plan: Any, operations: PrefillOperations) -> None:
-        prefill_attention(
+    def prefill(self, plan: Any, by: Prefill) -> None:
+        by.attend(
             self.query,
             *split_kv(self.kv_cache),
             self.output,
             plan=plan,
             rotation=self.rotation,
             softmax_scale=self.scale,
-            operations=operations,
         )
 
     def check(

@@ -2,11 +2,13 @@
 
 Usage: python -m scripts.bench.providers [--dry-run] [--output FILE]
 
-8,192 new tokens at the end of contexts of 8k to 1M, one layer, by each provider that can serve;
+8,192 new tokens at the end of contexts of 8k to 1M, one layer, by each provider that can serve:
+flash-attention's, and this project's own in one launch and by three passes and a merge;
 of the others it says why they cannot. Each answer is checked against the fp64 reference first.
 """
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,9 @@ from scripts.bench import cases, clock
 from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from scripts.common import record
-from vllm_dca.cuda.merge import merge_parts
-from vllm_dca.cuda.turn import turn_queries
+from vllm_dca.cuda.device import prefill_by
 from vllm_dca.engine.choice import PROVIDERS
-from vllm_dca.method.device import PrefillOperations
+from vllm_dca.method.device import Prefill
 from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderError
 
 # The flash-attn package takes no smaller one.
@@ -25,10 +26,10 @@ PAGE = 256
 SMALL_PAGE = 16
 
 
-def usable(page: int) -> tuple[dict[str, AttentionProvider], dict[str, str]]:
+def usable(page: int) -> tuple[dict[str, AttentionProvider | Prefill], dict[str, str]]:
     """The providers that can serve, in order of preference, and why the others cannot."""
     needs = Needs(128, cases.DTYPE, cases.DTYPE, page, clock.capability())
-    can: dict[str, AttentionProvider] = {}
+    can: dict[str, AttentionProvider | Prefill] = {}
     cannot: dict[str, str] = {}
     for name, load in PROVIDERS["cuda"].items():
         try:
@@ -44,16 +45,16 @@ def layer_of(case: Case, page: int) -> Layer:
     )
 
 
-def row(case: Case, can: dict[str, AttentionProvider], page: int) -> dict[str, Any]:
+def row(case: Case, can: dict[str, AttentionProvider | Prefill], page: int) -> dict[str, Any]:
     layer = layer_of(case, page)
-    plan = layer.plan_prefill(layer.geometry)
     milliseconds = {}
-    for name, attend in can.items():
-        operations = PrefillOperations(turn_queries, attend, merge_parts)
+    for name, provider in can.items():
+        by = prefill_by(provider)
+        plan = layer.plan_prefill(by)
         layer.output.fill_(float("nan"))
-        layer.prefill(plan, operations)
+        layer.prefill(plan, by)
         layer.check()
-        milliseconds[name] = clock.launched(lambda by=operations: layer.prefill(plan, by))
+        milliseconds[name] = clock.launched(functools.partial(layer.prefill, plan, by))
     return {"case": str(case), **case._asdict(), "milliseconds": milliseconds}
 
 

@@ -14,29 +14,30 @@ from unittest import mock
 
 import torch
 
-from scripts.bench import compile_kernels
+from scripts.bench import compile_kernels, launches
 from scripts.common import record
-from vllm_dca.cuda import decode, paged_pass
+from vllm_dca.cuda import decode, paged_pass, prefill
 
 CAPABILITY = 75
-KERNELS = {"decode": "decode", "attention": "pass"}
+KERNELS = {"decode": "decode", "attention": "pass", "prefill": "prefill"}
 
 
 @contextlib.contextmanager
 def smaller_tiles() -> Iterator[None]:
-    """Sixteen keys for decode; sixteen queries and 32 keys for a pass; eight warps."""
+    """Sixteen keys for decode; sixteen queries and 32 keys for prefills; eight warps."""
     tune = decode.tune
     with (
         mock.patch.object(decode, "tune", lambda *of: tune(*of)._replace(tile=16, num_warps=8)),
         mock.patch.object(paged_pass, "tune", return_value=(16, 32, 8)),
+        mock.patch.object(prefill, "tune", return_value=(16, 32, 8)),
     ):
         yield
 
 
 def compiled(tiles: str) -> Iterator[dict[str, Any]]:
-    for shape in compile_kernels.SHAPES:
+    for shape in launches.SHAPES:
         with compile_kernels.Compiler(CAPABILITY) as compiler:
-            compile_kernels.launch(shape, *[torch.float16] * 2)
+            launches.every(shape, *[torch.float16] * 2)
         for kernel, found in compiler.kernels.items():
             kind = KERNELS.get(kernel.partition("_")[0])
             if kind is not None:
@@ -59,7 +60,7 @@ def main() -> None:
     for row in results:
         print(row)
     if args.output:
-        record.write_kernels(args.output, results)
+        record.write_kernels(args.output, results, record.provenance("triton"))
 
 
 if __name__ == "__main__":

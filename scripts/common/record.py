@@ -78,9 +78,8 @@ def resumed(output: Path | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
     return found if before == facts else []
 
 
-def write_kernels(output: Path, rows: list[dict[str, Any]]) -> None:
+def write_kernels(output: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Kernels that were compiled, one a line: there are hundreds."""
-    facts = {"triton": version("triton"), **provenance()}
     head = json.dumps(facts, indent=1).removesuffix("\n}")
     kernels = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     output.write_text(f'{head},\n "kernels": [\n{kernels}\n ]\n}}\n')

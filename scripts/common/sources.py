@@ -31,6 +31,7 @@ CPU = ("vllm_dca/cpu/*", *METHOD)
 # What a token of an answer hangs on.
 ENGINE_ON_CPU = (*(f"vllm_dca/engine/{name}.py" for name in _STEP), *CPU)
 CUDA = ("vllm_dca/cuda/*.py",)
+COMPILED = ("scripts/bench/launches.py", *CUDA)
 # Nothing of it runs unless it is asked for.
 SPARSE = (
     "vllm_dca/*/*sparse*",
@@ -52,13 +53,14 @@ class Measurement:
 
 MEASUREMENTS = {
     "scripts.bench.balance": Measurement(("balance",), CUDA),
-    "scripts.bench.compile_kernels": Measurement(("kernels",), CUDA),
+    "scripts.bench.compile_kernels": Measurement(("kernels",), COMPILED),
     "scripts.bench.cpu": Measurement(("cpu", "cpu-avx2", "cpu-growth"), CPU),
     "scripts.bench.engine": Measurement(("engine-cpu",), ENGINE_ON_CPU),
     # How much memory vLLM's own layers keep.
     "scripts.bench.linear_memory": Measurement(("linear-memory",), ()),
+    "scripts.bench.prefill_kernels": Measurement(("prefill-kernels",), COMPILED),
     "scripts.bench.sparse": Measurement(("sparse-32k", "sparse-128k"), CPU, is_sparse=True),
-    "scripts.bench.turing": Measurement(("turing",), CUDA),
+    "scripts.bench.turing": Measurement(("turing",), COMPILED),
     "scripts.load.soak": Measurement(("soak", "soak-quick"), ENGINE_ON_CPU),
     "scripts.models.sweep": Measurement(
         ("models",), ("vllm_dca/engine/*.py", "scripts/models/*.py", *CPU)

@@ -3,33 +3,20 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from scripts.common.record import ROOT
-from scripts.docs import records
+from scripts.docs import gpu_tables, records
+from scripts.docs.page import RESULTS, load, markdown
 from scripts.quality import loss
 from scripts.quality.methods import name_of
 from vllm_dca.engine import support_table
 
-RESULTS = ROOT / "docs/results"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE = re.compile(r"(?<=<!-- table: )(\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
-
-
-def load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
-
-
-def markdown(*rows: Iterable[object]) -> str:
-    """The first row is the head."""
-    head, *body = [[str(cell) for cell in row] for row in rows]
-    lines = [head, ["---"] * len(head), *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def perplexity() -> str:
@@ -162,30 +149,6 @@ def demo() -> str:
     )
 
 
-def turing() -> str:
-    kernels = load("turing")["kernels"]
-
-    def most(key: str, kernel: str, tiles: str) -> str:
-        of = (row[key] for row in kernels if (row["kernel"], row["tiles"]) == (kernel, tiles))
-        return f"{max(of):,}"
-
-    keys = ("spilled_bytes", "shared_bytes", "tensor_core_instructions")
-    return markdown(
-        (
-            "kernel",
-            "tiles",
-            "spilled, bytes",
-            "shared memory, bytes",
-            "tensor-core instructions",
-        ),
-        *(
-            (kernel, tiles, *(most(key, kernel, tiles) for key in keys))
-            for kernel in ("pass", "decode")
-            for tiles in ("other cards'", "smaller")
-        ),
-    )
-
-
 def sparse() -> str:
     rows = [row for name in ("sparse-32k", "sparse-128k") for row in load(name)["results"]]
     return markdown(
@@ -239,61 +202,6 @@ def sparse_quality() -> str:
     )
 
 
-def balance() -> str:
-    cards = load("balance")["busiest"]
-    return markdown(
-        ("busiest place / mean place", "now: median", "worst", "before: median", "worst"),
-        *(
-            (card, *(f"{value:.2f}" for of in found.values() for value in of.values()))
-            for card, found in cards.items()
-        ),
-    )
-
-
-def decode_bytes() -> str:
-    return markdown(
-        ("a layer's step, MB", "floor", "now", "before"),
-        *(
-            (step, *(f"{size / 1e6:,.1f}" for size in sizes.values()))
-            for step, sizes in load("balance")["moved"].items()
-        ),
-    )
-
-
-def _compiled(kernels: list[dict[str, Any]], **wanted: object) -> str:
-    """Registers, programs a multiprocessor, and KiB in flight there, for each capability.
-
-    No more than two programs a multiprocessor are launched, whatever fits.
-    """
-    rows = [row for row in kernels if wanted.items() <= row.items()]
-    assert [row["capability"] for row in rows] == [80, 90, 100], wanted
-    programs = [row["programs_per_multiprocessor"] for row in rows]
-    flights = [
-        row["bytes_in_flight"] * min(n, 2) >> 10 for row, n in zip(rows, programs, strict=True)
-    ]
-    numbers = ([row["registers"] for row in rows], programs, flights)
-    return " | ".join(" / ".join(map(str, column)) for column in numbers)
-
-
-def decode_kernels() -> str:
-    """The decode kernel as compiled, beside the one before it."""
-    now, before = (
-        [row for row in load(name)["kernels"] if row["capability"] != 86]
-        for name in ("kernels", "kernels-before")
-    )
-    columns = ("registers", "programs", "KiB in flight")
-    rows = []
-    for shape, group in (("SmolLM2-135M", 3), ("Llama-3-8B", 4), ("Gemma-like", 2)):
-        for cache in ("bfloat16", "float8_e5m2"):
-            wanted = {"shape": shape, "dtype": "bfloat16", "kv_cache": cache}
-            kernel = "decode_kernel, 16 queries"
-            new = _compiled(now, **wanted, kernel=kernel).split(" | ")
-            old = _compiled(before, **wanted, kernel="split_kernel").split(" | ")
-            rows.append((f"{shape}, group of {group}", cache, *new, *old))
-    head = (*(f"now: {name}" for name in columns), *(f"before: {name}" for name in columns))
-    return markdown(("shape", "KV cache", *head), *rows)
-
-
 def model_counts() -> str:
     verdicts = Counter(of["verdict"] for of in load("models")["verdicts"].values())
     return markdown(("verdict", "models"), *verdicts.most_common())
@@ -316,9 +224,11 @@ def models() -> str:
 
 
 MADE_BY = (
-    balance,
-    decode_bytes,
-    decode_kernels,
+    gpu_tables.balance,
+    gpu_tables.decode_bytes,
+    gpu_tables.decode_kernels,
+    gpu_tables.prefill_kernels,
+    gpu_tables.compiled_kernels,
     demo,
     perplexity,
     retrieval,
@@ -328,7 +238,7 @@ MADE_BY = (
     cpu_growth,
     engine,
     linear_memory,
-    turing,
+    gpu_tables.turing,
     sparse,
     sparse_quality,
     model_counts,

@@ -1,21 +1,19 @@
 """What only a GPU can show: no synchronisation, CUDA graphs, and launches as profiled."""
 
 import dataclasses
+import functools
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.cuda.test_kernels import TRITON, plan, planner
+from tests.cuda.test_kernels import PREFILLS, plan, planner
 from tests.helpers.paged import DEVICE, Batch, Shape, query_start_loc
 from vllm_dca.cuda.decode import decode_attention
-from vllm_dca.cuda.merge import merge_parts
-from vllm_dca.cuda.turn import turn_queries
+from vllm_dca.cuda.device import prefill_by
 from vllm_dca.engine.choice import PROVIDERS
-from vllm_dca.method.device import PrefillOperations
 from vllm_dca.method.kv_cache import split_kv
-from vllm_dca.method.planning import plan_prefill
-from vllm_dca.method.prefill import prefill_attention
 from vllm_dca.method.provider import Needs, UnusableProviderError
 
 SHAPE = Shape(
@@ -44,12 +42,13 @@ class OnDevice:
         self.planner = planner(self.batch.shape, len(self.query), 64)
         self.output = torch.empty_like(self.query)
 
-    def prefill(self) -> None:
-        prefill_attention(
+    def prefill(self, name: str) -> None:
+        prefill = PREFILLS[name]
+        prefill.attend(
             self.query,
             *split_kv(self.kv_cache),
             self.output,
-            plan=plan_prefill(
+            plan=prefill.plan(
                 self.query_start_loc.numpy(),
                 self.seq_lens.numpy(),
                 self.block_table,
@@ -58,7 +57,6 @@ class OnDevice:
             ),
             rotation=self.rotation,
             softmax_scale=SHAPE.scale,
-            operations=TRITON,
         )
 
     def decode(self) -> None:
@@ -72,9 +70,16 @@ class OnDevice:
         )
 
 
+def runs(batch: OnDevice, step: str) -> Callable[[], None]:
+    return batch.decode if step == "decode" else functools.partial(batch.prefill, step)
+
+
+STEPS = pytest.mark.parametrize("step", ["decode", *PREFILLS])
+
+
 def kernels(step: str, lengths: list[tuple[int, int]]) -> Counter[str]:
     """Kernels and copies of one step, planning included, by name."""
-    run = getattr(OnDevice(lengths), step)
+    run = runs(OnDevice(lengths), step)
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -83,7 +88,7 @@ def kernels(step: str, lengths: list[tuple[int, int]]) -> Counter[str]:
     return Counter(event.name for event in profile.events() if event.device_type == device)
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
+@STEPS
 def test_launches_do_not_grow(step: str) -> None:
     """With requests, and with chunks."""
     new = 1 if step == "decode" else 200
@@ -91,14 +96,14 @@ def test_launches_do_not_grow(step: str) -> None:
     assert few
     assert sum(kernels(step, [(400, 400 - new)] * 32).values()) == sum(few.values())
     assert sum(kernels(step, [(6400, 6400 - new)]).values()) == sum(few.values())
-    if step == "prefill":
+    if step != "decode":
         assert sum(kernels(step, [(6400, 0)]).values()) == sum(few.values())
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
+@STEPS
 def test_nothing_synchronises(step: str) -> None:
     new = 1 if step == "decode" else 200
-    run = getattr(OnDevice([(400, 400 - new), (30, 30 - min(new, 30))]), step)
+    run = runs(OnDevice([(400, 400 - new), (30, 30 - min(new, 30))]), step)
     run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -186,5 +191,4 @@ def test_every_provider_that_is_here_agrees(
         dtype=dtype,
     )
     batch = Batch.random(shape)
-    operations = PrefillOperations(turn_queries, attend, merge_parts)
-    batch.assert_close(batch.prefill(operations=operations, device=DEVICE))
+    batch.assert_close(batch.prefill(by=prefill_by(attend), device=DEVICE))

@@ -13,28 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.bench import balance
+from scripts.bench import balance, moves
 from tests.cpu.test_attention import shapes
 from tests.helpers import interpreter
 from tests.helpers.cases import cases
-from tests.helpers.paged import CPU_PREFILL, DEVICE, Batch, Shape, query_start_loc
+from tests.helpers.paged import CPU_OPERATIONS, DEVICE, Batch, Shape, query_start_loc
 from vllm_dca.cuda import plan_decode, tuning
 from vllm_dca.cuda.decode import decode_attention
-from vllm_dca.cuda.merge import merge_parts
+from vllm_dca.cuda.device import WALK, prefill_by
 from vllm_dca.cuda.paged_pass import attention
 from vllm_dca.cuda.plan_decode import DecodePlan, DecodePlanner
-from vllm_dca.cuda.turn import turn_queries
-from vllm_dca.method.device import PrefillOperations
+from vllm_dca.method.device import Prefill, PrefillOperations
 from vllm_dca.method.kv_cache import split_kv
-from vllm_dca.method.planning import plan_prefill
-from vllm_dca.method.prefill import prefill_attention
+from vllm_dca.method.prefill import by_passes
 
-TRITON = PrefillOperations(turn_queries, attention, merge_parts)
 # What few models have.
 CAPPED, SUNK = {"soft_cap": 2.0}, {"has_sinks": True}
 BOTH = {**CAPPED, **SUNK}
 SOFTMAX = pytest.mark.parametrize("softmax", [{}, BOTH], ids=["plain", "cap and sinks"])
 
+PREFILLS = {"triton": WALK, "triton_passes": prefill_by(attention)}
+EITHER = pytest.mark.parametrize("name", PREFILLS)
 
 interpreter.repair()
 
@@ -92,8 +91,8 @@ def decode(batch: Batch, num_programs: int = 7) -> torch.Tensor:
     return attend(batch, query, plan(batch, steps, len(query)))
 
 
-def prefill(batch: Batch, operations: PrefillOperations = TRITON) -> torch.Tensor:
-    return batch.prefill(operations=operations, device=DEVICE)
+def prefill(batch: Batch, by: Prefill = WALK) -> torch.Tensor:
+    return batch.prefill(by=by, device=DEVICE)
 
 
 @st.composite
@@ -113,11 +112,12 @@ def test_decode_agrees_with_reference(shape: Shape, num_programs: int) -> None:
     batch.assert_close(decode(batch, num_programs))
 
 
-@settings(max_examples=cases(40), deadline=None)
-@given(cached_shapes())
-def test_prefill_agrees_with_reference(shape: Shape) -> None:
+@settings(max_examples=cases(50), deadline=None)
+@given(cached_shapes(), st.sampled_from(list(PREFILLS)))
+def test_prefill_agrees_with_reference(shape: Shape, name: str) -> None:
+    """In one launch, and by three passes and a merge."""
     batch = Batch.random(shape)
-    batch.assert_close(prefill(batch))
+    batch.assert_close(prefill(batch, PREFILLS[name]))
 
 
 @settings(max_examples=cases(15), deadline=None)
@@ -135,8 +135,11 @@ def test_head_sizes_and_groups(head_size: int, group: int) -> None:
     shape = dataclasses.replace(shape, num_kv_heads=1, seed=head_size)
     batch = Batch.random(shape)
     batch.assert_close(decode(batch))
-    if group < 71:
+    # A tile of queries is then less than a token's.
+    if group < 71 or head_size == 32:
         batch.assert_close(prefill(batch))
+    if group < 71:
+        batch.assert_close(prefill(batch, PREFILLS["triton_passes"]))
 
 
 @pytest.mark.parametrize(("temperature", "softmax"), [(None, {}), (20, {}), (20, BOTH)])
@@ -241,6 +244,18 @@ def test_rows_that_cross_every_border(cached: int) -> None:
 
 
 @SOFTMAX
+def test_one_launch_crosses_every_border(softmax: dict[str, Any]) -> None:
+    """Rows of five chunks, in tiles of one; as passes have them, and however they are cut."""
+    lengths = [(40, 0), (33, 9), (24, 23), (8, 0)]
+    shape = Shape(lengths, chunk_len=8, block_size=4, local_size=6, group=7, **softmax)
+    batch = Batch.random(shape)
+    together = prefill(batch)
+    batch.assert_close(together)
+    by_passes = prefill(batch, PREFILLS["triton_passes"])
+    assert (together - by_passes).abs().max() <= batch.tolerance()
+
+
+@SOFTMAX
 def test_packed_rows_are_as_rows_alone(softmax: dict[str, Any]) -> None:
     """However a prefill is cut into steps, its rows' answers are the same."""
     batch = Batch.random(Shape([(70, 40)], **softmax))
@@ -321,11 +336,11 @@ def prefill_launches(lengths: list[tuple[int, int]], **softmax: Any) -> Counter[
     def counted(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
-            return getattr(CPU_PREFILL, name)(*args, **kwargs)
+            return getattr(CPU_OPERATIONS, name)(*args, **kwargs)
 
         return call
 
-    batch.prefill(operations=PrefillOperations(*map(counted, PrefillOperations._fields)))
+    batch.prefill(by=by_passes(PrefillOperations(*map(counted, PrefillOperations._fields))))
     return calls
 
 
@@ -338,12 +353,33 @@ def test_launches_of_a_layer_are_a_constant(lengths: list[tuple[int, int]]) -> N
     assert prefill_launches(lengths) == {"turn": 1, "attend": 3, "merge": 1}
 
 
+@pytest.mark.parametrize(
+    ("lengths", "regions"),
+    [
+        ([(16, 0)], 1),
+        ([(32, 30)], 2),
+        ([(70, 60)], 3),
+        ([(1700, 1690)], 3),
+        ([(70, 66)] * 9, 3),
+    ],
+)
+def test_launches_are_as_many_as_the_benchmark_says(
+    lengths: list[tuple[int, int]], regions: int
+) -> None:
+    batch = Batch.random(Shape(lengths, num_kv_heads=1, group=1))
+    for name, launches in (("triton", moves.by_one_launch), ("triton_passes", moves.by_passes)):
+        with interpreter.launches() as launched:
+            prefill(batch, PREFILLS[name])
+        assert sum(launched.values()) == launches(regions).launches
+
+
 def test_passes_that_no_token_needs_are_not_launched() -> None:
     assert prefill_launches([(16, 0)]) == {"attend": 1, "merge": 1}
     assert prefill_launches([(32, 0)]) == {"turn": 1, "attend": 2, "merge": 1}
 
 
-def test_nothing_waits_for_the_device() -> None:
+@EITHER
+def test_nothing_waits_for_the_device(name: str) -> None:
     """Neither planning a step nor a layer's own work reads anything back."""
     batch = Batch.random(Shape([(70, 40), (20, 0)]))
     query, kv_cache, block_table, starts = (
@@ -359,15 +395,15 @@ def test_nothing_waits_for_the_device() -> None:
     steps = planner(batch.shape, 4, 4)
     seq_lens = torch.tensor([70, 20], dtype=torch.int32, device=DEVICE)
     with NeverWaits():
-        found = plan_prefill([0, 30, 50], [70, 20], block_table, 4, batch.shape.geometry)
-        prefill_attention(
+        by = PREFILLS[name]
+        found = by.plan([0, 30, 50], [70, 20], block_table, 4, batch.shape.geometry)
+        by.attend(
             query,
             *split_kv(kv_cache),
             torch.empty_like(query),
             plan=found,
             rotation=rotation,
             softmax_scale=1.0,
-            operations=TRITON,
         )
         steps.plan(starts, seq_lens, block_table, 2)
     with NeverWaits(), pytest.raises(AssertionError, match="waits for the device"):

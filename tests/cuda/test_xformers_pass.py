@@ -24,6 +24,7 @@ from vllm_dca.engine.support import KV_CACHE_DTYPES
 from vllm_dca.method.device import PrefillOperations
 from vllm_dca.method.kv_cache import split_kv
 from vllm_dca.method.planning import PrefillPlan, plan_prefill
+from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.provider import Needs, PagedSegments, UnusableProviderError
 
 CUDA = torch.device("cuda")
@@ -62,7 +63,7 @@ def attend(operator: Any = StandIn) -> Any:
 def test_prefill_agrees_with_reference(shape: Shape) -> None:
     batch = Batch.random(shape)
     operations = PrefillOperations(turn_queries, attend(), merge_parts)
-    batch.assert_close(batch.prefill(operations=operations))
+    batch.assert_close(batch.prefill(by=by_passes(operations)))
 
 
 def planned(shape: Shape) -> PrefillPlan:

@@ -23,6 +23,7 @@ from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.engine import devices
 from vllm_dca.engine.choice import PROVIDERS, choose
 from vllm_dca.method.device import PrefillOperations
+from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.provider import (
     Needs,
     PagedSegments,
@@ -101,9 +102,8 @@ def test_flash_attention_is_called_as_it_wants(name: str, softmax: dict[str, Any
         attend = functools.partial(flash_attn._package, stand_in(signature, calls))
     shape = Shape([(70, 20), (16, 0), (33, 32)], dtype=torch.bfloat16, **softmax)
     batch = Batch.random(shape)
-    batch.assert_close(
-        batch.prefill(operations=PrefillOperations(turn_queries, attend, merge_parts))
-    )
+    operations = PrefillOperations(turn_queries, attend, merge_parts)
+    batch.assert_close(batch.prefill(by=by_passes(operations)))
     assert [call["causal"] for call in calls] == [True, False, False]
     for call in calls:
         assert call.get("softcap") == softmax.get("soft_cap")
@@ -155,7 +155,10 @@ def unusable(reason: str) -> Callable[[Needs], Any]:
 
 
 def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(PROVIDERS["cuda"]) == ["vllm_flash_attn", "flash_attn", "xformers", "triton"]
+    assert list(PROVIDERS["cuda"]) == [
+        *("vllm_flash_attn", "flash_attn", "xformers"),
+        *("triton", "triton_passes"),
+    ]
     assert choose("cpu", None, NEEDS)[0] == "compiled"
     # Without vLLM's CUDA build, the flash-attn package, and a GPU for xformers.
     assert choose("cuda", None, NEEDS)[0] == "triton"
@@ -166,9 +169,12 @@ def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"'flashinfer' is not known.*vllm_flash_attn, flash_attn"
     ):
         choose("cuda", "flashinfer", NEEDS)
-    monkeypatch.setitem(PROVIDERS["cuda"], "triton", unusable("no Triton"))
+    assert choose("cuda", "triton_passes", NEEDS)[0] == "triton_passes"
+    for name in ("triton", "triton_passes"):
+        monkeypatch.setitem(PROVIDERS["cuda"], name, unusable("no Triton"))
     with pytest.raises(
-        ValueError, match=r"vllm_flash_attn: .*; flash_attn: .*; xf.*: .*; triton: no T"
+        ValueError,
+        match=r"vllm_flash_attn: .*; flash_attn: .*; xf.*: .*; triton: no T.*; triton_.*: no T",
     ):
         choose("cuda", None, NEEDS)
 

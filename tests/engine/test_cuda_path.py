@@ -3,6 +3,7 @@
 Under both of vLLM's model runners: V2, CUDA's default, schedules asynchronously here as there.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,23 +19,49 @@ from vllm_dca.reference.model import prompt_logprobs
 interpreter.repair()
 
 
-@under("V1", "V2")
-def test_engine_agrees_with_reference(tmp_path: Path) -> None:
-    """Prompts and answers across chunks, and prefills and decodes in one batch."""
+def assert_engine_agrees(tmp_path: Path, provider: str) -> set[str]:
+    """Prompts and answers across chunks, and prefills and decodes in one batch.
+
+    Returns:
+        The kernels that were launched.
+    """
     llama = checkpoints.write(tmp_path, "LlamaConfig")
     prompts = [checkpoints.tokens(length, length) for length in (100, 31)]
-    with engine(llama, **OPTIONS) as llm, interpreter.launches() as launched:
+    sizes = {**DCA["additional_config"]["dca"], "prefill_provider": provider}
+    options = {**OPTIONS, "additional_config": {"dca": sizes}}
+    with engine(llama, **options) as llm, interpreter.launches() as launched:
         answers = generate(llm, prompts, max_tokens=4, prompt_logprobs=0)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert_close(of_prompt(answer), prompt_logprobs(llama, prompt, **SIZES))
         assert_agrees(llama, prompt, answer)
-    names = {name for name, *_ in launched}
-    assert names >= {"plan_kernel", "decode_kernel", "reduce_kernel", "attention_kernel"}
+    return {name for name, *_ in launched}
 
 
-@pytest.mark.parametrize("temperature", [None, 40])
+DECODE = {"plan_kernel", "decode_kernel", "reduce_kernel"}
+PASSES = {"turn_kernel", "attention_kernel", "merge_kernel"}
+
+
+@under("V1", "V2")
+def test_engine_agrees_with_reference(tmp_path: Path) -> None:
+    found = assert_engine_agrees(tmp_path, "triton")
+    assert found >= {*DECODE, "prefill_kernel"}
+    assert not found & PASSES
+
+
+@under("V2")
+def test_three_passes_agree_with_reference(tmp_path: Path) -> None:
+    found = assert_engine_agrees(tmp_path, "triton_passes")
+    assert found >= DECODE | PASSES
+    assert "prefill_kernel" not in found
+
+
+@pytest.mark.parametrize(
+    ("temperature", "provider", "launches"),
+    # Of two chunks and three.
+    [(None, "triton", 2), (40, "triton", 2), (40, "triton_passes", 2 + 3)],
+)
 def test_a_long_prompt_finds_its_kernels_compiled(
-    temperature: int | None, tmp_path: Path
+    temperature: int | None, provider: str, launches: int, tmp_path: Path
 ) -> None:
     """vLLM's workers on a GPU run the registry before the server says that it is ready."""
     from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
@@ -42,7 +69,11 @@ def test_a_long_prompt_finds_its_kernels_compiled(
     from vllm_dca.engine.impl import DcaImpl
 
     llama = checkpoints.write(tmp_path, "LlamaConfig")
-    sizes = {**DCA["additional_config"]["dca"], "original_max_position_embeddings": temperature}
+    sizes = {
+        **DCA["additional_config"]["dca"],
+        "original_max_position_embeddings": temperature,
+        "prefill_provider": provider,
+    }
     options = {**OPTIONS, "additional_config": {"dca": sizes}}
     registry = JitWarmupRegistry(None)
     with registry.activate(), engine(llama, **options) as llm:
@@ -60,11 +91,14 @@ def test_a_long_prompt_finds_its_kernels_compiled(
             cache.zero_()
         with interpreter.launches() as used:
             generate(llm, [checkpoints.tokens(100), checkpoints.tokens(31)], max_tokens=4)
-    kernels = {"turn_kernel", "attention_kernel", "merge_kernel"}
-    kernels |= {"plan_kernel", "decode_kernel", "reduce_kernel"}
-    assert {name for name, *_ in used} == kernels
+    of_prefill = {"prefill_kernel"} if provider == "triton" else PASSES
+    assert {name for name, *_ in used} == of_prefill | DECODE
     assert set(used) <= set(warm)
-    # Once for all layers and once a process: passes over two chunks and three, by two queries.
+    # Once for all layers and once a process, by two kinds of queries.
     assert len(caches) == 2
-    assert sum(n for (name, *_), n in warm.items() if name == "attention_kernel") == 2 * (2 + 3)
+    counted = Counter[str]()
+    for (name, *_), n in warm.items():
+        counted[name] += n
+    attends = "prefill_kernel" if provider == "triton" else "attention_kernel"
+    assert counted[attends] == 2 * launches
     assert not again

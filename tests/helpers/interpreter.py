@@ -136,7 +136,7 @@ def launches() -> Iterator[Counter[tuple[Any, ...]]]:
 def _kind(value: Any, exempt: bool) -> Any:
     """What Triton tells apart of an argument that is no constant of the kernel."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        return value.dtype, exempt or value.data_ptr() % 16 == 0
     if isinstance(value, int):
         wide = value.bit_length() > 31
         return (int, wide) if exempt else (int, wide, value == 1, value % 16 == 0)

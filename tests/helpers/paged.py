@@ -12,11 +12,10 @@ from vllm_dca.cpu.decode import decode_attention
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.plan_decode import DecodePlan
 from vllm_dca.cpu.turn import turn_queries
-from vllm_dca.method.device import PrefillOperations
+from vllm_dca.method.device import Prefill, PrefillOperations
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.kv_cache import split_kv, write_kv
-from vllm_dca.method.planning import plan_prefill
-from vllm_dca.method.prefill import prefill_attention
+from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.rotary import QueryRotation, unit_table
 from vllm_dca.reference.attention import dual_chunk_attention, key_positions, rotate
 
@@ -25,7 +24,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
 # Of an FP8 cache, which holds a key or value over its scale.
 K_SCALE, V_SCALE = torch.tensor([0.5]), torch.tensor([2.0])
-CPU_PREFILL = PrefillOperations(turn_queries, paged_pass.attention, merge_parts)
+CPU_OPERATIONS = PrefillOperations(turn_queries, paged_pass.attention, merge_parts)
+CPU_PREFILL = by_passes(CPU_OPERATIONS)
 
 
 @dataclass(frozen=True)
@@ -199,21 +199,21 @@ class Batch:
         self,
         query: torch.Tensor | None = None,
         rows: slice = slice(None),
-        operations: PrefillOperations = CPU_PREFILL,
+        by: Prefill = CPU_PREFILL,
         device: torch.device = CPU,
     ) -> torch.Tensor:
-        """Three passes and a merge."""
+        """By three passes and a merge, or by what else answers prefills."""
         shape = self.shape
         query = (self.rotated_query() if query is None else query).to(device)
         key_cache, value_cache = split_kv(self.kv_cache.to(device))
         lengths = torch.tensor(shape.lengths)[rows]
         output = torch.full_like(query, torch.nan)
-        prefill_attention(
+        by.attend(
             query,
             key_cache,
             value_cache,
             output,
-            plan=plan_prefill(
+            plan=by.plan(
                 query_start_loc(shape.lengths[rows]).numpy(),
                 lengths[:, 0].numpy(),
                 self.block_table[rows].to(device),
@@ -223,7 +223,6 @@ class Batch:
             ),
             rotation=self.rotation(device),
             softmax_scale=shape.scale,
-            operations=operations,
             **self.softmax(device),
             **self.scales(device),
         )

@@ -15,6 +15,7 @@ from vllm_dca.method import kv_cache
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import DecodePlanner, Device, PrefillOperations
 from vllm_dca.method.lines import select
+from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.sparse import SparseOperations
 
 
@@ -35,7 +36,7 @@ def by_torch() -> Device:
     """Three passes and a merge for prefills, one matrix product over pages for decodes."""
     return Device(
         "torch",
-        PrefillOperations(turn_queries, attention, merge_parts),
+        by_passes(PrefillOperations(turn_queries, attention, merge_parts)),
         kv_cache.without_scales(kv_cache.write_kv),
         _planner_of(DecodePlan),
         decode.decode_attention,

@@ -15,21 +15,10 @@ import triton.language as tl
 from vllm_dca.cuda import plan_decode
 from vllm_dca.cuda.plan_decode import DecodePlan, pack_at, share_of
 from vllm_dca.cuda.reduce import reduce_pieces
-from vllm_dca.cuda.tiles import attend_keys
+from vllm_dca.cuda.tiles import LOG2_E, add_sink, attend_keys
 from vllm_dca.cuda.tuning import MIN_DOT_SIZE, tune
 from vllm_dca.cuda.turn import turn_into
 from vllm_dca.method.rotary import QueryRotation
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _add_sink(best, total, acc, sink):
-    """One more logit, whose value is 0; none where it is -inf."""
-    new_best = tl.maximum(best, sink)
-    origin = tl.where(new_best == float("-inf"), 0.0, new_best)
-    keep = tl.exp2(best - origin)
-    return new_best, total * keep + tl.exp2(sink - origin), acc * keep[:, None]
 
 
 # What changes from step to step must not make Triton compile the kernel again.
@@ -157,12 +146,12 @@ def _decode_kernel(
             turn = tl.where(chunk > key_chunk, target - offset, 0)
             tl.debug_barrier()
             turn_into(
-                turned,
+                turned + m[:, None] * HEAD_PADDED,
                 query + row[:, None] * query_stride_row + head[:, None] * query_stride_head,
                 real,
                 cos_sin,
                 turn,
-                m,
+                HEAD_PADDED,
                 HEAD_SIZE,
                 HEAD_PADDED,
                 ROTARY_DIM,
@@ -182,7 +171,7 @@ def _decode_kernel(
                 # Of a sequence's pieces one has the first keys. Once they are summed: beside a
                 # large sink their weights would lose digits in half precision.
                 sink = tl.load(sinks + head, mask=real & (lo == 0), other=float("-inf"))
-                best, total, acc = _add_sink(best, total, acc, sink.to(tl.float32) * LOG2_E)
+                best, total, acc = add_sink(best, total, acc, sink.to(tl.float32) * LOG2_E)
             result = acc / tl.where(total > 0, total, 1.0)[:, None]
             if (lo == 0) & (hi == keys):
                 whole = output + row[:, None] * output_stride_row

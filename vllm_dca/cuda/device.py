@@ -5,25 +5,36 @@ from collections.abc import Callable
 import torch
 from triton import knobs
 
-from vllm_dca.cuda import decode, merge, plan_decode, turn
+from vllm_dca.cuda import decode, merge, plan_decode, plan_prefill, prefill, turn
 from vllm_dca.method import kv_cache
 from vllm_dca.method.config import DcaSettings
-from vllm_dca.method.device import DecodePlanner, Device, PrefillOperations
+from vllm_dca.method.device import DecodePlanner, Device, Prefill, PrefillOperations
+from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.provider import AttentionProvider
+
+# All of a prefill in one launch.
+WALK = Prefill(plan_prefill.plan_walk, prefill.walk_attention)
+
+
+def prefill_by(provider: AttentionProvider | Prefill) -> Prefill:
+    """Three passes by a provider of one, unless it takes all of DCA at once."""
+    if isinstance(provider, Prefill):
+        return provider
+    return by_passes(PrefillOperations(turn.turn_queries, provider, merge.merge_parts))
 
 
 def with_provider(
     provider: str,
-    attend: AttentionProvider,
+    attend: AttentionProvider | Prefill,
     write_kv: Callable[..., None],
     num_multiprocessors: int,
     device: torch.device,
 ) -> Device:
-    """A device whose prefill passes are attended by `attend`.
+    """A device whose prefills are attended by `attend`.
 
     Args:
         provider: its name.
-        attend: computes a pass.
+        attend: computes a pass, or all of a prefill.
         write_kv: stores keys and values, see `Device`; `storing_by` makes one.
         num_multiprocessors: of the GPU.
         device: of everything.
@@ -43,7 +54,7 @@ def with_provider(
 
     return Device(
         provider,
-        PrefillOperations(turn.turn_queries, attend, merge.merge_parts),
+        prefill_by(attend),
         write_kv,
         decode_planner,
         decode.decode_attention,
@@ -76,11 +87,12 @@ def interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def interpreted(attend: AttentionProvider) -> Device:
+def interpreted(provider: str, attend: AttentionProvider | Prefill) -> Device:
     """A GPU of one multiprocessor, played by the CPU.
 
     Args:
-        attend: computes a pass, without a GPU.
+        provider: its name.
+        attend: computes a pass, or all of a prefill, without a GPU.
     """
     store = kv_cache.without_scales(kv_cache.write_kv)
-    return with_provider("triton", attend, store, 1, torch.device("cpu"))
+    return with_provider(provider, attend, store, 1, torch.device("cpu"))

@@ -8,10 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dca.cuda.tiles import attend_keys
+from vllm_dca.cuda.tiles import LOG2_E, attend_keys
 from vllm_dca.method.provider import PagedSegments
 
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -148,8 +147,8 @@ def attention(
         v_scale,
         num_segments,
         num_segments.bit_length(),
-        softmax_scale * LOG2_E,
-        None if soft_cap is None else soft_cap * LOG2_E,
+        softmax_scale * LOG2_E.value,
+        None if soft_cap is None else soft_cap * LOG2_E.value,
         CAUSAL=segments.causal,
         GROUP=num_heads // num_kv_heads,
         HEAD_SIZE=head_size,

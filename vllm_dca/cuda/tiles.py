@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def soft_capped(x, cap):
@@ -18,6 +20,15 @@ def soft_capped(x, cap):
     p = (p * q + 4.89352456e-03) * y
     divisor = (1.19825839e-06 * q + 1.18534706e-04) * q + 2.26843463e-03
     return p / (divisor * q + 4.89352519e-03) * cap
+
+
+@triton.jit
+def add_sink(best, total, acc, sink):
+    """One more logit, whose value is 0; none where it is -inf."""
+    new_best = tl.maximum(best, sink)
+    origin = tl.where(new_best == float("-inf"), 0.0, new_best)
+    keep = tl.exp2(best - origin)
+    return new_best, total * keep + tl.exp2(sink - origin), acc * keep[:, None]
 
 
 @triton.jit

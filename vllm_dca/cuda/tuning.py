@@ -9,7 +9,9 @@ from vllm_dca.cuda.plan_decode import MAX_QUERIES
 
 MIN_DOT_SIZE = 16  # of any side of Triton's matrix product
 MAX_TILE = 64
-# Bytes of keys and values that a program has on their way while it multiplies others.
+# Bytes of keys and values that a program has on their way while it multiplies others. Bandwidth
+# times latency asks for 13 to 27 KiB a multiprocessor, by the bandwidths of data sheets and an
+# assumed latency of 1,000 cycles; docs/gpu.md has the sum.
 IN_FLIGHT = 32 << 10
 
 

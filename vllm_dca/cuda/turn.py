@@ -53,16 +53,19 @@ def turned_by(
 
 @triton.jit
 def turn_into(
-    turned,  # [QUERIES, HEAD_PADDED], written
+    turned,  # [QUERIES, 1] where each goes; entries past HEAD_SIZE, up to STORED, are zeros
     query,  # [QUERIES, 1] where each begins
-    real,  # [QUERIES] whether it is one
+    real,  # [QUERIES] whether it is one; others are zeros
     cos_sin,
     turn,  # [QUERIES] positions
-    m,
+    STORED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
 ):  # fmt: skip
-    """By memory and a few columns at a time: whole queries would want all registers."""
+    """Turn a tile's queries by way of memory, a few columns at a time.
+
+    Whole queries would want all registers.
+    """
     COLUMNS: tl.constexpr = 32 if HEAD_PADDED > 32 else HEAD_PADDED
     for first in range(0, HEAD_PADDED, COLUMNS):
         d = first + tl.arange(0, COLUMNS)
@@ -73,8 +76,11 @@ def turn_into(
         result = turned_by(
             q.to(tl.float32), paired.to(tl.float32), cos_sin, turn[:, None], column[None, :],
             sign[None, :], rotates[None, :], ROTARY_DIM,
-        )  # fmt: skip
-        tl.store(turned + m[:, None] * HEAD_PADDED + d[None, :], result.to(q.dtype))
+        ).to(q.dtype)  # fmt: skip
+        if STORED < HEAD_PADDED:
+            tl.store(turned + d[None, :], result, mask=(d < STORED)[None, :])
+        else:
+            tl.store(turned + d[None, :], result)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vllm_dca.cuda import flash_attn, xformers_pass
+from vllm_dca.method.device import Prefill
 from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderError
 
 
@@ -44,18 +45,39 @@ def _vllm_flash_attn(needs: Needs) -> AttentionProvider:
     )
 
 
-def _triton(needs: Needs) -> AttentionProvider:
-    if needs.cache_dtype == torch.float8_e4m3fn and needs.capability < (8, 9):
-        raise UnusableProviderError(
-            f"it needs compute capability 8.9 for a {needs.cache_dtype} cache, and this is "
-            f"{needs.capability}; --kv-cache-dtype fp8_e5m2 works"
-        )
+def _triton(needs: Needs) -> Prefill:
+    _check_triton(needs)
+    from vllm_dca.cuda.device import WALK
+
+    return WALK
+
+
+def _triton_passes(needs: Needs) -> AttentionProvider:
+    _check_triton(needs)
     from vllm_dca.cuda.paged_pass import attention
 
     return attention
 
 
-def _interpreted(needs: Needs) -> AttentionProvider:
+def _check_triton(needs: Needs) -> None:
+    if needs.cache_dtype == torch.float8_e4m3fn and needs.capability < (8, 9):
+        raise UnusableProviderError(
+            f"it needs compute capability 8.9 for a {needs.cache_dtype} cache, and this is "
+            f"{needs.capability}; --kv-cache-dtype fp8_e5m2 works"
+        )
+
+
+def _interpreted(needs: Needs) -> Prefill:
+    _check_interpreter()
+    return _triton(needs)
+
+
+def _interpreted_passes(needs: Needs) -> AttentionProvider:
+    _check_interpreter()
+    return _triton_passes(needs)
+
+
+def _check_interpreter() -> None:
     try:
         from vllm_dca.cuda.device import interprets
     except ImportError as error:
@@ -65,30 +87,27 @@ def _interpreted(needs: Needs) -> AttentionProvider:
             "without a GPU it runs in Triton's interpreter only, which is for tests: set "
             "TRITON_INTERPRET=1 if that is meant"
         )
-    from vllm_dca.cuda.paged_pass import attention
-
-    return attention
 
 
 # In order of preference. xformers copies a pass's keys, so it goes after what reads them in
-# their pages; it multiplies by flash-attention, so it goes before Triton's plain pass. All are
-# providers of one pass but the compiled kernel, which takes all of DCA at once,
-# `vllm_dca.cpu.compiled`. "interpreter" is CUDA's path on a CPU.
-PROVIDERS: dict[str, dict[str, Callable[[Needs], Callable[..., Any]]]] = {
+# their pages; it multiplies by flash-attention, so it goes before Triton's plain kernels. All
+# are providers of one pass but two that take all of DCA at once: the compiled kernel,
+# `vllm_dca.cpu.compiled`, and "triton". "triton_passes" serves what "triton" does, so it runs
+# only where it is asked for. "interpreter" is CUDA's path on a CPU.
+PROVIDERS: dict[str, dict[str, Callable[[Needs], Any]]] = {
     "cpu": {"compiled": _compiled, "torch": _torch},
     "cuda": {
         "vllm_flash_attn": _vllm_flash_attn,
         "flash_attn": flash_attn.package,
         "xformers": xformers_pass.provider,
         "triton": _triton,
+        "triton_passes": _triton_passes,
     },
-    "interpreter": {"triton": _interpreted},
+    "interpreter": {"triton": _interpreted, "triton_passes": _interpreted_passes},
 }
 
 
-def choose(
-    device_type: str, asked: str | None, needs: Needs
-) -> tuple[str, Callable[..., Any], list[str]]:
+def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Any, list[str]]:
     """A provider's name, the provider, and why those before it cannot serve.
 
     Args:

@@ -50,15 +50,15 @@ def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
 
 
 def _interpreted(needs: Needs, prefill_provider: str | None) -> Device:
-    _, attend, _ = choose("interpreter", prefill_provider, needs)
+    provider, attend, _ = choose("interpreter", prefill_provider, needs)
     from vllm_dca.cuda import device
 
     logger.warning(
         "DCA: prefill_provider %s runs the code for GPUs on this CPU, prefills and decodes, in "
         "Triton's interpreter: for tests, and very slowly.",
-        prefill_provider,
+        provider,
     )
-    return device.interpreted(attend)
+    return device.interpreted(provider, attend)
 
 
 def _cuda(needs: Needs, prefill_provider: str | None) -> Device:

@@ -10,7 +10,6 @@ from vllm_dca.engine.refusals import REFUSED_IN_LAYERS
 from vllm_dca.method.device import Device
 from vllm_dca.method.kv_cache import split_kv
 from vllm_dca.method.lines import Rule
-from vllm_dca.method.prefill import prefill_attention
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse import Watch, sparse_attention
 
@@ -192,7 +191,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         if metadata.prefill is not None:
             assert self.device.prefill is not None
             key_cache, value_cache = split_kv(kv_cache)
-            prefill_attention(
+            self.device.prefill.attend(
                 query[decode_tokens:all_tokens],
                 key_cache,
                 value_cache,
@@ -200,7 +199,6 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
                 plan=metadata.prefill,
                 rotation=self.rotation,
                 softmax_scale=self.scale,
-                operations=self.device.prefill,
                 soft_cap=self.soft_cap,
                 sinks=self.sinks,
                 **scales,

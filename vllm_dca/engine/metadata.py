@@ -16,7 +16,6 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_dca.engine.settings import settings_of
-from vllm_dca.method.planning import PrefillPlan, plan_prefill
 from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_planning import dense_rest, sparse_segments
 
@@ -29,7 +28,7 @@ class DcaMetadata:
         num_decode_tokens: how many rows `decode` answers.
         num_actual_tokens: how many it and `prefill` answer together.
         decode: a plan of the device's planner.
-        prefill: a plan of the rest.
+        prefill: a plan of the rest, by the device too.
         sparse: what sparse layers do instead, where a part of the batch is sparse.
         plan_again: makes `decode` anew, from the lengths that are on the device by then.
     """
@@ -37,7 +36,7 @@ class DcaMetadata:
     num_decode_tokens: int
     num_actual_tokens: int
     decode: Any
-    prefill: PrefillPlan | None
+    prefill: Any
     sparse: "SparseStep | None" = None
     plan_again: Callable[[], Any] | None = None
 
@@ -112,6 +111,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         impls = [layers[name].impl for name in layer_names]
         group = max(impl.num_heads // impl.num_kv_heads for impl in impls)
         device_of_dca = impls[0].device
+        self.prefill = device_of_dca.prefill
         speculated = self.reorder_batch_threshold + self.more
         self.decode_threshold = max(speculated, device_of_dca.decode_rows(group))
         self.plan_decode = device_of_dca.decode_planner(
@@ -175,7 +175,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             assert requests.host_lengths is not None
             query_start_loc = requests.host_starts[num_decodes : rows.stop + 1].numpy()
             num_tokens = int(query_start_loc[-1])
-            prefill = plan_prefill(
+            assert self.prefill is not None
+            prefill = self.prefill.plan(
                 query_start_loc - num_decode_tokens,
                 requests.host_lengths[rows].numpy(),
                 requests.block_table[rows],

@@ -16,7 +16,6 @@ from vllm_dca.engine.metadata import DcaMetadata
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
-from vllm_dca.method.planning import plan_prefill
 
 # Tokens a chunk at least, so that a kernel which treats many queries in another way is met.
 CHUNK_LEN = 256
@@ -106,13 +105,14 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
         self.compiled.add(dataclasses.replace(compile_key, layer=None))
         settings, layer = compile_key.settings, compile_key.layer
         assert layer is not None
+        device_of_dca = layer.impl.device
         device, page_size = layer.kv_cache.device, layer.kv_cache.shape[2]
         # Turns by more positions than the layer's table has rows would be read past its end.
         chunk_len = min(settings.geometry.chunk_len, -(-CHUNK_LEN // page_size) * page_size)
         for chunks in (2, 3):
             length = chunks * chunk_len
             table = torch.zeros(1, length // page_size, dtype=torch.int32, device=device)
-            plan = plan_prefill(
+            plan = device_of_dca.prefill.plan(
                 [0, length],
                 [length],
                 table,
@@ -122,7 +122,6 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
             )
             _attend(compile_key, DcaMetadata(0, length, None, plan))
         # As many rows of a request stand in one tile as are speculated, or as fit.
-        device_of_dca = layer.impl.device
         group = compile_key.num_heads // compile_key.num_kv_heads
         powers = range(device_of_dca.decode_rows(group).bit_length() + 1)
         planner = device_of_dca.decode_planner(settings, page_size, 1 << powers[-1], group)

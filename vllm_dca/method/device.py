@@ -48,12 +48,26 @@ class PrefillOperations(NamedTuple):
     merge: Callable[..., None]
 
 
+class Prefill(NamedTuple):
+    """How prefills are answered.
+
+    Attributes:
+        plan: from a batch's lengths to what `attend` wants, once a step for all layers; its
+            arguments are those of `vllm_dca.method.planning.plan_prefill`.
+        attend: one layer; its arguments are those of
+            `vllm_dca.method.prefill.prefill_attention`, but for `operations`.
+    """
+
+    plan: Callable[..., Any]
+    attend: Callable[..., None]
+
+
 class Device(NamedTuple):
     """How a device runs DCA.
 
     Attributes:
         provider: name of the prefill's attention provider, for people to read.
-        prefill: the prefill's operations; None if `decode` takes any number of new tokens, so
+        prefill: how prefills are answered; None if `decode` takes any number of new tokens, so
             that prefills are planned and run as decodes are.
         write_kv: stores new keys and values: as `vllm_dca.method.kv_cache.write_kv`, with the
             KV cache's dtype in vLLM's word, and the scales of its keys and its values.
@@ -67,7 +81,7 @@ class Device(NamedTuple):
     """
 
     provider: str
-    prefill: PrefillOperations | None
+    prefill: Prefill | None
     write_kv: Callable[..., None]
     decode_planner: Callable[[DcaSettings, int, int, int], DecodePlanner]
     decode: Callable[..., None]

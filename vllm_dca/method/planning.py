@@ -100,7 +100,7 @@ def plan_prefill(
     if length is not None:
         positions = np.concatenate([region.segments.token_positions() for region in copied])
         host["temperature"] = query_temperature(positions, length).view(np.int32)
-    device = _upload(host, block_table.device)
+    device = upload(host, block_table.device)
 
     turns, answered = None, []
     if copied:
@@ -180,7 +180,7 @@ def _inverse(indices: IntArray, size: int) -> IntArray:
     return places
 
 
-def _upload(
+def upload(
     arrays: dict[str, npt.NDArray[np.generic]], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Integer arrays as int32 on the device, copied at once and without blocking.

@@ -3,12 +3,13 @@
 The same for every device; what differs are the operations that it is put together from.
 """
 
+import functools
 from typing import Any
 
 import torch
 
-from vllm_dca.method.device import Partial, PrefillOperations
-from vllm_dca.method.planning import PrefillPlan
+from vllm_dca.method.device import Partial, Prefill, PrefillOperations
+from vllm_dca.method.planning import PrefillPlan, plan_prefill
 from vllm_dca.method.rotary import QueryRotation
 
 
@@ -71,3 +72,8 @@ def prefill_attention(
         part_output = torch.empty_like(queries[index])
         parts.append(Partial(part_output, attend(index, part_output), tokens, rows))
     operations.merge(output, lse, parts, sinks)
+
+
+def by_passes(operations: PrefillOperations) -> Prefill:
+    """Three passes and a merge, put together from a device's operations."""
+    return Prefill(plan_prefill, functools.partial(prefill_attention, operations=operations))

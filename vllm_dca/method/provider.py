@@ -2,6 +2,7 @@
 
 A provider is a function with the contract of flash-attention's variable-length forward. It
 knows nothing of chunks; `vllm_dca.method.prefill` puts DCA together from three calls of it.
+(What takes all of DCA at once is a `vllm_dca.method.device.Prefill`.)
 """
 
 from dataclasses import dataclass

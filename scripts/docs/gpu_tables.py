@@ -1,0 +1,127 @@
+"""The tables of docs/gpu.md."""
+
+from typing import Any
+
+from scripts.docs.page import load, markdown
+
+
+def turing() -> str:
+    kernels = load("turing")["kernels"]
+
+    def most(key: str, kernel: str, tiles: str) -> str:
+        of = (row[key] for row in kernels if (row["kernel"], row["tiles"]) == (kernel, tiles))
+        return f"{max(of):,}"
+
+    keys = ("spilled_bytes", "shared_bytes", "tensor_core_instructions")
+    return markdown(
+        (
+            "kernel",
+            "tiles",
+            "spilled, bytes",
+            "shared memory, bytes",
+            "tensor-core instructions",
+        ),
+        *(
+            (kernel, tiles, *(most(key, kernel, tiles) for key in keys))
+            for kernel in dict.fromkeys(row["kernel"] for row in kernels)
+            for tiles in ("other cards'", "smaller")
+        ),
+    )
+
+
+def balance() -> str:
+    cards = load("balance")["busiest"]
+    return markdown(
+        ("busiest place / mean place", "now: median", "worst", "before: median", "worst"),
+        *(
+            (card, *(f"{value:.2f}" for of in found.values() for value in of.values()))
+            for card, found in cards.items()
+        ),
+    )
+
+
+def decode_bytes() -> str:
+    return markdown(
+        ("a layer's step, MB", "floor", "now", "before"),
+        *(
+            (step, *(f"{size / 1e6:,.1f}" for size in sizes.values()))
+            for step, sizes in load("balance")["moved"].items()
+        ),
+    )
+
+
+def _compiled(kernels: list[dict[str, Any]], **wanted: object) -> str:
+    """Registers, programs a multiprocessor, and KiB in flight there, for each capability.
+
+    No more than two programs a multiprocessor are launched, whatever fits.
+    """
+    rows = [row for row in kernels if wanted.items() <= row.items()]
+    assert [row["capability"] for row in rows] == [80, 90, 100], wanted
+    programs = [row["programs_per_multiprocessor"] for row in rows]
+    flights = [
+        row["bytes_in_flight"] * min(n, 2) >> 10 for row, n in zip(rows, programs, strict=True)
+    ]
+    numbers = ([row["registers"] for row in rows], programs, flights)
+    return " | ".join(" / ".join(map(str, column)) for column in numbers)
+
+
+def decode_kernels() -> str:
+    """The decode kernel as compiled, beside the one before it."""
+    now, before = (
+        [row for row in load(name)["kernels"] if row["capability"] != 86]
+        for name in ("kernels", "kernels-before")
+    )
+    columns = ("registers", "programs", "KiB in flight")
+    rows = []
+    for shape, group in (("SmolLM2-135M", 3), ("Llama-3-8B", 4), ("Gemma-like", 2)):
+        for cache in ("bfloat16", "float8_e5m2"):
+            wanted = {"shape": shape, "dtype": "bfloat16", "kv_cache": cache}
+            kernel = "decode_kernel, 16 queries"
+            new = _compiled(now, **wanted, kernel=kernel).split(" | ")
+            old = _compiled(before, **wanted, kernel="split_kernel").split(" | ")
+            rows.append((f"{shape}, group of {group}", cache, *new, *old))
+    head = (*(f"now: {name}" for name in columns), *(f"before: {name}" for name in columns))
+    return markdown(("shape", "KV cache", *head), *rows)
+
+
+def prefill_kernels() -> str:
+    """One launch beside three passes and a merge, for 8.0 / 9.0 / 10.0."""
+    keys = {
+        "registers": "registers",
+        "programs_per_multiprocessor": "programs",
+        "shared_bytes": "shared memory, KiB",
+        "loop_instructions": "instructions",
+        "spilled_bytes": "spilled",
+    }
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in load("prefill-kernels")["results"]:
+        groups.setdefault((row["head_size"], row["kv_cache"], row["way"]), []).append(row)
+    rows = []
+    for group, of_cards in groups.items():
+        assert [row["capability"] for row in of_cards] == [80, 90, 100], group
+        first = of_cards[0]
+        numbers = (
+            [row[key] >> 10 if key == "shared_bytes" else row[key] for row in of_cards]
+            for key in keys
+        )
+        cells = (" / ".join(map(str, column)) for column in numbers)
+        moved = f"{first['handed_over_bytes'] / 1e6:,.0f}"
+        rows.append((*group, *cells, first["launches"], moved))
+    head = ("head size", "KV cache", "by", *keys.values(), "launches", "MB")
+    return markdown(head, *rows)
+
+
+def compiled_kernels() -> str:
+    """What is on record, and what of it spills."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in load("kernels")["kernels"]:
+        groups.setdefault((row["shape"], row["commit"][:10]), []).append(row)
+    rows = []
+    for (shape, commit), kernels in groups.items():
+        cards = sorted({row["capability"] for row in kernels})
+        caches = dict.fromkeys(row["kv_cache"] for row in kernels)
+        spilled = sum(bool(row["spilled_bytes"]) for row in kernels)
+        named = ", ".join(f"{card // 10}.{card % 10}" for card in cards)
+        rows.append((shape, named, ", ".join(caches), len(kernels), spilled, commit))
+    head = ("shape", "compute capability", "KV cache", "kernels", "that spill", "of commit")
+    return markdown(head, *rows)
