@@ -14,21 +14,27 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.common import sources
+from scripts.common.sources import ROOT
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """The facts of this run, to stand before its results; versions of the packages too."""
+    """The facts of this run, to stand before its results; versions of the packages too.
+
+    With digests of what it measured, if scripts/common/sources.py names the command.
+    """
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
 
-    module = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix()
-    module = module.removesuffix("/__main__")
+    path = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix()
+    module = path.removesuffix("/__main__").replace("/", ".")
+    measured = sources.digests(module)
     return {
-        "command": command("python", "-m", module.replace("/", "."), *sys.argv[1:]),
+        "command": command("python", "-m", module, *sys.argv[1:]),
         "commit": commit(),
         "machine": f"{platform.machine()}, {len(cpu)} x {cpu[0] if cpu else 'unknown'}",
         "versions": {name: _version(name) for name in ("torch", *packages)},
+        **({"sources": measured} if measured else {}),
     }
 
 
