@@ -43,6 +43,8 @@ KINDS = {
     "windows and sinks, on YaRN": "GptOssForCausalLM",
     "proportional positions": "Gemma4ForCausalLM",
     "experts": "MixtralForCausalLM",
+    # Its pages are of 48 tokens, a chunk is of 64.
+    "Mamba layers, and pages that do not divide a chunk": "GraniteMoeHybridForCausalLM",
 }
 
 

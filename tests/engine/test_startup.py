@@ -97,19 +97,6 @@ def test_any_length_inside_or_past_the_window(max_model_len: int | None, llama: 
             {"sliding_window": 32, "layer_types": ["sliding_attention"] * 2},
             "gemma3_text models of sliding-window layers only",
         ),
-        (
-            "GraniteMoeHybridConfig",
-            "GraniteMoeHybridForCausalLM",
-            {
-                "layer_types": ["mamba", "attention"],
-                "position_embedding_type": "rope",
-                "mamba_n_heads": 4,
-                "mamba_d_head": 32,
-                "mamba_d_state": 16,
-                "mamba_n_groups": 1,
-            },
-            "granitemoehybrid models, whose answers past the window were not those",
-        ),
     ],
 )
 def test_models_that_are_refused_by_their_config(

@@ -111,7 +111,6 @@ REFUSED = {
     "no RoPE": BY_CONFIG,
     "images and videos with M-RoPE": "test_mrope::test_images_are_refused_in_words_that_help",
     "MLA": BY_CONFIG,
-    "Granite 4 hybrids": BY_CONFIG,
     "encoders": BY_CONFIG,
     "cross attention": BY_CONFIG,
     "no attention": BY_CONFIG,

@@ -111,15 +111,18 @@ class DcaBackend(AttentionBackend):
         """Any on the CPU; flash-attention reads whole sixteens.
 
         For models with linear-attention layers vLLM raises the size after the start-up checks;
-        pages that do not divide a chunk it then splits into some that do.
+        pages that do not divide a chunk it then splits into some that do. Not on the CPU: what
+        zeroes new pages there, CPUModelRunner._zero_block_ids, takes a page's number for that
+        of a part, and would wipe out keys that are in use. There DCA splits them itself.
         """
-        least = 1 if current_platform.is_cpu() else 16
+        if current_platform.is_cpu():
+            return [MultipleOf(1)]
         vllm_config = get_current_vllm_config_or_none()
         if kv_cache_spec is None or vllm_config is None:
-            return [MultipleOf(least)]
+            return [MultipleOf(16)]
         chunk_len = settings_of(vllm_config).geometry.chunk_len
         size = math.gcd(chunk_len, kv_cache_spec.block_size)
-        return [MultipleOf(least) if size == kv_cache_spec.block_size else size]
+        return [MultipleOf(16) if size == kv_cache_spec.block_size else size]
 
     @classmethod
     def supports_compute_capability(cls, capability: "DeviceCapability | None") -> bool:

@@ -8,7 +8,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_dca.engine.metadata import DcaMetadata
 from vllm_dca.engine.refusals import REFUSED_IN_LAYERS
 from vllm_dca.method.device import Device
-from vllm_dca.method.kv_cache import split_kv
+from vllm_dca.method.kv_cache import split_kv, split_pages
 from vllm_dca.method.lines import Rule
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse import Watch, sparse_attention
@@ -24,6 +24,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         rule: how lines of sparse prefill are selected; None where attention is dense. `prepare`
             sets all four.
         watch: is shown what sparse prefill did, where a step is watched.
+        block_size: tokens a page as steps are planned; a cache's pages are split into such.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.cache_dtype: torch.dtype | None = None
         self.rule: Rule | None = None
         self.watch: Watch | None = None
+        self.block_size: int | None = None
 
     def prepare(
         self,
@@ -96,7 +98,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.device.write_kv(
             key,
             value,
-            kv_cache,
+            split_pages(kv_cache, self.block_size or kv_cache.shape[2]),
             slot_mapping,
             self.kv_cache_dtype,
             layer._k_scale,
@@ -134,6 +136,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         assert self.device is not None
         assert output_scale is None
         assert output_block_scale is None
+        kv_cache = split_pages(kv_cache, self.block_size or kv_cache.shape[2])
         scales: dict[str, Any] = {"k_scale": None, "v_scale": None}
         assert self.cache_dtype is not None
         if self.cache_dtype != query.dtype:

@@ -1,12 +1,14 @@
 """vLLM's metadata builder: a step's batch becomes a decode plan and a prefill plan."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -91,7 +93,11 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         # A draft model reads a token more of each request than the step had, and vLLM does not
         # add it to the lengths that it tells the host.
         self.more = int(all(name.startswith("draft_model.") for name in layer_names))
-        self.block_size = kv_cache_spec.block_size
+        self.block_size, self.parts = kv_cache_spec.block_size, 1
+        if current_platform.is_cpu():
+            # See DcaBackend.get_supported_kernel_block_sizes.
+            self.block_size = math.gcd(self.settings.geometry.chunk_len, self.block_size)
+            self.parts = kv_cache_spec.block_size // self.block_size
         if self.settings.geometry.chunk_len % self.block_size:
             raise ValueError(
                 f"DCA's chunk length {self.settings.geometry.chunk_len} is not a multiple of "
@@ -109,6 +115,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         scheduler = vllm_config.scheduler_config
         assert self.reorder_batch_threshold is not None
         impls = [layers[name].impl for name in layer_names]
+        for impl in impls:
+            impl.block_size = self.block_size
         group = max(impl.num_heads // impl.num_kv_heads for impl in impls)
         device_of_dca = impls[0].device
         self.prefill = device_of_dca.prefill
@@ -148,12 +156,19 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             common.seq_lens,
             common.query_start_loc_cpu,
             host_lengths,
-            common.block_table_tensor,
+            self._block_table(common.block_table_tensor),
         )
         metadata = self._plan(requests, num_decodes, num_prefills, num_decode_tokens)
         metadata.num_actual_tokens = common.num_actual_tokens
         metadata.sparse = self._plan_sparse(requests, num_decodes, num_prefills)
         return metadata
+
+    def _block_table(self, block_table: torch.Tensor) -> torch.Tensor:
+        """Of the parts that `vllm_dca.method.kv_cache.split_pages` makes."""
+        if self.parts == 1:
+            return block_table
+        parts = torch.arange(self.parts, dtype=block_table.dtype)
+        return (block_table[:, :, None] * self.parts + parts).flatten(1)
 
     def _plan(
         self, requests: _Requests, num_decodes: int, num_prefills: int, num_decode_tokens: int

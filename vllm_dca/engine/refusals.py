@@ -13,11 +13,7 @@ from vllm.transformers_utils.config import iter_rope_parameters
 
 from vllm_dca.engine.choice import PROVIDERS
 from vllm_dca.engine.settings import OPTIONS
-from vllm_dca.engine.support import (
-    DISPROVED_MODELS,
-    DRAFTERS,
-    KV_CACHE_DTYPES,
-)
+from vllm_dca.engine.support import DRAFTERS, KV_CACHE_DTYPES
 from vllm_dca.method.config import PROVIDER_KEY
 from vllm_dca.method.sparse_config import MODE_KEY, OFF
 
@@ -67,13 +63,6 @@ def _windows_only(vllm_config: VllmConfig) -> str:
         f"{model.hf_text_config.model_type} models of sliding-window layers only, which take "
         "any length as they are (of window and full layers it does the full ones)"
     )
-
-
-def _disproved(vllm_config: VllmConfig) -> str:
-    kind = vllm_config.model_config.hf_text_config.model_type
-    if kind not in DISPROVED_MODELS:
-        return ""
-    return f"{kind} models, whose answers past the window were not those of the reference"
 
 
 def _mrope(vllm_config: VllmConfig) -> str:
@@ -169,7 +158,6 @@ REFUSALS: Sequence[Refusal] = (
         _if(lambda config: config.model_config.is_attention_free, "models without attention"),
     ),
     Refusal("models", "sliding windows in all layers", _windows_only),
-    Refusal("models", "Granite 4 hybrids", _disproved),
     Refusal("dtypes", "other quantised KV caches, FP8 on the CPU", _cache_dtype),
     Refusal(
         "engine",

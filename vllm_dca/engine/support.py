@@ -60,8 +60,6 @@ PROVED_MODELS = (
     "stablelm",
     "starcoder2",
 )
-# Whose answers past the window were not the reference's, and nobody knows why.
-DISPROVED_MODELS = ("granitemoehybrid",)
 ROPE_TYPES = ("none", "linear", "dynamic NTK", "YaRN", "llama3", "LongRoPE")
 # By name; the backend refuses those that do not go with the model's dtype or the device.
 KV_CACHE_DTYPES: dict["CacheDType", torch.dtype | None] = {

@@ -18,6 +18,32 @@ def split_kv(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return key_cache, value_cache
 
 
+def split_pages(kv_cache: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The same memory in smaller pages: page p is cut into pages p * n to p * n + n - 1.
+
+    A slot keeps its number. Heads lie in each part as they would in a page of its own, so who
+    writes and who reads a cache must both look at it this way.
+
+    Args:
+        kv_cache: see `split_kv`.
+        block_size: what divides the cache's.
+
+    Returns:
+        [num_blocks * n, num_kv_heads, block_size, 2 * head_size]; the cache itself where its
+        pages are of that size.
+    """
+    num_blocks, heads, size, width = kv_cache.shape
+    if size == block_size:
+        return kv_cache
+    assert size % block_size == 0
+    assert kv_cache.stride(0) == heads * size * width, "pages lie apart"
+    part = heads * block_size * width
+    return kv_cache.as_strided(
+        (num_blocks * size // block_size, heads, block_size, width),
+        (part, block_size * width, width, 1),
+    )
+
+
 def write_kv(
     key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
