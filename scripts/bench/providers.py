@@ -17,7 +17,7 @@ from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from scripts.common import record
 from vllm_dca.cuda.device import prefill_by
-from vllm_dca.engine.choice import PROVIDERS
+from vllm_dca.engine.choice import PROVIDERS, in_order
 from vllm_dca.method.device import Prefill
 from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderError
 
@@ -31,9 +31,9 @@ def usable(page: int) -> tuple[dict[str, AttentionProvider | Prefill], dict[str,
     needs = Needs(128, cases.DTYPE, cases.DTYPE, page, clock.capability())
     can: dict[str, AttentionProvider | Prefill] = {}
     cannot: dict[str, str] = {}
-    for name, load in PROVIDERS["cuda"].items():
+    for name in in_order("cuda", needs):
         try:
-            can[name] = load(needs)
+            can[name] = PROVIDERS["cuda"][name](needs)
         except UnusableProviderError as error:
             cannot[name] = str(error)
     return can, cannot

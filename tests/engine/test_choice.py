@@ -170,6 +170,9 @@ def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         choose("cuda", "flashinfer", NEEDS)
     assert choose("cuda", "triton_passes", NEEDS)[0] == "triton_passes"
+    blackwell = dataclasses.replace(NEEDS, capability=(10, 0))
+    assert choose("cuda", None, blackwell)[0] == "triton_passes"
+    assert choose("cuda", "triton", blackwell)[0] == "triton"
     for name in ("triton", "triton_passes"):
         monkeypatch.setitem(PROVIDERS["cuda"], name, unusable("no Triton"))
     with pytest.raises(

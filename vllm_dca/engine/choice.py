@@ -92,8 +92,8 @@ def _check_interpreter() -> None:
 # In order of preference. xformers copies a pass's keys, so it goes after what reads them in
 # their pages; it multiplies by flash-attention, so it goes before Triton's plain kernels. All
 # are providers of one pass but two that take all of DCA at once: the compiled kernel,
-# `vllm_dca.cpu.compiled`, and "triton". "triton_passes" serves what "triton" does, so it runs
-# only where it is asked for. "interpreter" is CUDA's path on a CPU.
+# `vllm_dca.cpu.compiled`, and "triton". "triton_passes" serves what "triton" does, so after it
+# it runs only where it is asked for. "interpreter" is CUDA's path on a CPU.
 PROVIDERS: dict[str, dict[str, Callable[[Needs], Any]]] = {
     "cpu": {"compiled": _compiled, "torch": _torch},
     "cuda": {
@@ -105,6 +105,19 @@ PROVIDERS: dict[str, dict[str, Callable[[Needs], Any]]] = {
     },
     "interpreter": {"triton": _interpreted, "triton_passes": _interpreted_passes},
 }
+
+
+def in_order(device_type: str, needs: Needs) -> list[str]:
+    """Names of a device's providers, the preferred first.
+
+    On compute capability 10 the compiler makes the loop over keys up to a third longer if all
+    of DCA is one launch (docs/gpu.md): there the passes go first.
+    """
+    names = list(PROVIDERS[device_type])
+    if device_type == "cuda" and needs.capability[0] == 10:
+        names.remove("triton_passes")
+        names.insert(names.index("triton"), "triton_passes")
+    return names
 
 
 def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Any, list[str]]:
@@ -125,7 +138,7 @@ def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Any,
             f"{', '.join(known)}, or leave it out."
         )
     reasons: list[str] = []
-    for name in known if asked is None else [asked]:
+    for name in in_order(device_type, needs) if asked is None else [asked]:
         try:
             return name, known[name](needs), reasons
         except UnusableProviderError as error:
