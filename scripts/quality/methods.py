@@ -107,12 +107,17 @@ class Method:
         return {"hf_overrides": given}
 
 
-def prepare_environment() -> None:
-    """Before vLLM is imported: every core, quiet, and `apply_model` allowed."""
+def use_every_core() -> None:
+    """Before vLLM is imported or started; and what it says is only what is wrong."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def prepare_environment() -> None:
+    """Before vLLM is imported: every core, and `apply_model` allowed."""
+    use_every_core()
     # apply_model sends a function to the worker.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 

@@ -100,7 +100,7 @@ def main(
         raise typer.BadParameter("a server that runs has one method, and its own arguments")
     # Else a server would outlive what something stops.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    methods.prepare_environment()
+    methods.use_every_core()
     # YaRN's factor follows from the longest length.
     longest = max(max_model_len, *ends)
     asked = {"model": model.name, "seed": seed, "chat": chat, "max_model_len": longest}
