@@ -59,9 +59,8 @@ def _tests(dry_run: bool) -> Step:
     if dry_run:
         only = ["-k", "pad_are_zero or waits"]
         return Step("tests", python("pytest", "tests/cuda/test_kernels.py", *only))
-    return Step(
-        "tests", python("pytest", "tests/cuda/test_kernels.py", "tests/cuda/test_gpu.py")
-    )
+    names = ("kernels", "caps_and_sinks", "gpu")
+    return Step("tests", python("pytest", *(f"tests/cuda/test_{name}.py" for name in names)))
 
 
 def run(step: Step, log: Path) -> int:

@@ -9,6 +9,7 @@ import torch
 from tests.cuda.test_kernels import (
     BOTH,
     CAPPED,
+    PREFILLS,
     SUNK,
     _short_shares,
     decode,
@@ -51,8 +52,26 @@ def test_extreme_caps_and_sinks(
     lengths = [(1, 0), (35, 31), (17, 15)]
     softmax = {"soft_cap": soft_cap, "has_sinks": True, "sinks_at": sinks_at}
     batch = Batch.random(Shape(lengths, dtype=dtype, **softmax))
-    batch.assert_close(prefill(batch))
+    for by in PREFILLS.values():
+        batch.assert_close(prefill(batch, by))
     batch.assert_close(decode(batch, 5))
+
+
+def test_keys_beside_a_large_sink_keep_their_digits() -> None:
+    """Hundreds of keys, each of a weight that half precision would round beside the sink's."""
+    sizes = {"chunk_len": 256, "local_size": 128, "block_size": 64, "num_kv_heads": 1}
+    shape = Shape([(600, 599)], dtype=torch.float16, **sizes)
+    without = Batch.random(shape)
+    batch = Batch.random(dataclasses.replace(shape, has_sinks=True, sinks_at=14.0))
+    expected = batch.reference()
+    # All that a sink does is to leave the keys of its head a share, rounded to what fp16 has.
+    share = expected.norm(dim=-1) / without.reference().norm(dim=-1)
+    assert share.min() < 1e-5 < 1e-3 < share.max()
+    limits = torch.finfo(torch.float16)
+    tolerance = without.tolerance() * share + limits.smallest_normal * limits.eps
+    prefills = [prefill(batch, by) for by in PREFILLS.values()]
+    for output in (decode(batch, 1), decode(batch, 5), *prefills):
+        assert ((output.double() - expected).abs().amax(-1) <= tolerance).all()
 
 
 @pytest.mark.parametrize("softmax", [CAPPED, SUNK], ids=["cap", "sinks"])

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from tests.cuda.test_kernels import PREFILLS, plan, planner
+from tests.cuda.test_kernels import BOTH, PREFILLS, plan, planner
 from tests.helpers.paged import DEVICE, Batch, Shape, query_start_loc
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.device import prefill_by
@@ -30,8 +31,10 @@ SHAPE = Shape(
 class OnDevice:
     """A batch whose tensors are on the device already, as an engine's are."""
 
-    def __init__(self, lengths: list[tuple[int, int]]) -> None:
-        self.batch = Batch.random(dataclasses.replace(SHAPE, lengths=lengths))
+    def __init__(self, lengths: list[tuple[int, int]], **softmax: Any) -> None:
+        shape = dataclasses.replace(SHAPE, lengths=lengths, **softmax)
+        self.batch = Batch.random(shape)
+        self.softmax = self.batch.softmax(DEVICE)
         self.query = self.batch.rotated_query().to(DEVICE)
         self.kv_cache = self.batch.kv_cache.to(DEVICE)
         self.block_table = self.batch.block_table.to(DEVICE)
@@ -57,6 +60,7 @@ class OnDevice:
             ),
             rotation=self.rotation,
             softmax_scale=SHAPE.scale,
+            **self.softmax,
         )
 
     def decode(self) -> None:
@@ -67,6 +71,7 @@ class OnDevice:
             plan=self.planner.plan(*self.on_device, self.block_table, len(self.query)),
             rotation=self.rotation,
             softmax_scale=SHAPE.scale,
+            **self.softmax,
         )
 
 
@@ -77,9 +82,9 @@ def runs(batch: OnDevice, step: str) -> Callable[[], None]:
 STEPS = pytest.mark.parametrize("step", ["decode", *PREFILLS])
 
 
-def kernels(step: str, lengths: list[tuple[int, int]]) -> Counter[str]:
+def kernels(step: str, lengths: list[tuple[int, int]], **softmax: Any) -> Counter[str]:
     """Kernels and copies of one step, planning included, by name."""
-    run = runs(OnDevice(lengths), step)
+    run = runs(OnDevice(lengths, **softmax), step)
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -95,6 +100,7 @@ def test_launches_do_not_grow(step: str) -> None:
     few = kernels(step, [(400, 400 - new)])
     assert few
     assert sum(kernels(step, [(400, 400 - new)] * 32).values()) == sum(few.values())
+    assert sum(kernels(step, [(400, 400 - new)], **BOTH).values()) == sum(few.values())
     assert sum(kernels(step, [(6400, 6400 - new)]).values()) == sum(few.values())
     if step != "decode":
         assert sum(kernels(step, [(6400, 0)]).values()) == sum(few.values())
@@ -118,7 +124,7 @@ def test_nothing_synchronises(step: str) -> None:
 def test_a_captured_graph_replays_across_chunk_borders(rows: int) -> None:
     """Captured below one chunk; replayed in later ones; three rows a request are speculated."""
     lengths = [(total, max(total - rows, 0)) for total in (500, 63, 64, 65, 129, 320, 20)]
-    last = OnDevice(lengths)
+    last = OnDevice(lengths, **(BOTH if rows > 1 else {}))
     starts, seq_lens = last.on_device
     plan = last.planner.plan(starts, torch.full_like(seq_lens, rows), last.block_table,
                              len(last.query))  # fmt: skip
@@ -131,6 +137,7 @@ def test_a_captured_graph_replays_across_chunk_borders(rows: int) -> None:
             plan=plan,
             rotation=last.rotation,
             softmax_scale=SHAPE.scale,
+            **last.softmax,
         )
 
     attend()
@@ -168,17 +175,19 @@ def test_batches_of_a_real_size() -> None:
         batch.assert_close(outputs[0])
 
 
-@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", PROVIDERS["cuda"])
 def test_every_provider_that_is_here_agrees(
-    name: str, dtype: torch.dtype, head_size: int
+    name: str, dtype: torch.dtype, head_size: int, soft_cap: float | None
 ) -> None:
-    """Whole prompts, ends of long ones, and one new token, over several chunks."""
+    """Whole prompts, ends of long ones, and one new token, over several chunks; with sinks."""
     block_size = 256  # the least that the flash-attn package takes
     capability = torch.cuda.get_device_capability()
+    needs = Needs(head_size, dtype, dtype, block_size, capability, soft_cap is not None)
     try:
-        attend = PROVIDERS["cuda"][name](Needs(head_size, dtype, dtype, block_size, capability))
+        attend = PROVIDERS["cuda"][name](needs)
     except UnusableProviderError as error:
         pytest.skip(str(error))
     shape = dataclasses.replace(
@@ -189,6 +198,8 @@ def test_every_provider_that_is_here_agrees(
         block_size=block_size,
         head_size=head_size,
         dtype=dtype,
+        soft_cap=soft_cap,
+        has_sinks=soft_cap is not None,
     )
     batch = Batch.random(shape)
     batch.assert_close(batch.prefill(by=prefill_by(attend), device=DEVICE))
