@@ -1,15 +1,19 @@
 """M-RoPE: its three axes are equal for text, which is served where nothing else can come."""
 
-import os
-import sys
+import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import checkpoints, vision
+from tests.helpers import checkpoints, rehearsal, vision
 from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.command_line import served
 from tests.helpers.inprocess import engine, in_a_child
+from tests.helpers.runners import under
+from tests.helpers.server import Server
 from vllm_dca.reference.model import prompt_logprobs
 
 SIZES = {"chunk_size": 96, "local_size": 32}
@@ -17,6 +21,10 @@ ATOL = 1e-3
 CHUNKED = {"mrope_section": [2, 3, 3], "rope_theta": 1e4}
 INTERLEAVED = {"mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5Erk"
+    "Jggg=="
+)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunked": ("Qwen2_5_VLConfig", {**CHUNKED, "rope_type": "default"}),
     "interleaved, with YaRN": ("Qwen3VLConfig", {**INTERLEAVED, **YARN}),
@@ -25,12 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _vision(monkeypatch: pytest.MonkeyPatch) -> None:
-    # For the children: transformers looks for torchvision when it is imported.
-    path = [*sys.path]
-    environment = dict(os.environ)
-    vision.for_children(environment, path)
-    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
-    monkeypatch.setattr(sys, "path", path)
+    vision.for_children_of(monkeypatch)
 
 
 def test_text_past_the_window(tmp_path: Path) -> None:
@@ -67,13 +70,25 @@ def _text_past_the_window(directory: Path) -> None:
             assert (logprobs.double() - of_answers).abs().max() <= ATOL, name
 
 
+@under("V1", "V2")
+def test_text_by_the_gpu_s_code(tmp_path: Path) -> None:
+    """In pieces, and after a cached prefix."""
+    rope = {**INTERLEAVED, **YARN}
+    model = checkpoints.write(tmp_path, "Qwen3VLConfig", rope_parameters=rope)
+    prompt = checkpoints.tokens(100)
+    with engine(model, language_model_only=True, **rehearsal.OPTIONS) as llm:
+        assert llm.llm_engine.model_config.uses_mrope
+        outputs = [generate(llm, [prompt], max_tokens=3)[0] for _ in range(2)]
+    assert [output.num_cached_tokens for output in outputs] == [0, 96]
+    for output in outputs:
+        rehearsal.assert_agrees(model, prompt, output)
+
+
 def test_images_are_refused_in_words_that_help(tmp_path: Path) -> None:
     in_a_child(_images_are_refused, tmp_path)
 
 
 def _images_are_refused(directory: Path) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     changes = {
         "layer_types": ["linear_attention", "full_attention"],
         "rope_parameters": {**INTERLEAVED, "rope_type": "default"},
@@ -81,21 +96,52 @@ def _images_are_refused(directory: Path) -> None:
     checkpoints.write_config(
         directory, "Qwen3_5Config", "Qwen3_5ForConditionalGeneration", **changes
     )
-    given = {"attention_backend": "dca", "skip_tokenizer_init": True, "dtype": "bfloat16"}
-    given |= {"block_size": 16, "additional_config": {"dca": SIZES}}
+    words = [str(directory), "--attention-backend", "dca", "--skip-tokenizer-init"]
+    words += ["--dtype", "bfloat16", "--block-size", "16"]
+    words += ["--additional-config", json.dumps({"dca": SIZES})]
     message = ""
     try:
-        EngineArgs(str(directory), **given).create_engine_config()
+        served(words).create_engine_config()
     except NotImplementedError as refusal:
         message = str(refusal)
     assert "image and video inputs with M-RoPE" in message
-    assert "pass --language-model-only" in message
-    # What it names works; an image that comes all the same is vLLM's to refuse, with a 4xx.
-    for without in (
-        {"language_model_only": True},
-        {"limit_mm_per_prompt": {"image": 0, "video": 0}},
-    ):
-        config = EngineArgs(str(directory), **given, **without).create_engine_config()
+    # What it names works, as it is written there.
+    named = re.findall(r"--language-model-only|--limit-mm-per-prompt '[^']*'", message)
+    assert len(named) == 2
+    for flag in named:
+        config = served([*words, *shlex.split(flag)]).create_engine_config()
         limits = config.model_config.multimodal_config
         assert limits.get_limit_per_prompt("image") == 0
         assert config.additional_config["dca"]["chunk_size"] == 96
+
+
+def test_a_request_with_an_image_gets_a_400_and_the_server_lives_on(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    in_a_child(_write_a_model_that_chats, model)
+    options = ["--language-model-only", "--dtype", "float32", "--enforce-eager"]
+    options += ["--max-model-len", "1024", "--block-size", "16"]
+    options += ["--num-gpu-blocks-override", "200"]
+    options += ["--additional-config", json.dumps({"dca": SIZES})]
+    server = Server(tmp_path / "log", model, *options)
+    prompt = {"prompt": checkpoints.tokens(300), "max_tokens": 5, "logprobs": 0}
+    try:
+        server.wait()
+        before = server.complete(**prompt)[1]["choices"][0]
+        text = {"type": "text", "text": "What is this?"}
+        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}
+        for content, expected in (([text, image], 400), ([text], 200)):
+            status, answer = server.chat([{"role": "user", "content": content}], max_tokens=2)
+            assert status == expected, answer
+            if status == 400:
+                assert "At most 0 image(s)" in answer["error"]["message"]
+        assert server.complete(**prompt)[1]["choices"][0] == before
+    finally:
+        server.stop()
+
+
+def _write_a_model_that_chats(directory: Path) -> None:
+    rope = {**INTERLEAVED, "rope_type": "default"}
+    checkpoints.write(directory, "Qwen3VLConfig", rope_parameters=rope)
+    checkpoints.write_tokenizer(directory)
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template)

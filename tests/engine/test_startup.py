@@ -76,6 +76,18 @@ def test_any_length_inside_or_past_the_window(max_model_len: int | None, llama: 
     assert config.model_config.max_model_len == (max_model_len or 128)
 
 
+@pytest.mark.parametrize(("max_model_len", "window"), [(32, 32), (33, 128), (1024, 128)])
+def test_a_window_goes_with_the_factors_that_are_used(
+    max_model_len: int, window: int, tmp_path: Path
+) -> None:
+    """LongRoPE has short ones up to 32 tokens, and long ones where a request may be longer."""
+    rope = checkpoints.SCALINGS["LongRoPE"]
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    model = checkpoints.write_config(tmp_path, "Phi3Config", "Phi3ForCausalLM", **changes)
+    config = settle(model, max_model_len=max_model_len)
+    assert config.additional_config["dca"]["window"] == window
+
+
 @pytest.mark.parametrize(
     ("config", "architecture", "changes", "message"),
     [

@@ -47,8 +47,14 @@ class Server:
         raise TimeoutError(self.log.read_text()[-5000:])
 
     def complete(self, **body: Any) -> tuple[int, dict[str, Any]]:
+        return self._post("/v1/completions", **body)
+
+    def chat(self, messages: list[dict[str, Any]], **body: Any) -> tuple[int, dict[str, Any]]:
+        return self._post("/v1/chat/completions", messages=messages, **body)
+
+    def _post(self, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
         request = urllib.request.Request(
-            f"{self.url}/v1/completions",
+            f"{self.url}{path}",
             json.dumps({"model": self.model, "temperature": 0, **body}).encode(),
             {"Content-Type": "application/json"},
         )

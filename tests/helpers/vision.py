@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
+import pytest
+
 from scripts.common.record import ROOT
 
 # The one that goes with the torch that scripts/setup installs.
@@ -63,6 +65,15 @@ def _download() -> None:
         init = unpacked / "torchvision/__init__.py"
         init.write_text(_DECLARED.format(names=_OPERATORS) + init.read_text())
         unpacked.rename(FOLDER)
+
+
+def for_children_of(patch: pytest.MonkeyPatch) -> None:
+    """Have processes that a test starts find it: transformers looks when it is imported."""
+    path = [*sys.path]
+    environment = dict(os.environ)
+    for_children(environment, path)
+    patch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    patch.setattr(sys, "path", path)
 
 
 def for_children(environment: MutableMapping[str, str], path: list[str]) -> None:

@@ -57,7 +57,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             refused.append(f"{attn_type} attention")
         if refused:
             raise NotImplementedError(
-                "--attention-backend dca cannot serve this model: its attention has "
+                "--attention-backend dca cannot serve this model: a layer has "
                 f"{', '.join(refused)}. Use another attention backend."
             )
         self.num_heads = num_heads

@@ -51,7 +51,7 @@ def _if(condition: Callable[[VllmConfig], Any], message: str) -> Callable[[VllmC
 def _platform(vllm_config: VllmConfig) -> str:
     if current_platform.is_cpu() or current_platform.is_cuda():
         return ""
-    return f"the {current_platform.device_name} platform (the CPU and CUDA are)"
+    return f"the {current_platform.device_name} platform (the CPU and CUDA it does)"
 
 
 def _windows_only(vllm_config: VllmConfig) -> str:
@@ -164,7 +164,8 @@ REFUSALS: Sequence[Refusal] = (
         "a backend per kind of layer",
         _if(
             lambda config: config.attention_config.backend_per_kind,
-            "a backend per kind of layer (attention_config.backend_per_kind)",
+            "a backend per kind of layer, attention_config.backend_per_kind (without it layers "
+            "with a window keep vLLM's)",
         ),
     ),
     Refusal("engine", "speculative decoding by other methods", _drafter),

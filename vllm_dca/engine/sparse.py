@@ -51,7 +51,7 @@ def settle_sparse(
     if most < LEAST_ROWS:
         raise ValueError(
             f"DCA's sparse prefill needs steps of {LEAST_ROWS} tokens or more, and "
-            f"--max-num-batched-tokens is {most}."
+            f"--max-num-batched-tokens is {most}: pass {LEAST_ROWS} or more."
         )
     hf_config = vllm_config.model_config.hf_text_config
     return resolve_sparse(

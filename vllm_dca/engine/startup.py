@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.transformers_utils.config import iter_rope_parameters
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from vllm_dca.engine.block_size import block_size_of
@@ -22,13 +23,18 @@ logger = init_logger("vllm.plugins.dca")
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
 
 
-def _own_window(model_config: ModelConfig) -> int:
+def _own_window(model_config: ModelConfig, max_model_len: int) -> int:
     """Tokens that vLLM takes without DCA, dynamic NTK's stretch apart: its table has no rows
-    for that.
+    for that. LongRoPE's are those of the factors that vLLM chooses by the longest request.
     """
     window = model_config.get_and_verify_max_len(None)
+    config = model_config.hf_text_config
     if "dynamic" in rope_types(model_config):
-        window = min(window, model_config.hf_text_config.max_position_embeddings)
+        window = min(window, config.max_position_embeddings)
+    for rope in iter_rope_parameters(config):
+        if rope["rope_type"] == "longrope":
+            short = rope["original_max_position_embeddings"]
+            window = short if max_model_len <= short else config.max_position_embeddings
     return window
 
 
@@ -49,7 +55,10 @@ def configure(vllm_config: VllmConfig) -> None:
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
     checkpoint = _take_checkpoint_config(model_config)
     settings = resolve_settings(
-        options, checkpoint, _own_window(model_config), block_size_of(vllm_config)
+        options,
+        checkpoint,
+        _own_window(model_config, model_config.max_model_len),
+        block_size_of(vllm_config),
     )
     sparse = settle_sparse(vllm_config, options, checkpoint, settings.geometry)
     settings = dataclasses.replace(settings, sparse=sparse)
@@ -170,7 +179,7 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
         # vLLM 0.33 lowers it to the drafter's where Model Runner V2 serves.
         model_config.max_model_len = asked
     _take_checkpoint_config(draft)
-    window = _own_window(draft)
+    window = _own_window(draft, model_config.max_model_len)
     if settings.chunk_size > window:
         logger.warning(
             "DCA: chunk_size %d is over the drafter's window of %d tokens, so few of its "

@@ -91,7 +91,10 @@ def validate_options(options: object) -> dict[str, Any]:
     sizes = {key: _positive(key, options[key]) for key in numbers if key in options}
     provider = options.get(PROVIDER_KEY)
     if not isinstance(provider, str | None):
-        raise ValueError(f"DCA's {PROVIDER_KEY} must be a name, not {provider!r}.")
+        raise ValueError(
+            f'DCA\'s {PROVIDER_KEY} must be a name, such as "torch", not {provider!r}. Left '
+            "out, DCA chooses one."
+        )
     return {**sizes, PROVIDER_KEY: provider, **validate_sparse_options(options)}
 
 
@@ -173,11 +176,10 @@ def _check_block_size(geometry: ChunkGeometry, block_size: int) -> None:
     if chunk_len % block_size == 0:
         return
     working = [b for b in _NAMED_BLOCK_SIZES if b > 1 and chunk_len % b == 0]
-    remedy = f"choose a local_size that leaves a multiple of {block_size}, such as " + (
-        f"{geometry.chunk_size - max(chunk_len // block_size, 1) * block_size}"
-        if geometry.chunk_size > block_size
-        else f"with a chunk_size over {block_size}"
-    )
+    remedy = f"choose a chunk_size over {block_size}"
+    if geometry.chunk_size > block_size:
+        fitting = geometry.chunk_size - max(chunk_len // block_size, 1) * block_size
+        remedy = f"choose a local_size that leaves a multiple, such as {fitting}"
     if working:
         remedy = f"pass --block-size {' or '.join(map(str, working))}, or {remedy}"
     raise ValueError(

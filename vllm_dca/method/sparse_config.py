@@ -102,7 +102,9 @@ def validate_sparse_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if not 0 < share <= 1:
             raise ValueError(f"DCA's {key} must be above 0 and up to 1, not {share}.")
     if not isinstance(given.get(BUDGETS_KEY, ""), str):
-        raise ValueError(f"DCA's {BUDGETS_KEY} must be a file's path.")
+        raise ValueError(
+            f"DCA's {BUDGETS_KEY} must be a file's path, not {given[BUDGETS_KEY]!r}."
+        )
     return {MODE_KEY: mode, **given}
 
 
