@@ -1,12 +1,16 @@
 """A verdict on every text model of vLLM's registry: docs/results/models.json.
 
-    python -m scripts.models.sweep [ARCHITECTURE ...] [--again]
+    python -m scripts.models.sweep [ARCHITECTURE ...] [--again] [--part 1/2]
 
 Each model has a process of its own, and the record is written after each; what stands in it
-is not run again, unless it is named or --again is given.
+is not run again, unless it is named. With --again what stands in it by other code is run
+again, so a sweep that was broken off goes on where it was. Parts may run at the same time.
 """
 
 import argparse
+import fcntl
+import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from scripts.common import sources
 from scripts.common.record import ROOT, provenance, write
 from scripts.models import proof
 from scripts.models.recipes import RECIPES, architectures
@@ -24,7 +29,7 @@ from scripts.models.verdicts import verdicts
 from tests.helpers import vision
 
 RECORD = ROOT / "docs/results/models.json"
-SECONDS = 240
+SECONDS = 600
 
 
 def run(recipe: dict[str, Any], keep: Path | None = None) -> dict[str, Any]:
@@ -53,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--part", default="1/1", help="which one of how many")
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--tracebacks", type=Path, help="a folder for those of what failed")
     asked = parser.parse_args()
@@ -64,25 +70,60 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # What takes longest is imported once.
     CONTEXT.set_forkserver_preload(["scripts.models.proof", "scripts.models.preload"])
-    record = json.loads(asked.output.read_text()) if asked.output.exists() else {}
-    found: dict[str, Any] = record.get("found", {})
-    for name in asked.architectures or architectures():
-        if name not in RECIPES or (name in found and not (asked.again or asked.architectures)):
+    part, parts = map(int, asked.part.split("/"))
+    for name in (asked.architectures or architectures())[part - 1 :: parts]:
+        if name not in RECIPES:
+            continue
+        before, code = found_in(asked.output).get(name), code_of(name)
+        stands = before is not None and (not asked.again or before.get("code") == code)
+        if stands and (asked.again or not asked.architectures):
             continue
         began = time.monotonic()
         keep = asked.tracebacks / name if asked.tracebacks else None
-        found[name] = run(RECIPES[name], keep)
+        found = {**run(RECIPES[name], keep), "code": code}
         seconds = time.monotonic() - began
-        print(f"{name}: {json.dumps(found[name])[:300]} ({seconds:.0f} s)", flush=True)
-        keep_record(asked.output, found)
-    print(keep_record(asked.output, found))
+        print(f"{name}: {json.dumps(found)[:300]} ({seconds:.0f} s)", flush=True)
+        keep_record(asked.output, {name: found})
+    print(keep_record(asked.output, {}))
 
 
-def keep_record(output: Path, found: dict[str, Any]) -> Counter[str]:
-    """Write it; how many models have which verdict."""
-    judged = verdicts(found)
-    ordered = {each: found[each] for each in architectures() if each in found}
-    write(output, {**provenance("transformers"), "found": ordered, "verdicts": judged})
+def code_of(name: str) -> str:
+    """A digest of all that a model's proof hangs on: nothing else has it run again."""
+    digests = _digests()
+    folder = "scripts/models/"
+    # The list of proved models follows from the record.
+    apart = (folder, "vllm_dca/engine/support")
+    code = {path: of for path, of in digests.items() if not path.startswith(apart)}
+    code["proof"] = digests[f"{folder}proof.py"]
+    told = json.dumps([code, RECIPES[name]], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _digests() -> dict[str, str]:
+    return sources.digests("scripts.models.sweep")
+
+
+def found_in(output: Path) -> dict[str, dict[str, Any]]:
+    """What a record has of each model; nothing if it is not there."""
+    return dict(json.loads(output.read_text())["found"]) if output.exists() else {}
+
+
+def keep_record(output: Path, found: dict[str, dict[str, Any]]) -> Counter[str]:
+    """Write what was found into the record; how many models have which verdict."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # Another part may be writing.
+        found = {**found_in(output), **found}
+        judged = verdicts(found)
+        ordered = {each: found[each] for each in architectures() if each in found}
+        facts = provenance("transformers")
+        if any(of.get("code") != code_of(each) for each, of in ordered.items()):
+            facts.pop("sources", None)  # Not all of it is of this code.
+        write(output, {**facts, "found": ordered, "verdicts": judged})
+    finally:
+        os.close(folder)
     return Counter(of["verdict"] for of in judged.values())
 
 

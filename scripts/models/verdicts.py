@@ -27,7 +27,7 @@ def verdicts(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name in architectures():
         of = found.get(name, {})
         if "error" in of:
-            judged[name] = {"verdict": PROVED, **of}
+            judged[name] = {"verdict": PROVED, **{k: v for k, v in of.items() if k != "code"}}
         elif name in UNTESTED:
             judged[name] = {"verdict": UNTESTABLE, "reason": UNTESTED[name]}
         elif refusal := _REASON.search(of.get("failed", "")):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,8 +20,59 @@ NOTHING = 2
 ANSWER = 40
 
 
-@pytest.fixture(scope="module")
-def mimo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+class Family(NamedTuple):
+    """How a model with a drafter of one layer is built, and what its tensors are called.
+
+    Attributes:
+        config: a class of transformers; `changes` of its attributes.
+        architecture: its name in vLLM.
+        layer: what the names of the drafter's layer start with.
+        of_tokens: its norm over the next token's embedding; `of_hidden`, over what the model
+            left; `projection`, of both to one; `last`, its last norm, and `head`, if it has.
+        tokens_first: whether the projection's first half is of the embedding.
+    """
+
+    config: str
+    changes: dict[str, Any]
+    architecture: str
+    layer: str
+    of_tokens: str
+    of_hidden: str
+    projection: str
+    tokens_first: bool
+    last: str
+    head: str = ""
+
+
+EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+FAMILIES = {
+    "MiMo": Family(
+        "Qwen2Config",
+        {},
+        "MiMoForCausalLM",
+        "model.mtp_layers.0.",
+        "model.mtp_layers.0.token_layernorm",
+        "model.mtp_layers.0.hidden_layernorm",
+        "model.mtp_layers.0.input_proj",
+        tokens_first=False,
+        last="model.mtp_layers.0.final_layernorm",
+    ),
+    "GLM-4.5": Family(
+        "Glm4MoeConfig",
+        {**EXPERTS, "first_k_dense_replace": 0},
+        "Glm4MoeForCausalLM",
+        "model.layers.1.",
+        "model.layers.1.enorm",
+        "model.layers.1.hnorm",
+        "model.layers.1.eh_proj",
+        tokens_first=True,
+        last="model.layers.1.shared_head.norm",
+        head="model.layers.1.shared_head.head",
+    ),
+}
+
+
+def write_with_drafter(directory: Path, family: Family) -> Path:
     """One layer, and a drafter that is the same layer over the tokens alone.
 
     It reads the text from its second token on. So what it drafts is what the model would say
@@ -29,12 +80,8 @@ def mimo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import safetensors.torch
 
-    directory = checkpoints.write(
-        tmp_path_factory.mktemp("mimo"),
-        "Qwen2Config",
-        num_hidden_layers=1,
-        num_nextn_predict_layers=1,
-    )
+    changes = {**family.changes, "num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    checkpoints.write(directory, family.config, **changes)
     path = directory / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     embeddings = tensors["model.embed_tokens.weight"]
@@ -42,21 +89,30 @@ def mimo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embeddings /= embeddings.square().mean(-1, keepdim=True).sqrt()
     embeddings[NOTHING] = 0
     size = embeddings.shape[1]
-    drafter = "model.mtp_layers.0."
     copies = {
-        name.replace("model.layers.0.", drafter): tensor.clone()
+        name.replace("model.layers.0.", family.layer): tensor.clone()
         for name, tensor in tensors.items()
         if name.startswith("model.layers.0.")
     }
-    copies[f"{drafter}token_layernorm.weight"] = torch.ones(size)
-    copies[f"{drafter}hidden_layernorm.weight"] = torch.ones(size)
-    copies[f"{drafter}final_layernorm.weight"] = tensors["model.norm.weight"].clone()
-    tokens_only = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1)
-    copies[f"{drafter}input_proj.weight"] = tokens_only
+    copies[f"{family.of_tokens}.weight"] = torch.ones(size)
+    copies[f"{family.of_hidden}.weight"] = torch.ones(size)
+    copies[f"{family.last}.weight"] = tensors["model.norm.weight"].clone()
+    if family.head:
+        copies[f"{family.head}.weight"] = tensors["lm_head.weight"].clone()
+    halves = [torch.zeros(size, size), torch.eye(size)]
+    if family.tokens_first:
+        halves.reverse()
+    copies[f"{family.projection}.weight"] = torch.cat(halves, dim=1)
     safetensors.torch.save_file({**tensors, **copies}, path, metadata={"format": "pt"})
-    config = directory / "config.json"
-    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "MiMoForCausalLM"))
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"architectures": [family.architecture], "num_nextn_predict_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+@pytest.fixture(scope="module")
+def mimo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_with_drafter(tmp_path_factory.mktemp("mimo"), FAMILIES["MiMo"])
 
 
 def metric(llm: Any, name: str) -> int:
@@ -80,11 +136,18 @@ def by_reference(
     return made, right
 
 
-@pytest.mark.parametrize("length", [20, 300], ids=["inside", "past"])
-def test_what_is_drafted_is_what_the_layer_says_with_dca(length: int, mimo: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("MiMo", 20), ("MiMo", 300), ("GLM-4.5", 300)],
+    ids=["inside", "past", "GLM-4.5, past"],
+)
+def test_what_is_drafted_is_what_the_layer_says_with_dca(
+    name: str, length: int, mimo: Path, tmp_path: Path
+) -> None:
+    model = mimo if name == "MiMo" else write_with_drafter(tmp_path, FAMILIES[name])
     options = {"additional_config": {"dca": SIZES}, "speculative_config": SPECULATIVE}
     prompts = [checkpoints.tokens(length, seed) for seed in range(4)]
-    with engine(mimo, **options) as llm:
+    with engine(model, **options) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
         [layer] = [
             module
@@ -98,10 +161,10 @@ def test_what_is_drafted_is_what_the_layer_says_with_dca(length: int, mimo: Path
     with_dca, without = 0, 0
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens, logprobs = of_answer(output)
-        expected = prompt_logprobs(mimo, prompt + tokens, **SIZES)[-len(tokens) :]
+        expected = prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
         torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
-        with_dca += by_reference(mimo, prompt, tokens, **SIZES)[1]
-        without += by_reference(mimo, prompt, tokens)[1]
+        with_dca += by_reference(model, prompt, tokens, **SIZES)[1]
+        without += by_reference(model, prompt, tokens)[1]
     # A request's last draft may not be needed any more.
     assert abs(accepted - with_dca) <= len(prompts), (accepted, with_dca)
     assert with_dca > 2 * len(prompts)
