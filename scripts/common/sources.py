@@ -56,6 +56,9 @@ MEASUREMENTS = {
     "scripts.bench.compile_kernels": Measurement(("kernels",), COMPILED),
     "scripts.bench.cpu": Measurement(("cpu", "cpu-avx2", "cpu-growth"), CPU),
     "scripts.bench.engine": Measurement(("engine-cpu",), ENGINE_ON_CPU),
+    "scripts.bench.first_token": Measurement(
+        ("first-token-32k",), ENGINE_ON_CPU, is_sparse=True
+    ),
     # How much memory vLLM's own layers keep.
     "scripts.bench.linear_memory": Measurement(("linear-memory",), ()),
     "scripts.bench.prefill_kernels": Measurement(("prefill-kernels",), COMPILED),
