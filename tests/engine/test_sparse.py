@@ -22,8 +22,8 @@ from tests.helpers.answers import (
     of_prompt,
     preemptions,
 )
-from tests.helpers.companions import write_adapter
-from tests.helpers.inprocess import engine, in_a_child
+from tests.helpers.companions import write_adapter, write_eagle
+from tests.helpers.inprocess import engine, in_a_child, runner_of
 from vllm_dca.cpu import compiled
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
@@ -37,7 +37,11 @@ LENGTH = 1180
 STEPS = [512, 512, 156]
 AUTO = {"sparse": "auto", "sparse_coverage": 0.5, "sparse_min_keys": 64}
 AUTO_RULE = Rule(coverage=0.5, min_keys=64)
-BUDGETS = [[(40 + 10 * head, 110 + 50 * head) for head in range(4)] for _ in range(2)]
+# Each head of each layer has its own.
+BUDGETS = [
+    [(40 + 10 * head + 60 * layer, 110 + 50 * head + 30 * layer) for head in range(4)]
+    for layer in range(2)
+]
 PROMPT = checkpoints.tokens(LENGTH)
 
 
@@ -214,6 +218,36 @@ def _speculate(tmp_path: Path) -> None:
     assert_close(logprobs, right[-30:])
 
 
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_drafters_stay_dense(method: str, llama: Path, tmp_path: Path) -> None:
+    """The model answers as it does without drafts; the drafter's layers have no rule."""
+    drafter = llama if method == "draft_model" else write_eagle(tmp_path, method)
+    draft = {"method": method, "model": str(drafter), "num_speculative_tokens": 3}
+    with (
+        engine(llama, speculative_config=draft, **options(**AUTO)) as llm,
+        schedule_of(llm) as schedule,
+    ):
+        [output] = generate(llm, [PROMPT], max_tokens=12)
+        assert drafted(llm) > 0
+        runner = runner_of(llm)
+        models = (runner.model, runner.drafter.model)
+        rules = [
+            {
+                module.impl.rule is None
+                for module in model.modules()
+                if hasattr(module, "attn_backend")
+            }
+            for model in models
+        ]
+        assert rules == [{False}, {True}]
+    [own] = schedule.values()
+    steps = [count for computed, count in own if computed < LENGTH]
+    assert sum(steps) == LENGTH
+    tokens, logprobs = of_answer(output)
+    right = expected(llama, [AUTO_RULE] * 2, [*PROMPT, *tokens], [*steps, *[1] * len(tokens)])
+    assert_close(logprobs, right[-len(tokens) :])
+
+
 def test_only_dca_s_layers_of_a_hybrid(tmp_path: Path) -> None:
     model = checkpoints.write(
         tmp_path,
@@ -265,6 +299,10 @@ def as_dictionary(budgets: Any) -> Any:
     return {str(layer): heads for layer, heads in enumerate(as_list(budgets))}
 
 
+def rules_of(budgets: Any) -> list[Rule]:
+    return [Rule(*zip(*layer, strict=True), continuous=True) for layer in budgets]
+
+
 @pytest.mark.parametrize("form", [as_list, as_dictionary])
 def test_a_checkpoint_s_budgets(form: Any, tmp_path: Path) -> None:
     """A file in Qwen's own format, found by vLLM beside a config that asks for DCA."""
@@ -280,7 +318,7 @@ def test_a_checkpoint_s_budgets(form: Any, tmp_path: Path) -> None:
         },
     )
     (tmp_path / "sparse_attention_config.json").write_text(json.dumps(form(BUDGETS)))
-    rules = [Rule(*zip(*layer, strict=True), continuous=True) for layer in BUDGETS]
+    rules = rules_of(BUDGETS)
     right = helper.prompt_logprobs(
         model, PROMPT, steps=STEPS, threshold=THRESHOLD, rules=rules, **asked
     )
@@ -310,24 +348,23 @@ def test_each_rank_has_its_heads_budgets(
     llm = LLM(
         str(model),
         attention_backend="dca",
-        tensor_parallel_size=2,
         dtype="float32",
         skip_tokenizer_init=True,
-        enforce_eager=True,
         block_size=16,
         num_gpu_blocks_override=200,
+        tensor_parallel_size=2,
+        enforce_eager=True,
         **given,
     )
     try:
         [output] = generate(llm, [PROMPT], prompt_logprobs=0)
     finally:
         llm.llm_engine.engine_core.shutdown()
-    rules = [Rule(*zip(*layer, strict=True), continuous=True) for layer in BUDGETS]
-    assert_close(of_prompt(output), expected(model, rules))
-    swapped = [
-        Rule(*zip(*layer[2:], *layer[:2], strict=True), continuous=True) for layer in BUDGETS
-    ]
-    assert (expected(model, swapped) - expected(model, rules)).abs().max() > 10 * ATOL
+    right = expected(model, rules_of(BUDGETS))
+    assert_close(of_prompt(output), right)
+    by_head = [[*layer[2:], *layer[:2]] for layer in BUDGETS]
+    for swapped in (by_head, BUDGETS[::-1]):
+        assert (expected(model, rules_of(swapped)) - right).abs().max() > 10 * ATOL
 
 
 REFUSED = [
