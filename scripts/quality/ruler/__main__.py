@@ -9,7 +9,7 @@ it holds, in any case.
 The texts, the questions and what is expected follow from --seed. The wording is this project's
 own, as are the texts: so compare methods by it, and other people's numbers with care.
 
-With --output each answer is on disk at once, and the same command goes on after the last one.
+With --output a text's answers are on disk at once; the same command goes on after the last.
 """
 
 import contextlib
