@@ -31,7 +31,7 @@ if not torch.cuda.is_available():
     collect_ignore = ["cuda/test_gpu.py"]
 else:
     # What rehearses a GPU.
-    rehearsals = ("cuda_graphs", "cuda_path", "model_runner_v2")
+    rehearsals = ("cuda_graphs", "cuda_path", "cuda_sparse", "model_runner_v2")
     collect_ignore = [f"engine/test_{name}.py" for name in rehearsals]
 
 DEMO_MODEL = Path(

@@ -52,6 +52,8 @@ SHARED_MEMORY_IN_ALL = {
 }
 # Those for which the kernels' tiles were chosen. 8.6 is there for its shared memory.
 WITHOUT_SPILLS = (80, 90, 100)
+# What sparse prefill's kernels have been compiled for: a card, a head size, two dtypes.
+SPARSE = (80, 128, "bfloat16", "bfloat16")
 # What --quick compiles for: data centres' cards with the least and the most room.
 QUICK = (80, 90)
 ALL = [*launches.SHAPES, *launches.WITH_MORE]
@@ -82,6 +84,8 @@ class Compiler:
             name = function.fn.__name__.strip("_")
             if "CAUSAL" in kwargs:
                 name += f", causal {kwargs['CAUSAL']}"
+            if name in ("weigh_kernel", "choose_kernel"):
+                name += f", {'diagonals' if kwargs['WIDTH'] == 1 else 'blocks'}"
             if name == "decode_kernel":
                 name += f", {kwargs['QUERIES']} queries"
             self.kernels[name] = kernel
@@ -134,6 +138,9 @@ def compiled(capability: int, shape: launches.Shape, dtypes: list[Any]) -> list[
     for dtype, cache in dtypes:
         with Compiler(capability) as compiler:
             launches.every(shape, dtype, cache)
+            case = capability, shape.head_size, name_of(dtype), name_of(cache)
+            if case == SPARSE and shape not in launches.WITH_MORE:
+                launches.sparse(shape, dtype, cache)
         rows += [
             {
                 "capability": capability,

@@ -13,12 +13,16 @@ from vllm_dca.cuda.paged_pass import attention
 from vllm_dca.cuda.plan_decode import DecodePlanner, programs, rows_a_pack
 from vllm_dca.cuda.plan_prefill import plan_walk
 from vllm_dca.cuda.prefill import walk_attention
+from vllm_dca.cuda.sparse import Sparse
 from vllm_dca.cuda.turn import turn_queries
 from vllm_dca.method.device import Partial
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.kv_cache import split_kv
+from vllm_dca.method.lines import Rule
 from vllm_dca.method.planning import plan_prefill
 from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse import SparsePlan, SparseSizes
+from vllm_dca.method.sparse_planning import Segment
 
 
 class Shape(NamedTuple):
@@ -132,5 +136,28 @@ def decode(shape: Shape, dtype: torch.dtype, cache: torch.dtype):
             torch.empty_like(query),
             plan=planner.plan(starts, starts[:1], starts[:1, None], rows),
             **of_all(shape, dtype),
+            **given,
+        )
+
+
+def sparse(shape: Shape, dtype: torch.dtype, cache: torch.dtype):
+    """By coverage, and by budgets."""
+    segment = Segment(0, 0, 256, 0)
+    query = torch.zeros(segment.end, shape.heads, shape.head_size, dtype=dtype)
+    kv_cache, given = layer(shape, dtype, cache)
+    del given["soft_cap"]
+    table = torch.zeros(1, segment.end // PAGE, dtype=torch.int32)
+    plan = SparsePlan([segment], torch.empty(0), table, GEOMETRY, None)
+    budgets = torch.zeros(shape.heads, dtype=torch.int64)
+    for rule in (Rule(None, None, 0.95, 1024), Rule(budgets, budgets, 1.0, 0)):
+        sizes = SparseSizes(shape.heads, 256, 256, GEOMETRY.chunk_len, rule.continuous)
+        layers = Sparse(sizes, query.device)
+        layers.attend(
+            query,
+            kv_cache,
+            torch.empty_like(query),
+            plan=layers.plan(plan),
+            rule=rule,
+            rotation=of_all(shape, dtype)["rotation"],
             **given,
         )

@@ -59,7 +59,7 @@ def _tests(dry_run: bool) -> Step:
     if dry_run:
         only = ["-k", "pad_are_zero or waits"]
         return Step("tests", python("pytest", "tests/cuda/test_kernels.py", *only))
-    names = ("kernels", "caps_and_sinks", "gpu")
+    names = ("kernels", "caps_and_sinks", "sparse", "gpu")
     return Step("tests", python("pytest", *(f"tests/cuda/test_{name}.py" for name in names)))
 
 

@@ -168,9 +168,16 @@ def weights_of(
 
 
 def assert_weighed(batch: Batch, rule: Rule, path: str) -> None:
-    for found, segment in zip(
-        weigh(batch, rule, path), helper.plan(batch).segments, strict=True
-    ):
+    assert_weights(batch, rule, helper.plan(batch).segments, weigh(batch, rule, path))
+
+
+def assert_weights(
+    batch: Batch,
+    rule: Rule,
+    segments: list[Segment],
+    weights: list[tuple[torch.Tensor, ...]],
+) -> None:
+    for found, segment in zip(weights, segments, strict=True):
         exact = weights_of(batch, segment, rule, torch.float64)
         ordinary = weights_of(batch, segment, rule, batch.shape.dtype)
         for fast, right, rounded in zip(found, exact, ordinary, strict=True):

@@ -406,7 +406,7 @@ def test_who_shares_keys_must_have_the_same_options(llama: Path, dca_log: list[s
     assert "with these options of sparse prefill; give" in warning
 
 
-def test_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_is_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_dca.engine import refusals
@@ -415,16 +415,14 @@ def test_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = EngineArgs(str(llama), attention_backend="dca", block_size=16, **given)
     config = args.create_engine_config()
     config.additional_config = given["additional_config"]
+    config.model_config.dtype = torch.float32
     assert refusals.refusals(config) == []
-    config.additional_config["dca"]["prefill_provider"] = "triton"
-    [refused] = refusals.refusals(config)
-    assert refused.startswith("sparse prefill by the code for GPUs")
-    del config.additional_config["dca"]["prefill_provider"]
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
     [refused] = refusals.refusals(config)
-    assert refused.startswith("sparse prefill on")
-    assert '"off" does' in refused
+    assert refused.startswith("sparse prefill in float32 on CUDA (--dtype bfloat16")
+    config.model_config.dtype = torch.bfloat16
+    assert refusals.refusals(config) == []
 
 
 @pytest.mark.parametrize(

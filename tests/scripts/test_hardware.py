@@ -136,6 +136,7 @@ def test_on_a_gpu_only_what_a_gpu_can_pass_is_run() -> None:
     assert [word for word in found["tests"].command if word.startswith("tests/")] == [
         "tests/cuda/test_kernels.py",
         "tests/cuda/test_caps_and_sinks.py",
+        "tests/cuda/test_sparse.py",
         "tests/cuda/test_gpu.py",
     ]
     assert {"kernels", "providers", "parity", "engine"} <= set(found)

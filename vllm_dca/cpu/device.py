@@ -16,7 +16,7 @@ from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import DecodePlanner, Device, PrefillOperations
 from vllm_dca.method.lines import select
 from vllm_dca.method.prefill import by_passes
-from vllm_dca.method.sparse import SparseOperations
+from vllm_dca.method.sparse import SparseOperations, by_segment
 
 
 def by_kernel() -> Device:
@@ -28,7 +28,11 @@ def by_kernel() -> Device:
         _planner_of(compiled.CompiledPlan),
         compiled.attention,
         lambda group: sys.maxsize,
-        SparseOperations(compiled_sparse.weigh, compiled_sparse.select, compiled_sparse.attend),
+        by_segment(
+            SparseOperations(
+                compiled_sparse.weigh, compiled_sparse.select, compiled_sparse.attend
+            )
+        ),
     )
 
 
@@ -41,7 +45,7 @@ def by_torch() -> Device:
         _planner_of(DecodePlan),
         decode.decode_attention,
         lambda group: 1,
-        SparseOperations(sparse.weigh, select, sparse.attend),
+        by_segment(SparseOperations(sparse.weigh, select, sparse.attend)),
     )
 
 

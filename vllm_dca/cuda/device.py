@@ -1,11 +1,12 @@
 """A GPU as a device of DCA: Triton kernels around whichever provider attends the passes."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from triton import knobs
 
-from vllm_dca.cuda import decode, merge, plan_decode, plan_prefill, prefill, turn
+from vllm_dca.cuda import decode, merge, plan_decode, plan_prefill, prefill, sparse, turn
 from vllm_dca.method import kv_cache
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import DecodePlanner, Device, Prefill, PrefillOperations
@@ -59,6 +60,7 @@ def with_provider(
         decode_planner,
         decode.decode_attention,
         plan_decode.rows_a_pack,
+        functools.partial(sparse.prefill, device=device),
     )
 
 

@@ -11,7 +11,7 @@ from vllm_dca.method.device import Device
 from vllm_dca.method.kv_cache import split_kv, split_pages
 from vllm_dca.method.lines import Rule
 from vllm_dca.method.rotary import QueryRotation
-from vllm_dca.method.sparse import Watch, sparse_attention
+from vllm_dca.method.sparse import SparsePrefill, Watch
 
 
 class DcaImpl(AttentionImpl[DcaMetadata]):
@@ -20,10 +20,10 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
     Attributes:
         rotation: how to turn this layer's queries.
         device: how to run.
-        cache_dtype: of the KV cache.
-        rule: how lines of sparse prefill are selected; None where attention is dense. `prepare`
-            sets all four.
-        watch: is shown what sparse prefill did, where a step is watched.
+        cache_dtype: of the KV cache. `prepare` sets these three.
+        rule: how lines of sparse prefill are selected; None where attention is dense.
+        sparse: how it runs.
+        watch: is shown what it did, where a step is watched. `prepare_sparse` sets these three.
         block_size: tokens a page as steps are planned; a cache's pages are split into such.
     """
 
@@ -71,19 +71,19 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.device: Device | None = None
         self.cache_dtype: torch.dtype | None = None
         self.rule: Rule | None = None
+        self.sparse: SparsePrefill | None = None
         self.watch: Watch | None = None
         self.block_size: int | None = None
 
     def prepare(
-        self,
-        rotation: QueryRotation,
-        device: Device,
-        cache_dtype: torch.dtype,
-        rule: Rule | None = None,
+        self, rotation: QueryRotation, device: Device, cache_dtype: torch.dtype
     ) -> None:
         """Settle what shows only when the whole model is there; before the first step."""
         self.rotation, self.device, self.cache_dtype = rotation, device, cache_dtype
-        self.rule = rule
+
+    def prepare_sparse(self, rule: Rule, sparse: SparsePrefill, watch: Watch) -> None:
+        """Likewise, for a layer whose prefill is sparse."""
+        self.rule, self.sparse, self.watch = rule, sparse, watch
 
     def do_kv_cache_update(
         self,
@@ -146,8 +146,8 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         if self.rule is None or step is None:
             self._attend(query, kv_cache, output, attn_metadata, scales)
             return output
-        assert self.device.sparse is not None
-        sparse_attention(
+        assert self.sparse is not None
+        self.sparse.attend(
             query,
             kv_cache,
             output,
@@ -155,16 +155,16 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             rule=self.rule,
             rotation=self.rotation,
             softmax_scale=self.scale,
-            operations=self.device.sparse,
             watch=self.watch if step.watched else None,
+            **{name: scale for name, scale in scales.items() if scale is not None},
         )
-        rest = query[step.plan.rest]
+        rest = query[step.tokens]
         if len(rest):
             attended = torch.empty(
                 len(rest), *output.shape[1:], dtype=output.dtype, device=output.device
             )
             self._attend(rest, kv_cache, attended, step.rest, scales)
-            output[step.plan.rest] = attended
+            output[step.tokens] = attended
         return output
 
     def _attend(

@@ -17,7 +17,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_dca.engine.recall import collect
 from vllm_dca.engine.settings import settings_of
+from vllm_dca.method.planning import upload
 from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_planning import dense_rest, sparse_segments
 
@@ -47,12 +49,14 @@ class SparseStep(NamedTuple):
     """A step with sparse segments.
 
     Attributes:
-        plan: of the segments.
-        rest: the other tokens, as a batch of their own.
+        plan: of the segments, as the layers' `SparsePrefill` has it.
+        tokens: [num_tokens] int32, the batch's other tokens.
+        rest: these, as a batch of their own.
         watched: whether layers show what they keep.
     """
 
-    plan: SparsePlan
+    plan: Any
+    tokens: torch.Tensor
     rest: DcaMetadata
     watched: bool
 
@@ -132,6 +136,9 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             ),
             group,
         )
+        # Of a drafter no layer has any.
+        ready = [impl.sparse for impl in impls if impl.sparse is not None]
+        self.plan_segments = ready[0].plan if ready else None
         self.sparse_steps = 0
 
     def build(
@@ -160,7 +167,9 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         )
         metadata = self._plan(requests, num_decodes, num_prefills, num_decode_tokens)
         metadata.num_actual_tokens = common.num_actual_tokens
-        metadata.sparse = self._plan_sparse(requests, num_decodes, num_prefills)
+        if self.plan_segments is not None:
+            collect()
+            metadata.sparse = self._plan_sparse(requests, num_decodes, num_prefills, metadata)
         return metadata
 
     def _block_table(self, block_table: torch.Tensor) -> torch.Tensor:
@@ -174,17 +183,23 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         self, requests: _Requests, num_decodes: int, num_prefills: int, num_decode_tokens: int
     ) -> DcaMetadata:
         """All of it dense."""
-        decode = prefill = plan_again = None
-        num_tokens = num_decode_tokens
+        metadata = self._plan_prefills(requests, num_decodes, num_prefills, num_decode_tokens)
         if num_decodes:
-            plan_again = functools.partial(
+            metadata.plan_again = functools.partial(
                 self.plan_decode,
                 requests.query_start_loc[: num_decodes + 1],
                 requests.seq_lens[:num_decodes],
                 requests.block_table[:num_decodes],
                 num_decode_tokens,
             )
-            decode = plan_again()
+            metadata.decode = metadata.plan_again()
+        return metadata
+
+    def _plan_prefills(
+        self, requests: _Requests, num_decodes: int, num_prefills: int, num_decode_tokens: int
+    ) -> DcaMetadata:
+        prefill = None
+        num_tokens = num_decode_tokens
         if num_prefills:
             rows = slice(num_decodes, num_decodes + num_prefills)
             assert requests.host_lengths is not None
@@ -199,33 +214,38 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
                 self.settings.geometry,
                 self.settings.original_max_position_embeddings,
             )
-        return DcaMetadata(
-            num_decode_tokens, num_tokens, decode, prefill, plan_again=plan_again
-        )
+        return DcaMetadata(num_decode_tokens, num_tokens, None, prefill)
 
     def _plan_sparse(
-        self, requests: _Requests, num_decodes: int, num_prefills: int
+        self, requests: _Requests, num_decodes: int, num_prefills: int, whole: DcaMetadata
     ) -> SparseStep | None:
-        """What sparse layers do instead, if any segment is sparse; on the CPU only."""
-        if self.settings.sparse is None:
+        """What sparse layers do instead of `whole`, if any segment is sparse."""
+        assert self.settings.sparse is not None
+        assert self.plan_segments is not None
+        if self.prefill is not None and not num_prefills:
             return None
         count = num_decodes + num_prefills
-        starts, lengths = requests.query_start_loc[: count + 1], requests.seq_lens[:count]
+        # Exact for prefills. What takes prefills as it takes decodes runs on the host.
+        lengths = requests.host_lengths if self.prefill is not None else requests.seq_lens
+        assert lengths is not None
+        starts, ends = requests.host_starts[: count + 1].numpy(), lengths[:count].numpy()
         geometry = self.settings.geometry
         segments = sparse_segments(
-            starts.numpy(), lengths.numpy(), geometry.chunk_len, self.settings.sparse.threshold
+            starts, ends, geometry.chunk_len, self.settings.sparse.threshold
         )
         if not segments:
             return None
-        rest = dense_rest(segments, starts.numpy(), lengths.numpy())
-        # Where prefills are planned apart, no decode row is in a segment.
-        decodes = num_decodes if num_prefills else len(rest.request)
+        rest = dense_rest(segments, starts, ends)
+        there = upload(
+            {"tokens": rest.tokens.numpy(), "request": rest.request.numpy()},
+            requests.block_table.device,
+        )
         of_rest = _Requests(
             rest.query_start_loc,
             rest.seq_lens,
             rest.query_start_loc,
             rest.seq_lens,
-            requests.block_table[rest.request],
+            requests.block_table[there["request"]],
         )
         plan = SparsePlan(
             segments,
@@ -234,11 +254,21 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             geometry,
             self.settings.original_max_position_embeddings,
         )
-        num_decode_tokens = int(rest.query_start_loc[decodes])
+        if self.prefill is not None:
+            # Decode rows come first and are in no segment: they are planned already, and again
+            # it would be in the same buffers, from lengths that the host does not know.
+            decode_tokens = whole.num_decode_tokens
+            dense = self._plan_prefills(
+                of_rest, num_decodes, len(rest.request) - num_decodes, decode_tokens
+            )
+            dense.decode = whole.decode
+        else:
+            dense = self._plan(of_rest, len(rest.request), 0, len(rest.tokens))
         self.sparse_steps += 1
         return SparseStep(
-            plan,
-            self._plan(of_rest, decodes, len(rest.request) - decodes, num_decode_tokens),
+            self.plan_segments(plan),
+            there["tokens"],
+            dense,
             self.sparse_steps % self.watched_steps == 1 % self.watched_steps,
         )
 

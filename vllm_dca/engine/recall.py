@@ -2,11 +2,17 @@
 
 A worker knows it, and vLLM's /metrics is another process: they meet in the folder that
 PROMETHEUS_MULTIPROC_DIR names, where it is set.
+
+Nothing waits for a device: the figures are on their way to the host while the step goes on, and
+a later step counts those that have come.
 """
 
 import functools
+from collections import deque
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import torch
 from prometheus_client import Histogram
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -46,6 +52,35 @@ def _registered() -> _Metrics:
     )
 
 
+class _Coming(NamedTuple):
+    """Figures of a segment: recall and keys, [2, num_heads] on the host once `arrived`."""
+
+    figures: torch.Tensor
+    arrived: Callable[[], bool]
+    observe: Callable[[torch.Tensor], None]
+
+
+_coming: deque[_Coming] = deque()
+
+
+def collect() -> None:
+    """Count what has come since; the engine calls it at each step."""
+    while _coming and _coming[0].arrived():
+        coming = _coming.popleft()
+        coming.observe(coming.figures)
+
+
+def _to_host(figures: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
+    """A copy that may still be on its way, and whether it has come."""
+    if figures.device.type != "cuda":
+        return figures, lambda: True
+    there = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+    there.copy_(figures, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return there, copied.query
+
+
 class RecallWatch:
     """Counts what layers keep; warns once a process if that is under the user's bound."""
 
@@ -61,7 +96,13 @@ class RecallWatch:
 
     def __call__(self, attended: Attended) -> None:
         """Look at a segment of a layer."""
-        recall, keys = attended.kept(attended.lines)
+        figures, arrived = _to_host(torch.stack(attended.kept(attended.lines)))
+        count = functools.partial(self.count, attended.segment.end)
+        _coming.append(_Coming(figures, arrived, count))
+
+    def count(self, end: int, figures: torch.Tensor) -> None:
+        """What a segment's heads kept, and of how many of the keys before `end`."""
+        recall, keys = figures
         for head in range(len(recall)):
             self.recall.observe(recall[head].item())
             self.keys.observe(keys[head].item())
@@ -73,6 +114,6 @@ class RecallWatch:
                 "larger budgets, keep more.",
                 recall.mean(),
                 keys.mean(),
-                attended.segment.end,
+                end,
                 self.bound,
             )

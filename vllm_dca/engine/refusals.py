@@ -7,14 +7,13 @@ REFUSED_IN_LAYERS; positions that cannot be remapped, by `vllm_dca.engine.remap`
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import iter_rope_parameters
 
-from vllm_dca.engine.choice import PROVIDERS
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import DRAFTERS, KV_CACHE_DTYPES
-from vllm_dca.method.config import PROVIDER_KEY
 from vllm_dca.method.sparse_config import MODE_KEY, OFF
 
 
@@ -111,16 +110,14 @@ def _parallel_drafting(vllm_config: VllmConfig) -> str:
 
 
 def _sparse(vllm_config: VllmConfig) -> str:
+    """Its kernels are compiled for tensor cores only."""
     options = vllm_config.additional_config.get(OPTIONS)
     asked = isinstance(options, Mapping) and options.get(MODE_KEY, OFF) != OFF
-    if not asked:
+    if not asked or not current_platform.is_cuda():
         return ""
-    where = f"on {current_platform.device_name}"
-    if current_platform.is_cpu():
-        if options.get(PROVIDER_KEY) not in PROVIDERS["interpreter"]:
-            return ""
-        where = "by the code for GPUs"
-    return f'sparse prefill {where} ("{MODE_KEY}": "{OFF}" does)'
+    if vllm_config.model_config.dtype != torch.float32:
+        return ""
+    return f'sparse prefill in float32 on CUDA (--dtype bfloat16 or "{MODE_KEY}": "{OFF}" does)'
 
 
 REFUSALS: Sequence[Refusal] = (
@@ -170,7 +167,7 @@ REFUSALS: Sequence[Refusal] = (
     ),
     Refusal("engine", "speculative decoding by other methods", _drafter),
     Refusal("engine", "parallel drafting (P-EAGLE, PARD)", _parallel_drafting),
-    Refusal("engine", "sparse prefill on CUDA", _sparse),
+    Refusal("engine", "sparse prefill in fp32 on CUDA", _sparse),
     Refusal(
         "engine",
         "decode context parallelism",

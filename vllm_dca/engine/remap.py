@@ -20,6 +20,7 @@ from vllm_dca.engine.devices import compute_capability, current_device
 from vllm_dca.engine.following import NotUnderstoodError, Rotation, rotation_of
 from vllm_dca.engine.recall import RecallWatch
 from vllm_dca.engine.settings import settings_of
+from vllm_dca.engine.sparse import sparse_sizes
 from vllm_dca.engine.support import cache_dtype_of
 from vllm_dca.engine.turning import check_turns
 from vllm_dca.engine.warmup import KERNELS
@@ -28,6 +29,7 @@ from vllm_dca.method.device import Device
 from vllm_dca.method.lines import Rule, rule_of
 from vllm_dca.method.provider import Needs
 from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse import SparsePrefill, SparseSizes
 
 # vLLM's logger is set up for its own package only.
 logger = init_logger("vllm.plugins.dca")
@@ -74,9 +76,10 @@ def remap_layers(
     for name in kept:
         _keep(name, layers[name], rotations[name], model, tables)
     device_of = functools.cache(lambda needs: current_device(needs, settings.prefill_provider))
+    sparse_of = functools.cache(functools.partial(_sparse, device_of))
     for name in attended:
         turned = _periodic(name, rotations[name], model, vllm_config, tables)
-        _prepare(name, layers[name], turned, vllm_config, device_of)
+        _prepare(name, layers[name], turned, vllm_config, device_of, sparse_of)
     tables.forget_replaced(model)
     # A long prompt would else wait for it.
     KERNELS.register_warmup()
@@ -137,6 +140,7 @@ def _prepare(
     rotation: QueryRotation,
     vllm_config: VllmConfig,
     device_of: Callable[[Needs], Device],
+    sparse_of: Callable[[Needs, SparseSizes], SparsePrefill],
 ) -> None:
     """Tell a layer's attention how it turns queries, and what computes it here."""
     if layer.head_size_v != layer.head_size:
@@ -152,9 +156,22 @@ def _prepare(
     has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
     if has_more and rule is not None:
         raise _refusal(layer_name, "sparse prefill knows no soft cap and no sinks")
-    layer.impl.prepare(rotation, device, needs.cache_dtype, rule)
+    layer.impl.prepare(rotation, device, needs.cache_dtype)
     if rule is not None:
-        layer.impl.watch = RecallWatch(vllm_config)
+        layer.impl.prepare_sparse(
+            rule.to(rotation.cos_sin.device),
+            sparse_of(needs, sparse_sizes(vllm_config, layer.num_heads)),
+            RecallWatch(vllm_config),
+        )
+
+
+def _sparse(
+    device_of: Callable[[Needs], Device], needs: Needs, sizes: SparseSizes
+) -> SparsePrefill:
+    """Layers of one kind share its buffers."""
+    make_ready = device_of(needs).sparse
+    assert make_ready is not None
+    return make_ready(sizes)
 
 
 def _say(attended: list[str], kept: list[str], unrotated: int, providers: list[str]) -> None:

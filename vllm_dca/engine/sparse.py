@@ -8,10 +8,11 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import get_sparse_attention_config
-from vllm.platforms import current_platform
 
+from vllm_dca.engine.settings import settings_of
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.sparse import SparseSizes
 from vllm_dca.method.sparse_config import (
     BUDGETS_KEY,
     CHECKPOINT,
@@ -64,6 +65,19 @@ def settle_sparse(
     )
 
 
+def sparse_sizes(vllm_config: VllmConfig, num_heads: int) -> SparseSizes:
+    """What buffers of a layer with so many query heads, on this rank, are made for."""
+    settings = settings_of(vllm_config)
+    assert settings.sparse is not None
+    return SparseSizes(
+        num_heads,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.model_config.max_model_len,
+        settings.geometry.chunk_len,
+        continuous=settings.sparse.budgets is not None,
+    )
+
+
 def _budgets(
     vllm_config: VllmConfig, options: Mapping[str, Any], checkpoint: Mapping[str, Any] | None
 ) -> object:
@@ -95,14 +109,12 @@ def say_sparse(
     sparse = settings.sparse
     if sparse is None:
         if checkpoint and checkpoint.get("sparse_attention_enabled"):
-            remedy = "It is not supported on this device yet."
-            if current_platform.is_cpu():
-                option = json.dumps({"dca": {MODE_KEY: CHECKPOINT}})
-                remedy = f"--additional-config '{option}' switches it on."
+            option = json.dumps({"dca": {MODE_KEY: CHECKPOINT}})
             logger.warning(
                 "DCA: the checkpoint asks for sparse prefill, which is off: attention runs "
-                "dense, same answers or better, more time on long prompts. %s",
-                remedy,
+                "dense, same answers or better, more time on long prompts. "
+                "--additional-config '%s' switches it on.",
+                option,
             )
         return
     logger.info(

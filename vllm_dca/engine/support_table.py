@@ -14,19 +14,15 @@ class Shown(NamedTuple):
         cpu: with the CPU's code.
         v1: with the GPU's code in Triton's interpreter, under vLLM's Model Runner V1.
         v2: likewise, under V2, which is CUDA's default.
-        offered: whether a start on a GPU takes it.
     """
 
     cpu: bool = True
     v1: bool = False
     v2: bool = True
-    offered: bool = True
 
     @property
     def on_a_gpu(self) -> str:
         """As the table says it; nothing has run on one yet."""
-        if not self.offered:
-            return "not offered"
         return "only interpreted" if self.v1 or self.v2 else "not yet"
 
 
@@ -49,7 +45,7 @@ FEATURES: dict[str, Shown] = {
     "prompts as embeddings": Shown(),
     "reloading weights": Shown(),
     "KV connectors": Shown(),
-    "[sparse prefill](sparse.md)": Shown(v2=False, offered=False),
+    "[sparse prefill](sparse.md)": Shown(v1=True),
     "speculative decoding by ngram": Shown(v1=True),
     "speculative decoding by EAGLE and EAGLE-3": Shown(),
     "speculative decoding by a draft model": Shown(v1=True),

@@ -12,10 +12,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 
 from vllm_dca.engine.impl import DcaImpl
-from vllm_dca.engine.metadata import DcaMetadata
+from vllm_dca.engine.metadata import DcaMetadata, SparseStep
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.sparse import SparsePlan
+from vllm_dca.method.sparse_planning import LEAST_ROWS, Segment
 
 # Tokens a chunk at least, so that a kernel which treats many queries in another way is met.
 CHUNK_LEN = 256
@@ -37,6 +39,7 @@ class LayerKernels:
         is_neox: how they are paired.
         soft_cap: of the scores.
         has_sinks: whether each softmax has one more logit.
+        is_sparse: whether it prefills sparsely too.
         layer: one of those that have all of this in common.
     """
 
@@ -51,6 +54,7 @@ class LayerKernels:
     is_neox: bool
     soft_cap: float | None
     has_sinks: bool
+    is_sparse: bool
     layer: Attention | None = dataclasses.field(compare=False)
 
 
@@ -88,6 +92,7 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
                     impl.rotation.is_neox,
                     impl.soft_cap,
                     impl.sinks is not None,
+                    impl.sparse is not None,
                     layer,
                 )
             )
@@ -121,6 +126,8 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
                 settings.original_max_position_embeddings,
             )
             _attend(compile_key, DcaMetadata(0, length, None, plan))
+        if compile_key.is_sparse and settings.geometry.chunk_len >= LEAST_ROWS:
+            _attend_sparsely(compile_key)
         # As many rows of a request stand in one tile as are speculated, or as fit.
         group = compile_key.num_heads // compile_key.num_kv_heads
         powers = range(device_of_dca.decode_rows(group).bit_length() + 1)
@@ -132,6 +139,26 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
             )
             plan = planner(starts, lengths, table, rows)
             _attend(compile_key, DcaMetadata(rows, rows, plan, None))
+
+
+def _attend_sparsely(key: LayerKernels) -> None:
+    """A step of one segment, watched."""
+    assert key.layer is not None
+    impl, cache = key.layer.impl, key.layer.kv_cache
+    plan = SparsePlan(
+        [Segment(0, 0, LEAST_ROWS, 0)],
+        torch.empty(0),
+        torch.zeros(1, LEAST_ROWS, dtype=torch.int32, device=cache.device),
+        key.settings.geometry,
+        key.settings.original_max_position_embeddings,
+    )
+    none = torch.empty(0, dtype=torch.int32, device=cache.device)
+    step = SparseStep(impl.sparse.plan(plan), none, DcaMetadata(0, 0, None, None), True)
+    impl.watch, watch = (lambda attended: attended.kept(attended.lines)), impl.watch
+    try:
+        _attend(key, DcaMetadata(0, LEAST_ROWS, None, None, step))
+    finally:
+        impl.watch = watch
 
 
 def _attend(key: LayerKernels, metadata: DcaMetadata) -> None:

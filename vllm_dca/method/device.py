@@ -8,7 +8,7 @@ import torch
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.provider import AttentionProvider
 from vllm_dca.method.rotary import QueryRotation
-from vllm_dca.method.sparse import SparseOperations
+from vllm_dca.method.sparse import SparsePrefill, SparseSizes
 
 # From query_start_loc, seq_lens, block_table and the number of rows to a plan for `decode`.
 DecodePlanner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Any]
@@ -77,7 +77,7 @@ class Device(NamedTuple):
             see `vllm_dca.cpu.decode`.
         decode_rows: up to how many new tokens of a request `decode` takes rather than
             `prefill`, where so many query heads share a KV head.
-        sparse: the operations of sparse prefill; None where there are none.
+        sparse: makes ready for sparse prefill of layers; None where there is none.
     """
 
     provider: str
@@ -86,4 +86,4 @@ class Device(NamedTuple):
     decode_planner: Callable[[DcaSettings, int, int, int], DecodePlanner]
     decode: Callable[..., None]
     decode_rows: Callable[[int], int]
-    sparse: SparseOperations | None = None
+    sparse: Callable[[SparseSizes], SparsePrefill] | None = None

@@ -29,6 +29,14 @@ class Rule(NamedTuple):
     coverage: float
     min_keys: int
 
+    def to(self, device: torch.device) -> "Rule":
+        """With its budgets there."""
+        if self.verticals is None or self.slashes is None:
+            return self
+        return self._replace(
+            verticals=self.verticals.to(device), slashes=self.slashes.to(device)
+        )
+
     @property
     def line_width(self) -> int:
         """Diagonals of a row, or of a tile, that are weighed together."""
@@ -108,6 +116,7 @@ def _largest(
         covered = weight.gather(1, order).double().cumsum(1)
         needed = coverage * covered[:, -1:]
         counts = (covered < needed).sum(1).add_(1).clamp_(min=least)
+    counts = counts.to(weight.device)
     rank = torch.arange(weight.shape[1], device=weight.device)
     taken = rank < counts[:, None]
     return torch.zeros_like(taken).scatter_(1, order, taken) | always

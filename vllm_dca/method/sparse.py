@@ -1,4 +1,7 @@
-"""Sparse prefill of a step: each segment's lines are weighed and selected, then attended."""
+"""Sparse prefill of a step: each segment's lines are weighed and selected, then attended.
+
+A device does it segment by segment, as `sparse_attention` here, or all at once.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -43,6 +46,36 @@ class SparseOperations(NamedTuple):
 
     weigh: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     select: Callable[[torch.Tensor, torch.Tensor, Rule], Lines]
+    attend: Callable[..., None]
+
+
+class SparseSizes(NamedTuple):
+    """What buffers of sparse prefill are made for.
+
+    Attributes:
+        num_heads: query heads of a layer.
+        max_tokens: new tokens of a step, at most.
+        max_model_len: tokens of a request, at most.
+        chunk_len: s.
+        continuous: whether weights have positions without DCA's clamps.
+    """
+
+    num_heads: int
+    max_tokens: int
+    max_model_len: int
+    chunk_len: int
+    continuous: bool
+
+
+class SparsePrefill(NamedTuple):
+    """How a device does it.
+
+    Attributes:
+        plan: what `attend` wants to know of a step, made once for all layers.
+        attend: `sparse_attention` without its operations, or a function like it.
+    """
+
+    plan: Callable[[SparsePlan], Any]
     attend: Callable[..., None]
 
 
@@ -97,6 +130,17 @@ class Attended:
 
 
 Watch = Callable[[Attended], None]
+
+
+def by_segment(operations: SparseOperations) -> Callable[[SparseSizes], SparsePrefill]:
+    """For a device that has operations on single segments, and needs no buffers."""
+
+    def prefill(sizes: SparseSizes) -> SparsePrefill:
+        return SparsePrefill(
+            lambda plan: plan, functools.partial(sparse_attention, operations=operations)
+        )
+
+    return prefill
 
 
 def sparse_attention(

@@ -1,0 +1,183 @@
+"""Sparse prefill on a GPU: a step's segments together, in eight launches a layer.
+
+Two turn queries, two weigh the lines, one selects and one lists them, one attends, and torch
+fills with zeros. A step whose segments the buffers do not hold together takes them in rounds.
+"""
+
+from typing import Any
+
+import torch
+
+from vllm_dca.cuda import sparse_probe
+from vllm_dca.cuda.sparse_attend import attend
+from vllm_dca.cuda.sparse_lists import Lists, Marks, list_lines
+from vllm_dca.cuda.sparse_plan import DevicePlan, Round, places_of, plan_probe, plan_step
+from vllm_dca.cuda.sparse_probe import Weights
+from vllm_dca.cuda.sparse_select import choose
+from vllm_dca.method import lines
+from vllm_dca.method.lines import Lines, Rule
+from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse import (
+    Attended,
+    SparseOperations,
+    SparsePlan,
+    SparsePrefill,
+    SparseSizes,
+    Watch,
+)
+from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_planning import LEAST_ROWS, Segment
+
+
+class Buffers:
+    """What segments are worked on in, allocated once for all layers.
+
+    Attributes:
+        capacity: places; what a step has of one request always fits.
+        weights: of the lines.
+        marks: which of them are taken.
+        lists: the same, in the memory of the weights.
+    """
+
+    def __init__(self, sizes: SparseSizes, device: torch.device) -> None:
+        segments = -(-sizes.max_tokens // sizes.chunk_len) + 1
+        self.capacity = segments * places_of(sizes.max_model_len)
+        shape = sizes.num_heads, self.capacity
+        self.weights = Weights(
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(2, *shape, dtype=torch.float32, device=device),
+        )
+        self.marks = Marks(*torch.zeros(2, *shape, dtype=torch.bool, device=device))
+        vertical, (slash, _) = self.weights
+        # At least so many rows has a segment.
+        most = max(sizes.max_tokens // LEAST_ROWS, 1)
+        counts = torch.empty(2 * most * sizes.num_heads, dtype=torch.int32, device=device)
+        self.lists = Lists(vertical.view(torch.int32), slash.view(torch.int32), counts)
+
+    def weights_of(self, plan: Round) -> Weights:
+        """Of a round's places, which come first."""
+        used = sum(map(places_of, plan.probe.ends))
+        vertical, slash = self.weights
+        return Weights(vertical[:, :used], slash[..., :used])
+
+    def lines_of(self, plan: Round, index: int) -> Lines:
+        """Of a segment of a round."""
+        first, end = sum(map(places_of, plan.probe.ends[:index])), plan.probe.ends[index]
+        verticals, distances = self.marks
+        return Lines(
+            verticals[:, first : first + end], distances[:, first : first + end + TILE + 1]
+        )
+
+
+class Sparse:
+    """How layers of the same sizes prefill sparsely."""
+
+    def __init__(self, sizes: SparseSizes, device: torch.device) -> None:
+        self.sizes = sizes
+        self.buffers = Buffers(sizes, device)
+
+    def plan(self, plan: SparsePlan) -> DevicePlan:
+        """A step, once for all layers."""
+        return plan_step(plan, self.buffers.capacity, self.sizes.continuous)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        plan: DevicePlan,
+        rule: Rule,
+        rotation: QueryRotation,
+        softmax_scale: float,
+        watch: Watch | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ) -> None:
+        """As `vllm_dca.method.sparse.sparse_attention`; an FP8 cache has its scales.
+
+        `watch` is shown the step's last segment only, and reads nothing back: it is told on the
+        device.
+        """
+        given: dict[str, Any] = {"rotation": rotation, "softmax_scale": softmax_scale}
+        placed: dict[str, Any] = {
+            "block_table": plan.block_table,
+            "chunk_len": plan.geometry.chunk_len,
+        }
+        buffers = self.buffers
+        for each in plan.rounds:
+            weights = buffers.weights_of(each)
+            sparse_probe.weigh(
+                query,
+                kv_cache,
+                weights,
+                probe=each.probe,
+                line_width=rule.line_width,
+                k_scale=k_scale,
+                **placed,
+                **given,
+            )
+            choose(weights, buffers.marks, each.probe, rule)
+            list_lines(buffers.marks, buffers.lists, each.probe)
+            attend(
+                query,
+                kv_cache,
+                output,
+                buffers.marks,
+                buffers.lists,
+                plan=each,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                **placed,
+                **given,
+            )
+        if watch is not None:
+            segment = plan.host.segments[-1]
+            taken = buffers.lines_of(each, len(each.probe.ends) - 1)
+            given |= {"plan": plan.host, "k_scale": k_scale}
+            watch(Attended(query[segment.rows], kv_cache, segment, taken, OPERATIONS, given))
+
+
+def prefill(sizes: SparseSizes, device: torch.device) -> SparsePrefill:
+    """Ready, with its buffers."""
+    sparse = Sparse(sizes, device)
+    return SparsePrefill(sparse.plan, sparse.attend)
+
+
+def weigh(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    *,
+    segment: Segment,
+    plan: SparsePlan,
+    rule: Rule,
+    rotation: QueryRotation,
+    softmax_scale: float,
+    k_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `vllm_dca.cpu.sparse.weigh`, of one segment; for what is shown to a watch."""
+    end = segment.end
+    first = query.new_empty(3, query.shape[1], places_of(end), dtype=torch.float32)
+    weights = Weights(first[0], first[1:])
+    # The query's first row is this segment's, wherever that has its end.
+    sparse_probe.weigh(
+        query,
+        kv_cache,
+        weights,
+        probe=plan_probe(plan, segment, rule.continuous),
+        block_table=plan.block_table,
+        chunk_len=plan.geometry.chunk_len,
+        line_width=rule.line_width,
+        rotation=rotation,
+        softmax_scale=softmax_scale,
+        k_scale=k_scale,
+    )
+    slash = weights.slash.sum(0)
+    return weights.vertical[:, :end], slash[:, : (end - 1) // rule.line_width + 1]
+
+
+def _alone(*_: Any, **__: Any) -> None:
+    raise NotImplementedError("A GPU attends from all segments of a step together.")
+
+
+OPERATIONS = SparseOperations(weigh, lines.select, _alone)
