@@ -142,6 +142,14 @@ def test_models_that_are_refused_by_their_config(
             {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
             "layers.1.self_attn.attn: it has no rotary positions, nor has any other layer",
         ),
+        # No list names it, and its norms after the rotation are not what a table says: of what
+        # is half understood nothing is served with a warning.
+        (
+            "HunYuanDenseV1Config",
+            "HunYuanDenseV1ForCausalLM",
+            {},
+            "layers.0.self_attn.attn: its queries do not turn with their positions",
+        ),
         (
             "Llama4TextConfig",
             "Llama4ForCausalLM",
