@@ -1,8 +1,13 @@
 """`vllm-dca calibrate`: budgets that an engine takes, and that keep what was asked."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import checkpoints
@@ -14,24 +19,53 @@ SIZES = {"chunk_size": 512, "local_size": 128, "sparse_threshold": 150}
 
 
 def test_budgets_keep_what_was_asked(tmp_path: Path) -> None:
-    in_a_child(_calibrate, tmp_path)
-
-
-def _calibrate(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path / "model", "LlamaConfig")
     checkpoints.write_tokenizer(model)
-    text, output = tmp_path / "text", tmp_path / "budgets.json"
-    text.write_text(" ".join(f"{n * n % 997}" for n in range(600)))
-
-    options = ("--recall", "0.7", "--output", str(output), "--text", str(text))
-    dca = ("--additional-config", json.dumps({"dca": SIZES}), "--dtype", "float32")
-    asked = ("calibrate", str(model), "--max-model-len", "1200", *options, *dca)
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    assert f'"sparse_budgets": "{output}"' in result.stdout
-    config = json.loads(output.read_text())
+    (tmp_path / "text").write_text(" ".join(f"{n * n % 997}" for n in range(600)))
+    in_a_child(_calibrate, tmp_path)
+    config = json.loads((tmp_path / "alone.json").read_text())
     budgets = read_budgets(config, [0, 1], 4)
     recalls = [entry[3] for layer in config for entry in layer.values()]
     # Of nine budgets and more some do not suffice, and not all is needed.
     assert 0.7 <= min(recalls) < max(recalls) < 1
     assert any(s < 600 for layer in budgets for _, s in layer)
+    # What a head keeps differs in its rounding only, and no two heads keep the same.
+    assert len({*recalls}) > len(recalls) // 2
+    for layer, right in zip(_on_two_ranks(tmp_path), config, strict=True):
+        assert {head: entry[:3] for head, entry in layer.items()} == {
+            head: entry[:3] for head, entry in right.items()
+        }
+        for head, entry in layer.items():
+            assert entry[3] == pytest.approx(right[head][3], abs=2e-4)
+
+
+def _calibrate(folder: Path) -> None:
+    output = folder / "alone.json"
+    result = CliRunner().invoke(app, arguments(folder, output))
+    assert result.exit_code == 0, result.output
+    assert f'"sparse_budgets": "{output}"' in result.stdout
+
+
+def _on_two_ranks(folder: Path) -> Any:
+    """Each has two of the heads."""
+    cores = sorted(os.sched_getaffinity(0))
+    ranks = {
+        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    output = folder / "two.json"
+    command = [sys.executable, "-m", "vllm_dca", *arguments(folder, output)]
+    done = subprocess.run(
+        [*command, "--tensor-parallel-size", "2"],
+        env={**os.environ, **ranks},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(output.read_text())
+
+
+def arguments(folder: Path, output: Path) -> list[str]:
+    options = ("--recall", "0.7", "--output", str(output), "--text", str(folder / "text"))
+    dca = ("--additional-config", json.dumps({"dca": SIZES}), "--dtype", "float32")
+    return ["calibrate", str(folder / "model"), "--max-model-len", "1200", *options, *dca]

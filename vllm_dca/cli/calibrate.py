@@ -28,8 +28,12 @@ def run(
     from vllm_dca.engine.calibrate import as_config, calibrate
 
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("Segments, in all layers", total=None)
-        budgets = calibrate(model, text, recall, given, lambda _: progress.advance(task))
+        task = progress.add_task("Starting the engine", total=None)
+
+        def seen(steps: int) -> None:
+            progress.update(task, description="Reading the text", total=steps, advance=1)
+
+        budgets = calibrate(model, text, recall, given, seen)
     output.write_text(json.dumps(as_config(budgets), indent=1) + "\n")
     table = Table("layer", "attention kept", "least of a head", "keys kept")
     heads = [each for layer in budgets.values() for each in layer]

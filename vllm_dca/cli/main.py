@@ -120,11 +120,16 @@ def calibrate(
         str | None, typer.Option(parser=_object, metavar="JSON", help="DCA's options.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model.")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
 ) -> None:
     """Find budgets of sparse prefill for a model, on your own text."""
     from vllm_dca.cli.calibrate import run
 
-    given: dict[str, Any] = {"max_model_len": max_model_len, "dtype": dtype}
+    given: dict[str, Any] = {
+        "max_model_len": max_model_len,
+        "dtype": dtype,
+        "tensor_parallel_size": tensor_parallel_size,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     given["additional_config"] = json.loads(additional_config or "{}")
     with _quiet_vllm(), _refusals():

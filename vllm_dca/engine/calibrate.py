@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_dca.engine.impl import DcaImpl
+from vllm_dca.engine.metadata import DcaMetadataBuilder
 from vllm_dca.method.lines import Rule
 from vllm_dca.method.sparse import Attended
 from vllm_dca.method.sparse_config import KIND
@@ -37,15 +42,13 @@ class Grid:
 
     Args:
         length: of the text, in tokens; no budget is larger.
-        seen: called after each segment.
     """
 
-    def __init__(self, length: int, seen: Callable[[], None]) -> None:
+    def __init__(self, length: int) -> None:
         sizes = [2**n for n in range(5, length.bit_length()) if 2**n < length]
         self.pairs = [(v, s) for v in sizes[::2] for s in (*sizes[2:], length)]
         self.totals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.segments = 0
-        self.seen = seen
 
     def __call__(self, attended: Attended) -> None:
         """Look at a segment."""
@@ -63,7 +66,6 @@ class Grid:
             ]
         self.totals = found
         self.segments += 1
-        self.seen()
 
     def budgets(self, recall: float) -> list[Budget]:
         """Of each head: the fewest keys that keep this share of attention, else the best."""
@@ -85,6 +87,32 @@ class Grid:
         ]
 
 
+class Calibration:
+    """What a worker does of it: vLLM makes the worker's class inherit this one."""
+
+    vllm_config: VllmConfig
+    dca_grids: dict[int, Grid]
+
+    def watch_dca(self, length: int) -> None:
+        """Look at each sparse segment from now on, in all layers."""
+        DcaMetadataBuilder.watched_steps = 1
+        self.dca_grids = {}
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name, layer in layers.items():
+            impl = getattr(layer, "impl", None)
+            if isinstance(impl, DcaImpl) and impl.rule is not None:
+                grid = Grid(length)
+                self.dca_grids[extract_layer_index(name)] = impl.watch = grid
+
+    def dca_budgets(self, recall: float) -> dict[int, list[Budget]]:
+        """Of the layers and the heads that this rank has; empty if nothing was sparse."""
+        return {
+            layer: grid.budgets(recall)
+            for layer, grid in self.dca_grids.items()
+            if grid.segments
+        }
+
+
 def calibrate(
     model: str, text: Path, recall: float, given: dict[str, Any], seen: Callable[[int], None]
 ) -> dict[int, list[Budget]]:
@@ -95,20 +123,13 @@ def calibrate(
         text: a file; its first max_model_len - 1 tokens are read.
         recall: the share of attention that each head is to keep.
         given: the engine's options; those of DCA are taken from there too.
-        seen: called after each segment of a layer, with the number of layers.
+        seen: called after each step, with the number of steps.
 
     Raises:
         ValueError, NotImplementedError, OSError: as a start would; or nothing was sparse.
     """
-    # The engine in this process, where its layers can be watched.
+    # The engine in this process, so that its steps can be counted.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM, SamplingParams
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    from vllm_dca.engine.impl import DcaImpl
-    from vllm_dca.engine.metadata import DcaMetadataBuilder
-
-    DcaMetadataBuilder.watched_steps = 1
     additional = given.pop("additional_config", {})
     # All lines: dense.
     every = {"sparse": "auto", "sparse_min_keys": 1 << 30}
@@ -116,29 +137,38 @@ def calibrate(
         model,
         attention_backend="dca",
         additional_config={**additional, "dca": {**additional.get("dca", {}), **every}},
+        worker_extension_cls=f"{Calibration.__module__}.{Calibration.__qualname__}",
         enable_prefix_caching=False,
         enforce_eager=True,
         **given,
     )
-    config = llm.llm_engine.vllm_config
-    tokens = llm.get_tokenizer().encode(text.read_text())[
-        : config.model_config.max_model_len - 1
-    ]
-    grids: dict[int, Grid] = {}
-    layers = config.compilation_config.static_forward_context
-    for name, layer in layers.items():
-        impl = getattr(layer, "impl", None)
-        if isinstance(impl, DcaImpl) and impl.rule is not None:
-            grid = Grid(len(tokens), lambda: seen(len(grids)))
-            grids[extract_layer_index(name)] = impl.watch = grid
-    params = SamplingParams(max_tokens=1, detokenize=False)
-    llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
-    if not all(grid.segments for grid in grids.values()):
+    try:
+        config = llm.llm_engine.vllm_config
+        tokens = llm.get_tokenizer().encode(text.read_text())[
+            : config.model_config.max_model_len - 1
+        ]
+        llm.collective_rpc("watch_dca", args=(len(tokens),))
+        params = SamplingParams(max_tokens=1, detokenize=False)
+        llm.enqueue([{"prompt_token_ids": tokens}], params, use_tqdm=False)
+        steps = -(-len(tokens) // config.scheduler_config.max_num_batched_tokens)
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+            seen(steps)
+        ranks = llm.collective_rpc("dca_budgets", args=(recall,))
+    finally:
+        # Workers of other ranks are processes of their own.
+        llm.llm_engine.engine_core.shutdown()
+    if not any(ranks):
         raise ValueError(
             f"{text} has {len(tokens)} tokens for this model, of which no step was sparse: "
             "give a longer text, or a smaller sparse_threshold."
         )
-    return {layer: grid.budgets(recall) for layer, grid in sorted(grids.items())}
+    # A layer's heads are cut by rank, in order.
+    budgets: dict[int, list[Budget]] = {}
+    for of_rank in ranks:
+        for layer, heads in of_rank.items():
+            budgets.setdefault(layer, []).extend(heads)
+    return dict(sorted(budgets.items()))
 
 
 def as_config(budgets: dict[int, list[Budget]]) -> list[dict[str, list[Any]]]:
