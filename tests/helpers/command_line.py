@@ -1,6 +1,30 @@
-"""The command line of `vllm serve`, as vLLM itself parses it."""
+"""The command lines: of `vllm serve`, as vLLM itself parses it, and DCA's own."""
 
 from typing import Any
+
+from typer.testing import CliRunner, Result
+
+from vllm_dca.cli import app
+
+
+def run(*arguments: str) -> Result:
+    """`vllm-dca` with these arguments."""
+    result = CliRunner().invoke(app, arguments)
+    # Anything else is a traceback.
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def explained(*arguments: str) -> dict[str, list[str]]:
+    """What `vllm-dca explain` says under each label."""
+    result = run("explain", *arguments)
+    assert result.exit_code == 0, result.output
+    said: dict[str, list[str]] = {}
+    for line in result.stdout.splitlines():
+        said.setdefault(line[:16].rstrip(), []).append(line[16:])
+    return said
 
 
 def served(words: list[str]) -> Any:

@@ -3,14 +3,22 @@
 import dataclasses
 import json
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
+from vllm_dca.cli.layers import Layers, layers_of
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.sparse_cost import Bounds, bounds
 
 # The authors list models of 7 and 13 billion parameters up to 8 times their window
 # (https://github.com/HKUNLP/ChunkLlama).
 FARTHEST_LISTED = 8
+# Options of `vllm serve` that are given as JSON.
+JSON_OPTIONS = (
+    "additional_config",
+    "hf_overrides",
+    "limit_mm_per_prompt",
+    "speculative_config",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +30,8 @@ class Explanation:
         max_model_len: tokens that a request may have.
         block_size: tokens in a page of the KV cache.
         device_type: of this machine, which chose the block size and the provider.
-        dca_layers: names of the layers that DCA attends.
-        other_layers: names of those that keep another attention.
+        layers: the model's.
+        drafter: the layers of what drafts for it; None without one.
         provider: of the prefill's attention; None where that could not be asked.
         token_bytes: KV cache of one more token in DCA's layers, on each rank.
         request_bytes: KV cache of one request of max_model_len tokens, on each rank.
@@ -37,8 +45,8 @@ class Explanation:
     max_model_len: int
     block_size: int
     device_type: str
-    dca_layers: list[str]
-    other_layers: list[str]
+    layers: Layers
+    drafter: Layers | None
     provider: str | None
     token_bytes: int
     request_bytes: int
@@ -67,21 +75,24 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
     from vllm.platforms import current_platform
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_dca.engine.backend import DcaBackend
     from vllm_dca.engine.settings import settings_of
 
     parsed = {
-        name: json.loads(value) if name in ("additional_config", "hf_overrides") else value
+        name: json.loads(value) if name in JSON_OPTIONS else value
         for name, value in given.items()
     }
     args = EngineArgs(model, attention_backend="dca", skip_tokenizer_init=True, **parsed)
     vllm_config = args.create_engine_config()
-    unchecked = _build(vllm_config)
+    built = _build(vllm_config)
     # As an engine does once the model is there.
     current_platform.update_block_size_for_backend(vllm_config)
 
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-    dca = [name for name, layer in layers.items() if layer.get_attn_backend() is DcaBackend]
+    of_model, *of_drafter = (
+        layers_of({n: layers[n] for n in each.names if n in layers}, each.unrotated)
+        for each in built
+    )
+    dca = [name for each in (of_model, *of_drafter) for name in each.dca]
     ranks = vllm_config.parallel_config.tensor_parallel_size
     specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
     # The model was built as for one rank; vLLM gives each at least one KV head.
@@ -97,8 +108,8 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         max_model_len=model_config.max_model_len,
         block_size=vllm_config.cache_config.block_size,
         device_type=current_platform.device_type,
-        dca_layers=dca,
-        other_layers=[name for name in layers if name not in dca],
+        layers=of_model,
+        drafter=of_drafter[0] if of_drafter else None,
         provider=devices[0].provider if devices and devices[0] is not None else None,
         token_bytes=sum(specs[name].page_size_bytes // specs[name].block_size for name in dca),
         request_bytes=sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values()),
@@ -115,17 +126,28 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         ),
         warnings=[
             *warnings,
-            *unchecked,
+            *(each.unchecked for each in built if each.unchecked),
             *_length_warnings(settings, model_config.max_model_len),
         ],
     )
 
 
-def _build(vllm_config: Any) -> list[str]:
-    """Build the model on the meta device and install DCA in it, as loading would.
+class _Built(NamedTuple):
+    """A model without its weights.
 
-    Returns:
-        A warning, if the installation cannot be tried without the weights.
+    Attributes:
+        names: of its layers.
+        unrotated: names of those that rotate nothing.
+        unchecked: a warning, if the installation could not be tried without the weights.
+    """
+
+    names: list[str]
+    unrotated: list[str]
+    unchecked: str
+
+
+def _build(vllm_config: Any) -> list[_Built]:
+    """Build the model and its drafter on the meta device, as loading would.
 
     Raises:
         ValueError, NotImplementedError: a layer cannot be served.
@@ -137,10 +159,7 @@ def _build(vllm_config: Any) -> list[str]:
         ensure_model_parallel_initialized,
         init_distributed_environment,
     )
-    from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
-
-    from vllm_dca.engine.backend import DcaBackend
 
     dtype = vllm_config.model_config.dtype
     with (
@@ -151,15 +170,58 @@ def _build(vllm_config: Any) -> list[str]:
             init_distributed_environment(1, 0, f"file://{directory}/store", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
             with torch.device("meta"), set_default_torch_dtype(dtype):
-                model = initialize_model(vllm_config)
-                DcaBackend.prepare_model(model, vllm_config)
-        except NotImplementedError as error:
-            if "meta tensor" not in str(error):
-                raise
-            return [f"Whether DCA can serve each layer shows only at a start ({error})"]
+                return [_build_one(*each) for each in _models(vllm_config)]
         finally:
             cleanup_dist_env_and_memory()
-    return []
+
+
+def _models(vllm_config: Any) -> list[tuple[Any, Any, str]]:
+    """The model, and a drafter that has layers of DCA's, as vLLM's proposers have it.
+
+    Returns:
+        For each vLLM's config to build it with, its own, and how its layers' names begin.
+    """
+    from vllm.config import replace
+
+    from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS
+
+    model = (vllm_config, vllm_config.model_config, "")
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+        return [model]
+    draft, prefix = speculative.draft_model_config, ""
+    attention = replace(vllm_config.attention_config, backend=speculative.attention_backend)
+    changes = {"attention_config": attention}
+    if speculative.method == "draft_model":
+        prefix = "draft_model"
+        changes |= {"quant_config": None, "model_config": draft}
+    return [model, (replace(vllm_config, **changes), draft, prefix)]
+
+
+def _build_one(vllm_config: Any, model_config: Any, prefix: str) -> _Built:
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    from vllm_dca.engine.backend import DcaBackend
+    from vllm_dca.engine.following import rotation_of
+
+    known = vllm_config.compilation_config.static_forward_context
+    before = set(known)
+    model = initialize_model(vllm_config, prefix=prefix, model_config=model_config)
+    names = [name for name in known if name not in before]
+    try:
+        DcaBackend.prepare_model(model, vllm_config)
+    except NotImplementedError as error:
+        if "meta tensor" not in str(error):
+            raise
+        unchecked = f"Whether DCA can serve each layer shows only at a start ({error})"
+        return _Built(names, [], unchecked)
+    unrotated = [
+        str(layer.layer_name)
+        for name, layer in model.named_modules()
+        if getattr(layer, "attn_backend", None) is DcaBackend
+        and rotation_of(name, model) is None
+    ]
+    return _Built(names, unrotated, "")
 
 
 def _length_warnings(settings: DcaSettings, max_model_len: int) -> list[str]:

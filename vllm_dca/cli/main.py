@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib.util
-import itertools
 import json
 import logging
 import shlex
@@ -73,6 +72,15 @@ def explain(
     dtype: Annotated[str | None, typer.Option(help="Of the model.")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
+    language_model_only: Annotated[
+        bool, typer.Option("--language-model-only", help="Text alone.")
+    ] = False,
+    limit_mm_per_prompt: Annotated[
+        str | None, typer.Option(parser=_object, metavar="JSON", help="Images and others.")
+    ] = None,
+    speculative_config: Annotated[
+        str | None, typer.Option(parser=_object, metavar="JSON", help="Of a drafter.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write the relative positions to this picture.")
     ] = None,
@@ -86,6 +94,9 @@ def explain(
         "dtype": dtype,
         "kv_cache_dtype": kv_cache_dtype,
         "tensor_parallel_size": tensor_parallel_size,
+        "language_model_only": language_model_only or None,
+        "limit_mm_per_prompt": limit_mm_per_prompt,
+        "speculative_config": speculative_config,
     }
     given = {name: value for name, value in options.items() if value is not None}
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -224,13 +235,11 @@ def _print_explanation(found: Explanation) -> None:
         f"{found.max_model_len} tokens, {found.max_model_len / settings.window:.1f} times the "
         "window",
     )
-    total = len(found.dca_layers) + len(found.other_layers)
-    others = _layers(found.other_layers)
-    _line(
-        "DCA attends",
-        f"{len(found.dca_layers)} of {total} layers: {_layers(found.dca_layers)}"
-        + (f"; {others} keep another attention" if others else ""),
-    )
+    _line("DCA attends", found.layers.described)
+    if found.layers.softmax:
+        _line("softmax", f"with {found.layers.softmax}")
+    if found.drafter is not None:
+        _line("of the drafter", found.drafter.described)
     _line("prefill by", f"{found.provider or 'unknown'}, on this machine ({found.device_type})")
     if settings.sparse is not None and found.sparse is not None:
         _line("sparse prefill", settings.sparse.described)
@@ -262,18 +271,6 @@ def _line(label: str, text: str, style: str = "bold") -> None:
     console.print(Text.assemble((f"{label:<16}", style), text))
 
 
-def _layers(names: list[str]) -> str:
-    """Numbers of layers, runs as first-last: "0-4, 6"."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    numbers = sorted(extract_layer_index(name) for name in names)
-    runs = []
-    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        runs.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
-    return ", ".join(runs)
-
-
 def _size(count: int) -> str:
     """Bytes in units of 1024."""
     unit, suffix = pick_unit_and_suffix(count, ["bytes", "KiB", "MiB", "GiB", "TiB"], 1024)
@@ -283,5 +280,5 @@ def _size(count: int) -> str:
 def _serve_command(model: str, given: dict[str, Any]) -> list[str]:
     command = ["vllm", "serve", model, "--attention-backend", "dca"]
     for name, value in given.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
+        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return command
