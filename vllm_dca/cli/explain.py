@@ -1,8 +1,10 @@
 """What DCA would do with a model, found out without its weights."""
 
+import contextlib
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vllm_dca.cli.layers import Layers, layers_of
@@ -83,18 +85,19 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
     }
     args = EngineArgs(model, attention_backend="dca", skip_tokenizer_init=True, **parsed)
     vllm_config = args.create_engine_config()
-    built = _build(vllm_config)
-    # As an engine does once the model is there.
-    current_platform.update_block_size_for_backend(vllm_config)
-
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    with _one_rank(vllm_config):
+        built = [_build(*each) for each in _models(vllm_config)]
+        # As an engine does once the model is there.
+        current_platform.update_block_size_for_backend(vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+        # Layers with a state ask how many ranks share it.
+        specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
     of_model, *of_drafter = (
         layers_of({n: layers[n] for n in each.names if n in layers}, each.unrotated)
         for each in built
     )
     dca = [name for each in (of_model, *of_drafter) for name in each.dca]
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
     # The model was built as for one rank; vLLM gives each at least one KV head.
     for name, spec in specs.items():
         if isinstance(spec, AttentionSpec):
@@ -146,22 +149,16 @@ class _Built(NamedTuple):
     unchecked: str
 
 
-def _build(vllm_config: Any) -> list[_Built]:
-    """Build the model and its drafter on the meta device, as loading would.
-
-    Raises:
-        ValueError, NotImplementedError: a layer cannot be served.
-    """
-    import torch
+@contextlib.contextmanager
+def _one_rank(vllm_config: Any) -> Iterator[None]:
+    """What vLLM's models ask for as they are built: a process that is a rank."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,
         ensure_model_parallel_initialized,
         init_distributed_environment,
     )
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
-    dtype = vllm_config.model_config.dtype
     with (
         tempfile.TemporaryDirectory() as directory,
         set_current_vllm_config(vllm_config),
@@ -169,8 +166,7 @@ def _build(vllm_config: Any) -> list[_Built]:
         try:
             init_distributed_environment(1, 0, f"file://{directory}/store", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
-            with torch.device("meta"), set_default_torch_dtype(dtype):
-                return [_build_one(*each) for each in _models(vllm_config)]
+            yield
         finally:
             cleanup_dist_env_and_memory()
 
@@ -198,29 +194,37 @@ def _models(vllm_config: Any) -> list[tuple[Any, Any, str]]:
     return [model, (replace(vllm_config, **changes), draft, prefix)]
 
 
-def _build_one(vllm_config: Any, model_config: Any, prefix: str) -> _Built:
+def _build(vllm_config: Any, model_config: Any, prefix: str) -> _Built:
+    """Build a model on the meta device and install DCA in it, as loading would.
+
+    Raises:
+        ValueError, NotImplementedError: a layer cannot be served.
+    """
+    import torch
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
 
     from vllm_dca.engine.backend import DcaBackend
     from vllm_dca.engine.following import rotation_of
 
     known = vllm_config.compilation_config.static_forward_context
     before = set(known)
-    model = initialize_model(vllm_config, prefix=prefix, model_config=model_config)
-    names = [name for name in known if name not in before]
-    try:
-        DcaBackend.prepare_model(model, vllm_config)
-    except NotImplementedError as error:
-        if "meta tensor" not in str(error):
-            raise
-        unchecked = f"Whether DCA can serve each layer shows only at a start ({error})"
-        return _Built(names, [], unchecked)
-    unrotated = [
-        str(layer.layer_name)
-        for name, layer in model.named_modules()
-        if getattr(layer, "attn_backend", None) is DcaBackend
-        and rotation_of(name, model) is None
-    ]
+    with torch.device("meta"), set_default_torch_dtype(vllm_config.model_config.dtype):
+        model = initialize_model(vllm_config, prefix=prefix, model_config=model_config)
+        names = [name for name in known if name not in before]
+        try:
+            DcaBackend.prepare_model(model, vllm_config)
+        except NotImplementedError as error:
+            if "meta tensor" not in str(error):
+                raise
+            unchecked = f"Whether DCA can serve each layer shows only at a start ({error})"
+            return _Built(names, [], unchecked)
+        unrotated = [
+            str(layer.layer_name)
+            for name, layer in model.named_modules()
+            if getattr(layer, "attn_backend", None) is DcaBackend
+            and rotation_of(name, model) is None
+        ]
     return _Built(names, unrotated, "")
 
 
