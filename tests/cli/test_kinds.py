@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from scripts.models.recipes import FULL_MROPE, RECIPES
+from scripts.models.recipe import FULL_MROPE
+from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints, vision
 from tests.helpers.command_line import explained, run
 from tests.helpers.inprocess import engine, in_a_child
@@ -115,7 +116,6 @@ def _mrope(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
-        ("GraniteMoeHybridForCausalLM", {}),
         ("Llama4ForCausalLM", {}),
         ("Cohere2ForCausalLM", {}),
         ("VaultGemmaForCausalLM", {}),

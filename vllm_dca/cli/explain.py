@@ -92,9 +92,11 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         # Layers with a state ask how many ranks share it.
         specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
+    total = vllm_config.model_config.hf_text_config.num_hidden_layers
     of_model, *of_drafter = (
-        layers_of({n: layers[n] for n in each.names if n in layers}, each.unrotated)
-        for each in built
+        layers_of({n: layers[n] for n in each.names if n in layers}, each.unrotated, offset)
+        # A drafter's layers are counted on from its model's: no state of these is among them.
+        for each, offset in zip(built, [total, *[None] * (len(built) - 1)], strict=True)
     )
     dca = [name for each in (of_model, *of_drafter) for name in each.dca]
     ranks = vllm_config.parallel_config.tensor_parallel_size

@@ -23,18 +23,23 @@ class Layers:
         unrotated: names of those among them without rotary positions.
         others: names of those that keep what they have, by what that is.
         softmax: what the softmax of DCA's layers has beside the scores; empty for most.
+        state_offset: where vLLM counts on for states of layers that attend too (Falcon-H1).
     """
 
     dca: list[str]
     unrotated: list[str]
     others: dict[str, list[str]]
     softmax: str
+    state_offset: int | None = None
 
     @property
     def described(self) -> str:
         """For people to read."""
         indices = _indices(self.dca)
-        others = {what: _indices(names) for what, names in self.others.items()}
+        others = {
+            what: sorted({self._layer(i) for i in _indices(names)})
+            for what, names in self.others.items()
+        }
         total = len(set(indices).union(*others.values()))
         said = [f"{len(indices)} of {total} layers: {_runs(indices)}"]
         if self.unrotated:
@@ -46,13 +51,19 @@ class Layers:
         ]
         return "; ".join(said)
 
+    def _layer(self, index: int) -> int:
+        return index if self.state_offset is None else index % self.state_offset
 
-def layers_of(layers: Mapping[str, Any], unrotated: list[str]) -> Layers:
+
+def layers_of(
+    layers: Mapping[str, Any], unrotated: list[str], state_offset: int | None = None
+) -> Layers:
     """Tell the layers of a model apart.
 
     Args:
         layers: vLLM's, by name, as the model was built.
         unrotated: names of those that rotate nothing.
+        state_offset: see `Layers`.
     """
     from vllm_dca.engine.backend import DcaBackend
 
@@ -66,7 +77,8 @@ def layers_of(layers: Mapping[str, Any], unrotated: list[str]) -> Layers:
     softmax = [f"a soft cap of {cap:g}" for cap in caps]
     if any(impl.sinks is not None for impl in impls):
         softmax.append("sinks")
-    return Layers(dca, [n for n in unrotated if n in dca], others, " and ".join(softmax))
+    unrotated = [name for name in unrotated if name in dca]
+    return Layers(dca, unrotated, others, " and ".join(softmax), state_offset)
 
 
 def _kept(layer: Any) -> str:
