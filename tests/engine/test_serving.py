@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.quality.methods import Method
+from scripts.quality.ruler.__main__ import ask
+from scripts.quality.ruler.served import Served
+from scripts.quality.ruler.tasks import QUESTION, TASKS
 from tests.conftest import DEMO_MODEL
 from tests.helpers.server import STARTED, VLLM, Server
 
@@ -61,6 +65,25 @@ def test_a_prompt_over_the_limit_is_refused_and_the_server_lives_on(
     status, answer = server.complete(prompt="The capital of France is", max_tokens=3)
     assert status == 200
     assert "Paris" in answer["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_ruler_asks_it(server: Server, chat: bool) -> None:
+    served = Served(f"{server.url}/v1", chat)
+    assert "5120" in served.require(Method.parse("dca"))
+    with pytest.raises(RuntimeError, match="runs DCA, and 'plain' was asked for"):
+        served.require(Method.parse("plain"))
+    # Several questions about one text, and several answers to one.
+    for name, questions, expected in (("niah_multikey_1", 4, 1), ("niah_multivalue", 1, 4)):
+        found = ask(served, name, 2048, 0, 0)
+        room = 2048 - TASKS[name].answer - QUESTION
+        # To a sentence or two.
+        assert 0.9 * room <= found["tokens"] <= room
+        assert [len(each["expected"]) for each in found["answers"]] == [expected] * questions
+        assert all(each["answer"].strip() for each in found["answers"])
+        # It is a text that the model can read: by chance it would find none of a million.
+        if not chat:
+            assert sum(each["found"] for each in found["answers"]) > 0
 
 
 def test_run_batch(tmp_path: Path) -> None:
