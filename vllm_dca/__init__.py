@@ -3,9 +3,9 @@
 Read it in this order:
 
 - `reference`: the specification, in fp64, slow and plain.
-- `method`: the same as vLLM's paged cache needs it: geometry, rotary tables, three passes.
+- `method`: the same as vLLM's paged cache needs it: geometry, rotary tables, plans, passes.
 - `cpu`, `cuda`: how a device computes it; the same file names in both.
 - `engine`: all that touches vLLM: start-up checks, remap of positions, backend, shims.
-- `cli`: `explain` and `doctor`.
+- `cli`: `explain`, `calibrate` and `doctor`.
 - `plugin`: what vLLM calls.
 """

@@ -7,8 +7,8 @@ Fails if a kernel wants more shared memory than its card has, or spills register
 centre's card. The launches are the project's own, of the shapes that are common; only the last
 step, running them, is left out. None of what it reports is a time.
 
-All of it takes a core an hour. So it may be done in parts: rows of other shapes, cards and
-dtypes that FILE has already stay, each with the commit that it was compiled from. Triton keeps
+All of it takes one core an hour. So it may be done in parts: FILE keeps its rows of other
+shapes, cards and dtypes, each with the commit that it was compiled from. Triton keeps
 what it compiled (TRITON_CACHE_DIR): what has not changed since is not compiled again.
 
 What is in flight is read from the compiler's output: how many asynchronous copies the loop's

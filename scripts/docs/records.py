@@ -3,9 +3,9 @@
 Usage: python -m scripts.docs.records
 
 A record knows the digests of the files that it measured (scripts/common/sources.py). Older
-records are no failure: a change in a comment is none, and a measurement takes hours. But where
-README.md and docs/evaluation.md show one, the page must say so: `python -m scripts.docs.tables`
-writes that, and the tests see that it was done.
+records are no failure, since a measurement takes hours. But where README.md shows one, it and
+docs/evaluation.md must say so: `python -m scripts.docs.tables` writes that, and the tests see
+that it was done.
 """
 
 import json

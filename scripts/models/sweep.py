@@ -2,9 +2,9 @@
 
     python -m scripts.models.sweep [ARCHITECTURE ...] [--again] [--part 1/2]
 
-Each model has a process of its own, and the record is written after each; what stands in it
-is not run again, unless it is named. With --again what stands in it by other code is run
-again, so a sweep that was broken off goes on where it was. Parts may run at the same time.
+Each model has a process of its own, and the record is written after each. A model that is in
+the record is not run again, unless it is named. With --again it is, if its result is of other
+code: so a sweep that was broken off goes on where it was. Parts may run at the same time.
 """
 
 import argparse

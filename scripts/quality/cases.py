@@ -1,9 +1,9 @@
 """Try each path on thousands of random batches against the fp64 reference.
 
-The cases are those of the tests of each path, as many as --cases says of each: batches of every
-shape, what must not be read poisoned with NaN. They come in rounds, each by a seed of its own
-(--seed and on); what fails is shown as small as it can be made, with the command that does it
-again. --minutes ends it sooner, after a round. With --output there is a record.
+The cases are those of each path's tests, --cases of each path: batches of every shape, what
+must not be read poisoned with NaN. They come in rounds, each with a seed of its own, from
+--seed on. What fails is shown as small as it can be made, with the command that repeats it.
+--minutes ends a path sooner, after a round. With --output there is a record.
 """
 
 import os

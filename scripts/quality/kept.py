@@ -25,7 +25,7 @@ class Selection(NamedTuple):
 
     Attributes:
         coverage: of `auto`; None for dense attention.
-        window: take as many keys as `auto` would, in each head, but the first and the nearest.
+        window: take as many keys of each head as `auto` would, but the first and the nearest.
     """
 
     coverage: float | None
@@ -40,7 +40,7 @@ class Selection(NamedTuple):
 
     @classmethod
     def parse(cls, label: str) -> "Selection":
-        """The other way round.
+        """From such a label.
 
         Raises:
             ValueError: it is no label.
@@ -56,7 +56,7 @@ class Selection(NamedTuple):
 class SinkAndWindow:
     """As many keys as `auto` takes of each head, but the first ones and the nearest.
 
-    As many in the middle of a segment, that is, where it is looked at what lines keep.
+    As many in the middle of a segment: there it is measured what lines keep.
     """
 
     def __init__(self, operations: SparseOperations) -> None:

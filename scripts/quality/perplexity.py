@@ -40,10 +40,11 @@ def nll(llm: Any, tokens: list[int], cached: int = 0) -> list[float]:
     Args:
         llm: the engine.
         tokens: to be scored.
-        cached: of these, a number of BUCKETs, are in the engine's cache, and aren't.
+        cached: so many of them, a multiple of BUCKET, are in the engine's cache; these are not
+            scored.
 
     Raises:
-        RuntimeError: another number was.
+        RuntimeError: another number was cached.
     """
     from vllm import SamplingParams
 

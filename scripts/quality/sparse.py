@@ -1,12 +1,16 @@
 """What sparse prefill loses and saves: perplexity, retrieval, keys kept and time of one run.
 
 Numbers are hidden in a long text, as `scripts.quality.retrieval` hides them. What lies below
-the threshold is dense in any case, and read once; the rest is read once in each way: dense;
-`auto` at some coverages; and, in each head and segment, as many keys as `auto` keeps, but the
-first 64 and the nearest ones. The latter is no setting: the engine is as for `auto`, and what
-it selects is exchanged. From the same read come the perplexity of the tokens past the
-threshold, the shares of keys and of attention that were kept there, and the processor time that
-attention took. Then the model is asked for each number; its cached keys are those of that read.
+the threshold is dense in any case, and read once. The rest is read once in each way:
+
+- dense;
+- `auto` at some coverages;
+- `window`: in each head and segment as many keys as `auto` keeps, but the first 64 and the
+  nearest ones. This is no setting: the engine is as for `auto`, and its selection is replaced.
+
+From the same read come the perplexity of the tokens past the threshold, the shares of keys and
+of attention that were kept there, and the processor time that attention took. Then the model is
+asked for each number; its cached keys are those of that read.
 
 With --output, the record is written after each read, and what is there already is kept. With
 --minutes, the command ends before a read that would take it longer; the same command goes on.

@@ -1,4 +1,4 @@
-"""What a person types: `vllm-dca explain` and `vllm-dca doctor`."""
+"""What a person types: `vllm-dca explain`, `calibrate` and `doctor`."""
 
 from vllm_dca.cli.main import app
 

@@ -1,4 +1,4 @@
-"""The command line: what DCA would do with a model, and whether it is well installed."""
+"""The command line: what DCA would do with a model, its budgets, and the installation."""
 
 import argparse
 import contextlib

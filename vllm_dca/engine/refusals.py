@@ -1,7 +1,8 @@
 """What is refused at start-up, in words that say what was given and what would work.
 
 What only a layer can tell is refused by `vllm_dca.engine.impl`, in the words of
-REFUSED_IN_LAYERS; positions that cannot be remapped, by `vllm_dca.engine.remap`.
+REFUSED_IN_LAYERS. `vllm_dca.engine.remap` refuses positions that cannot be remapped, and sparse
+prefill of layers with a soft cap or sinks.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -102,6 +102,9 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
     def compile(self, compile_key: LayerKernels) -> None:
         """Let a layer answer prompts of two and three chunks, and decode rows.
 
+        Not one of a single chunk: where passes are merged, its merge of sinks alone compiles
+        later, at its first use.
+
         The prompts lie in the KV cache's first page, again and again: it is read, never
         written, and what comes out is thrown away.
         """

@@ -53,8 +53,8 @@ def write_kv(
         key: [num_tokens, num_kv_heads, head_size], rotated.
         value: like key.
         kv_cache: see `split_kv`.
-        slot_mapping: [>= num_tokens or fewer] int64, block * block_size + offset of each
-            token; -1 for padding, which is not stored. Tokens past its end are padding too.
+        slot_mapping: [any number] int64, block * block_size + offset of each token; -1 for
+            padding, which is not stored. Tokens past its end are padding too.
     """
     block_size = kv_cache.shape[2]
     real = (slot_mapping >= 0).nonzero().squeeze(-1)
@@ -64,8 +64,9 @@ def write_kv(
 
 
 def without_scales(write_kv: Callable[..., None]) -> Callable[..., None]:
-    """A `Device.write_kv` that calls a function like `write_kv`: the cache is of the model's
-    dtype, nothing is scaled.
+    """A `Device.write_kv` from a function like `write_kv`, for a cache of the model's dtype.
+
+    Its scales are not used.
     """
 
     def store(

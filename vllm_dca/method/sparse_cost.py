@@ -8,8 +8,8 @@ import numpy.typing as npt
 from vllm_dca.method.lines import BAND, PROBE, SINKS
 from vllm_dca.method.sparse_config import TILE, SparseSettings
 
-# As measured (docs/sparse.md): attending takes so many times its share of the keys, and
-# selecting as long as dense attention from so many times the probe's rows.
+# As measured on a CPU (docs/sparse.md), in shares of dense attention's time: attending takes
+# so many times its share of the keys, selecting so many times the probe's share of the rows.
 ATTENDING = 1.4
 SELECTING = 2
 
@@ -29,7 +29,7 @@ class Bounds(NamedTuple):
 
 
 def bounds(settings: SparseSettings, length: int, step: int) -> Bounds:
-    """How few keys the settings may keep, and how many.
+    """The fewest and the most keys that the settings may keep, and the time of both.
 
     A head's verticals may be among the keys of its diagonals or not, and a tile has 64 keys of
     a diagonal, which it shares with the diagonals beside it. By coverage only the least number

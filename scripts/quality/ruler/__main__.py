@@ -1,13 +1,13 @@
 """RULER's tasks that need no data but a text, against served models.
 
 Each of the methods gets a server of its own, `vllm serve`; unknown arguments go to it.
-With --base-url the server that runs there is asked, and --method says which one it has: nothing
-is reported when it runs DCA and should not, or the other way round. Lengths are in the served
-model's own tokens, the answer included. An answer scores the share of the expected strings that
-it holds, in any case.
+With --base-url the server that runs there is asked, and --method says which one it has. A
+server that runs DCA and should not, or the other way round, ends the command. Lengths are in
+the served model's own tokens, the answer included. An answer scores the share of the expected
+strings that it holds, in upper or lower case.
 
 The texts, the questions and what is expected follow from --seed. The wording is this project's
-own, as are the texts: so compare methods by it, and other people's numbers with care.
+own, as are the texts. So compare methods by it, and other people's numbers with care.
 
 With --output a text's answers are on disk at once; the same command goes on after the last.
 """

@@ -32,7 +32,7 @@ class Sample:
 
 
 class Task(Protocol):
-    """A kind of text. More `size` is more text; of one seed the same is asked of it."""
+    """A kind of text. A larger `size` is a longer text; one seed always asks for the same."""
 
     answer: int
     """Tokens that an answer may take."""

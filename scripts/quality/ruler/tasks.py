@@ -34,7 +34,7 @@ def sample_of(
 
     Args:
         task: of TASKS.
-        seed: of one seed the same is asked for, at any length.
+        seed: one seed asks for the same at any length.
         length: tokens of the longest prompt and its answer.
         tokens: counts those of a text.
 
