@@ -156,7 +156,7 @@ def compiled(capability: int, shape: launches.Shape, dtypes: list[Any]) -> list[
 
 
 def quick(card: int) -> list[tuple[Any, ...]]:
-    """The first shape, the largest in fp32, a cap and sinks."""
+    """The first shape, the largest in fp32, a cap, sinks and heads of 512."""
     first, largest = launches.SHAPES[:2]
     half, single = launches.DTYPES[0], launches.DTYPES[-1]
     tasks = [(card, first, launches.dtypes_of(card)), (card, largest, [(single, single)])]
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two cards, the first shape, the largest in fp32, a cap and sinks in bf16",
+        help="two cards, the first shape, the largest in fp32, a cap, sinks and heads of 512",
     )
     names = [shape.name for shape in ALL]
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
@@ -212,7 +212,11 @@ def main() -> None:
     else:
         wanted = [shape for shape in ALL if shape.name in args.shapes]
         pairs = itertools.product(args.capabilities, wanted)
-        tasks = [(*pair, launches.dtypes_of(pair[0], args.dtypes)) for pair in pairs]
+        tasks = [
+            (card, shape, dtypes)
+            for card, shape in pairs
+            if (dtypes := launches.dtypes_of(card, args.dtypes, shape.head_size))
+        ]
     results: list[Any] = []
     for rows in results_of(tasks, args.jobs):
         results += rows

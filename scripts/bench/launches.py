@@ -49,6 +49,7 @@ SHAPES = [
 WITH_MORE = [
     Shape("Gemma-2", 16, 8, 256, soft_cap=50.0),
     Shape("gpt-oss", 64, 8, 64, has_sinks=True),
+    Shape("Gemma-4", 8, 2, 512),
 ]
 ROWS, PAGE, GEOMETRY = 4, 16, ChunkGeometry(6144, 1024)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -58,10 +59,17 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtypes_of(capability: int, names: Sequence[str] | None = None) -> list[Any]:
-    """Pairs of a model's and its KV cache's; of all models' dtypes, or of those named."""
+def dtypes_of(
+    capability: int, names: Sequence[str] | None = None, head_size: int = 0
+) -> list[Any]:
+    """Pairs of a model's and its KV cache's; of all models' dtypes, or of those named.
+
+    Larger heads than 256 are compiled in half precision alone: else some registers spill.
+    """
     fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 90)
     pairs = [(d, d) for d in DTYPES] + [(torch.bfloat16, c) for c in fp8]
+    if head_size > 256:
+        pairs = [(d, d) for d in DTYPES[:2]]
     return [pair for pair in pairs if names is None or name_of(pair[0]) in names]
 
 
