@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cpu import test_sparse as on_cpu
 from tests.cuda.test_kernels import BOTH, PREFILLS, plan, planner
+from tests.helpers import sparse as helper
 from tests.helpers.paged import DEVICE, Batch, Shape, query_start_loc
+from vllm_dca.cuda import sparse_plan, sparse_probe
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.device import prefill_by
+from vllm_dca.cuda.sparse import Sparse
 from vllm_dca.engine.choice import PROVIDERS
 from vllm_dca.method.kv_cache import split_kv
+from vllm_dca.method.lines import Lines, Rule, select
 from vllm_dca.method.provider import Needs, UnusableProviderError
+from vllm_dca.method.sparse import SparsePlan, SparseSizes
 
 SHAPE = Shape(
     [(1, 0)],
@@ -44,6 +50,8 @@ class OnDevice:
         self.on_device = self.query_start_loc.to(DEVICE), self.seq_lens.to(DEVICE)
         self.planner = planner(self.batch.shape, len(self.query), 64)
         self.output = torch.empty_like(self.query)
+        self.segments: SparsePlan
+        self.prefill_sparsely: Sparse
 
     def prefill(self, name: str) -> None:
         prefill = PREFILLS[name]
@@ -74,9 +82,34 @@ class OnDevice:
             **self.softmax,
         )
 
+    def sparse(self) -> None:
+        """In a step of its own, watched; buffers that hold all segments, as they stay."""
+        self.prefill_sparsely.attend(
+            self.query,
+            self.kv_cache,
+            self.output,
+            plan=self.prefill_sparsely.plan(self.segments),
+            rule=Rule(None, None, 0.9, 64),
+            rotation=self.rotation,
+            softmax_scale=SHAPE.scale,
+            watch=lambda seen: seen.kept(seen.lines),
+        )
+
 
 def runs(batch: OnDevice, step: str) -> Callable[[], None]:
     return batch.decode if step == "decode" else functools.partial(batch.prefill, step)
+
+
+SPARSE = {"chunk_len": 512, "local_size": 128}
+
+
+def sparsely(lengths: list[tuple[int, int]]) -> Callable[[], None]:
+    """Sparse prefill of a layer, planning included."""
+    batch = OnDevice(lengths, **SPARSE)
+    heads, most = batch.query.shape[1], len(batch.query)
+    batch.segments = helper.plan(batch.batch)._replace(block_table=batch.block_table)
+    batch.prefill_sparsely = Sparse(SparseSizes(heads, most, 1 << 14, 512, False), DEVICE)
+    return batch.sparse
 
 
 STEPS = pytest.mark.parametrize("step", ["decode", *PREFILLS])
@@ -84,7 +117,7 @@ STEPS = pytest.mark.parametrize("step", ["decode", *PREFILLS])
 
 def kernels(step: str, lengths: list[tuple[int, int]], **softmax: Any) -> Counter[str]:
     """Kernels and copies of one step, planning included, by name."""
-    run = runs(OnDevice(lengths, **softmax), step)
+    run = sparsely(lengths) if step == "sparse" else runs(OnDevice(lengths, **softmax), step)
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -106,10 +139,20 @@ def test_launches_do_not_grow(step: str) -> None:
         assert sum(kernels(step, [(6400, 0)]).values()) == sum(few.values())
 
 
-@STEPS
+def test_launches_of_sparse_prefill_do_not_grow() -> None:
+    few = kernels("sparse", [(512, 256)])
+    assert few
+    assert sum(kernels("sparse", [(512, 256)] * 32).values()) == sum(few.values())
+    assert sum(kernels("sparse", [(6400, 0)]).values()) == sum(few.values())
+
+
+@pytest.mark.parametrize("step", ["decode", *PREFILLS, "sparse"])
 def test_nothing_synchronises(step: str) -> None:
     new = 1 if step == "decode" else 200
-    run = runs(OnDevice([(400, 400 - new), (30, 30 - min(new, 30))]), step)
+    if step == "sparse":
+        run = sparsely([(900, 300), (400, 400 - new)])
+    else:
+        run = runs(OnDevice([(400, 400 - new), (30, 30 - min(new, 30))]), step)
     run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -173,6 +216,50 @@ def test_batches_of_a_real_size() -> None:
             outputs.append(output.cpu())
         assert torch.equal(*outputs)
         batch.assert_close(outputs[0])
+
+
+@pytest.mark.parametrize("rule", [Rule(None, None, 0.9, 64), None])
+def test_sparse_prefill_of_a_real_size(rule: Rule | None) -> None:
+    """Several blocks and spans of the sizes that serve: lines as torch selects them from the
+    same weights, attention along them, and the same bits again.
+    """
+    shape = dataclasses.replace(SHAPE, lengths=[(9000, 8000)], chunk_len=4096, local_size=1024)
+    batch = Batch.random(shape)
+    heads = shape.num_kv_heads * shape.group
+    if rule is None:
+        rule = Rule(torch.full((heads,), 700), torch.full((heads,), 500), 1.0, 0)
+    plan = helper.plan(batch)
+    layers = Sparse(SparseSizes(heads, 1000, 9000, 4096, rule.continuous), DEVICE)
+    planned = layers.plan(plan._replace(block_table=batch.block_table.to(DEVICE)))
+    query, cache = batch.rotated_query().to(DEVICE), batch.kv_cache.to(DEVICE)
+    [round_], given = planned.rounds, {"rotation": batch.rotation(DEVICE)}
+    weights = layers.buffers.weights_of(round_.probe)
+    sparse_probe.weigh(
+        query, cache, weights, probe=round_.probe, block_table=planned.block_table,
+        chunk_len=4096, line_width=rule.line_width, softmax_scale=shape.scale, **given,
+    )  # fmt: skip
+    slash = weights.slash.sum(0)
+    right = [
+        select(
+            weights.vertical[:, first : first + each.end],
+            slash[:, first : first + (each.end - 1) // rule.line_width + 1],
+            rule,
+        )
+        for first, each in zip([0, sparse_plan.places_of(8192)], plan.segments, strict=True)
+    ]
+    outputs = []
+    for _ in range(2):
+        outputs.append(torch.empty_like(query))
+        layers.attend(
+            query, cache, outputs[-1], plan=planned, rule=rule.to(DEVICE),
+            softmax_scale=shape.scale, **given,
+        )  # fmt: skip
+    assert torch.equal(*outputs)
+    for index, segment in enumerate(plan.segments):
+        found = layers.buffers.lines_of(round_, index)
+        assert all(map(torch.equal, found, right[index]))
+        lines = Lines(*(each.cpu() for each in found))
+        on_cpu.assert_attends(batch, segment, lines, outputs[0][segment.rows].cpu())
 
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])

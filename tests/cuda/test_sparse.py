@@ -14,32 +14,40 @@ from tests.cpu.test_sparse import BY_BUDGETS, BY_COVERAGE
 from tests.cuda.test_kernels import NeverWaits
 from tests.helpers import interpreter
 from tests.helpers import sparse as helper
+from tests.helpers.cases import cases
 from tests.helpers.paged import DEVICE, Batch, Shape
 from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.cuda import sparse_attend, sparse_lists, sparse_plan, sparse_probe, sparse_select
 from vllm_dca.cuda.sparse import Buffers, Sparse
 from vllm_dca.cuda.sparse_probe import Weights
 from vllm_dca.method.lines import Lines, Rule
-from vllm_dca.method.sparse import SparsePlan, SparseSizes
+from vllm_dca.method.sparse import Attended, SparsePlan, SparseSizes
 from vllm_dca.reference import sparse as reference
 
 interpreter.repair()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _small_blocks() -> Iterator[None]:
-    """The interpreter takes its time by the program, and a few hundred keys shall be several
-    blocks and spans. The kernel that turns queries has tests of its own.
+@pytest.fixture(
+    autouse=True,
+    scope="module",
+    params=["small blocks"] if DEVICE.type == "cpu" else ["small blocks", "as served"],
+)
+def _blocks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A few hundred keys shall be several blocks and spans; a GPU also runs its own sizes.
+
+    The interpreter takes its time by the program, and the kernel that turns queries has tests
+    of its own.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_select, "BLOCK", 256)
-        patch.setattr(sparse_lists, "BLOCK", 256)
-        patch.setattr(sparse_probe, "SPAN", 256)
-        patch.setattr(sparse_probe, "LEAST_SPAN", 320)
+        if request.param == "small blocks":
+            patch.setattr(sparse_select, "BLOCK", 256)
+            patch.setattr(sparse_lists, "BLOCK", 256)
+            patch.setattr(sparse_probe, "SPAN", 256)
+            patch.setattr(sparse_probe, "LEAST_SPAN", 320)
         if DEVICE.type == "cpu":
             patch.setattr(sparse_attend, "tune", lambda *_: (32, 64, 4))
-        for module in (sparse_attend, sparse_probe):
-            patch.setattr(module, "turn_queries", turn_queries)
+            for module in (sparse_attend, sparse_probe):
+                patch.setattr(module, "turn_queries", turn_queries)
         yield
 
 
@@ -98,7 +106,7 @@ def attend(batch: Batch, plan: SparsePlan, taken: list[Lines]) -> torch.Tensor:
     return output.cpu()
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=cases(4), deadline=None)
 @given(on_cpu.shapes(), st.sampled_from([0, 70, 300]), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
 def test_attends_to_given_lines(shape: Shape, threshold: int, share: float) -> None:
     batch = Batch.random(shape)
@@ -143,7 +151,7 @@ def weigh(batch: Batch, rule: Rule) -> list[tuple[torch.Tensor, ...]]:
     sparse = Sparse(sizes_of(batch, rule.continuous), DEVICE)
     planned = sparse.plan(on_device(plan))
     [round_] = planned.rounds
-    weights = sparse.buffers.weights_of(round_)
+    weights = sparse.buffers.weights_of(round_.probe)
     for each in sparse.buffers.weights:
         each.fill_(torch.nan)
     sparse_probe.weigh(
@@ -172,7 +180,7 @@ def weigh(batch: Batch, rule: Rule) -> list[tuple[torch.Tensor, ...]]:
     return found
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=cases(4), deadline=None)
 @given(on_cpu.shapes(), st.sampled_from([BY_BUDGETS, BY_COVERAGE]))
 def test_weighs_lines(shape: Shape, rule: Rule) -> None:
     batch = Batch.random(shape)
@@ -223,7 +231,7 @@ RULES = st.one_of(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=cases(12), deadline=None)
 @given(st.lists(st.integers(64, 500), min_size=1, max_size=2), RULES, st.integers(0, 99))
 def test_selects_as_specified(ends: list[int], rule: Rule, seed: int) -> None:
     """Whole numbers of 2^-20 add up exactly; few different ones, so that many are equal."""
@@ -289,6 +297,41 @@ def test_together_is_as_alone() -> None:
     with interpreter.launches() as of_rounds:
         apart, _ = attended(batch, rule, capacity=1)
     assert torch.equal(together.nan_to_num(), apart.nan_to_num())
+    if DEVICE.type == "cuda":
+        return  # the interpreter has counted nothing; tests/cuda/test_gpu.py does
     # What the compiler would specialise kernels for is the same, and so is how many there are.
+    assert of_all
     assert set(of_all) == set(of_rounds)
     assert 3 * of_all.total() == of_rounds.total()
+
+
+@pytest.mark.parametrize("by_budgets", [False, True])
+def test_a_watch_is_told_what_the_last_segment_kept(by_budgets: bool) -> None:
+    """Of a tile's rows in the segment's middle, by the specification's weights."""
+    rule = BY_COVERAGE
+    if by_budgets:  # hardly more than what is kept in any case
+        rule = Rule(torch.tensor([31, 40]), torch.tensor([101, 110]), 1.0, 0)
+    batch, shown = Batch.random(SEVERAL), []
+
+    def watch(seen: Attended) -> None:
+        figures = seen.kept(seen.lines)
+        shown.append((seen.segment, Lines(*(each.clone() for each in seen.lines)), figures))
+
+    _, plan = attended(batch, rule, watch=watch)
+    [(segment, lines, (recall, keys))] = shown
+    assert segment == plan.segments[-1]
+    end = (segment.begin + segment.end) // 2 // 64 * 64
+    there = lines.verticals[:, :end] | lines.distances[:, 1 : end + 1].flip(1)
+    there = there.cpu()
+    right, rounded = (
+        (on_cpu.weights_of(batch, segment._replace(end=end), BY_COVERAGE, dtype)[0] * there)
+        .sum(1)
+        .double()
+        / 64
+        for dtype in (torch.float64, batch.shape.dtype)
+    )
+    allowed = 2 * (rounded - right).abs().max() + 64 * torch.finfo(torch.float32).eps
+    assert (recall.cpu().double() - right).abs().max() <= allowed
+    assert torch.allclose(keys.cpu().double(), there.double().mean(1), atol=1e-6)
+    assert right.min() > 0
+    assert right.max() < 1

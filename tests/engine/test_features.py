@@ -213,18 +213,35 @@ def test_weights_reloaded_in_place(llama: Path, tmp_path: Path) -> None:
     assert_close(of_prompt(output), prompt_logprobs(other, PROMPT, **SIZES))
 
 
-def test_all_that_a_layer_reads_survives_sleep(llama: Path) -> None:
+def test_all_that_a_layer_reads_survives_sleep(llama: Path, tmp_path: Path) -> None:
     """vLLM's sleep mode, on GPUs only, frees all that loading allocated, buffers saved."""
 
     def lost(model: torch.nn.Module) -> list[str]:
         saved = {tensor.data_ptr() for tensor in model.buffers()}
-        return [
-            name
+        read = {
+            f"{name} {index}": tensor.data_ptr()
             for name, layer in model.named_modules()
-            if hasattr(layer, "impl") and layer.impl.rotation.cos_sin.data_ptr() not in saved
-        ]
+            if hasattr(layer, "impl")
+            for index, tensor in enumerate(
+                (
+                    layer.impl.rotation.cos_sin,
+                    layer.impl.rule.verticals,
+                    layer.impl.rule.slashes,
+                )
+            )
+        }
+        assert read
+        return [name for name, place in read.items() if place not in saved]
 
-    with engine(llama, **DCA) as llm:
+    heads = {str(head): ["vertical_and_slash", 40, 110, 1] for head in range(4)}
+    budgets = tmp_path / "budgets.json"
+    budgets.write_text(json.dumps([heads] * 2))
+    sparse = {"sparse": "checkpoint", "sparse_budgets": str(budgets)}
+    with engine(
+        llama,
+        additional_config={"dca": {"chunk_size": 384, "local_size": 128, **sparse}},
+        max_num_batched_tokens=256,
+    ) as llm:
         assert llm.apply_model(lost) == [[]]
 
 

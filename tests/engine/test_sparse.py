@@ -373,9 +373,11 @@ REFUSED = [
     ({**AUTO, "sparse_coverage": 0}, "above 0 and up to 1, not 0"),
     ({**AUTO, "sparse_coverage": "x"}, "must be a number, not 'x'"),
     ({**AUTO, "sparse_threshold": -1}, "must be a number of tokens, not -1"),
+    ({**AUTO, "sparse_min_keys": 2**31}, "must be a number of tokens, not 2147483648"),
     ({**AUTO, "sparse_budgets": "x"}, 'sparse_budgets is for "sparse": "checkpoint"'),
     ({"sparse": "checkpoint"}, "the checkpoint has no sparse_attention_config.json"),
     ({"sparse": "checkpoint", "sparse_budgets": "/nowhere"}, "/nowhere cannot be read"),
+    ({**AUTO, "local_size": 320}, "of 256 tokens or more, but chunk_size 512 - local_size 320"),
     ({**AUTO, "local_size": 50}, "multiple of 64, but chunk_size 512 - local_size 50 = 462"),
 ]
 

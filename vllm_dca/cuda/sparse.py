@@ -4,6 +4,7 @@ Two turn queries, two weigh the lines, one selects and one lists them, one atten
 fills with zeros. A step whose segments the buffers do not hold together takes them in rounds.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ import torch
 from vllm_dca.cuda import sparse_probe
 from vllm_dca.cuda.sparse_attend import attend
 from vllm_dca.cuda.sparse_lists import Lists, Marks, list_lines
-from vllm_dca.cuda.sparse_plan import DevicePlan, Round, places_of, plan_probe, plan_step
+from vllm_dca.cuda.sparse_plan import (
+    DevicePlan,
+    Probe,
+    Round,
+    places_of,
+    plan_probe,
+    plan_step,
+)
 from vllm_dca.cuda.sparse_probe import Weights
 from vllm_dca.cuda.sparse_select import choose
 from vllm_dca.method import lines
@@ -54,9 +62,9 @@ class Buffers:
         counts = torch.empty(2 * most * sizes.num_heads, dtype=torch.int32, device=device)
         self.lists = Lists(vertical.view(torch.int32), slash.view(torch.int32), counts)
 
-    def weights_of(self, plan: Round) -> Weights:
-        """Of a round's places, which come first."""
-        used = sum(map(places_of, plan.probe.ends))
+    def weights_of(self, probe: Probe) -> Weights:
+        """Of these segments' places, which come first."""
+        used = sum(map(places_of, probe.ends))
         vertical, slash = self.weights
         return Weights(vertical[:, :used], slash[..., :used])
 
@@ -75,6 +83,9 @@ class Sparse:
     def __init__(self, sizes: SparseSizes, device: torch.device) -> None:
         self.sizes = sizes
         self.buffers = Buffers(sizes, device)
+        self.operations = SparseOperations(
+            functools.partial(weigh, self.buffers), lines.select, _alone
+        )
 
     def plan(self, plan: SparsePlan) -> DevicePlan:
         """A step, once for all layers."""
@@ -106,7 +117,7 @@ class Sparse:
         }
         buffers = self.buffers
         for each in plan.rounds:
-            weights = buffers.weights_of(each)
+            weights = buffers.weights_of(each.probe)
             sparse_probe.weigh(
                 query,
                 kv_cache,
@@ -135,7 +146,8 @@ class Sparse:
             segment = plan.host.segments[-1]
             taken = buffers.lines_of(each, len(each.probe.ends) - 1)
             given |= {"plan": plan.host, "k_scale": k_scale}
-            watch(Attended(query[segment.rows], kv_cache, segment, taken, OPERATIONS, given))
+            rows, operations = query[segment.rows], self.operations
+            watch(Attended(rows, kv_cache, segment, taken, operations, given))
 
 
 def prefill(sizes: SparseSizes, device: torch.device) -> SparsePrefill:
@@ -145,6 +157,7 @@ def prefill(sizes: SparseSizes, device: torch.device) -> SparsePrefill:
 
 
 def weigh(
+    buffers: Buffers,
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     *,
@@ -155,16 +168,19 @@ def weigh(
     softmax_scale: float,
     k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `vllm_dca.cpu.sparse.weigh`, of one segment; for what is shown to a watch."""
-    end = segment.end
-    first = query.new_empty(3, query.shape[1], places_of(end), dtype=torch.float32)
-    weights = Weights(first[0], first[1:])
+    """As `vllm_dca.cpu.sparse.weigh`, of one segment; for what is shown to a watch.
+
+    What it returns is in the buffers, which nobody needs between two layers: it is good until
+    the next call. As much memory for its own would come on top of what vLLM counted.
+    """
     # The query's first row is this segment's, wherever that has its end.
+    probe = plan_probe(plan, segment, rule.continuous)
+    weights = buffers.weights_of(probe)
     sparse_probe.weigh(
         query,
         kv_cache,
         weights,
-        probe=plan_probe(plan, segment, rule.continuous),
+        probe=probe,
         block_table=plan.block_table,
         chunk_len=plan.geometry.chunk_len,
         line_width=rule.line_width,
@@ -172,12 +188,11 @@ def weigh(
         softmax_scale=softmax_scale,
         k_scale=k_scale,
     )
-    slash = weights.slash.sum(0)
-    return weights.vertical[:, :end], slash[:, : (end - 1) // rule.line_width + 1]
+    slash, more = weights.slash
+    slash += more
+    last = segment.end - 1
+    return weights.vertical[:, : last + 1], slash[:, : last // rule.line_width + 1]
 
 
 def _alone(*_: Any, **__: Any) -> None:
     raise NotImplementedError("A GPU attends from all segments of a step together.")
-
-
-OPERATIONS = SparseOperations(weigh, lines.select, _alone)

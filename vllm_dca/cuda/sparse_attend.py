@@ -9,9 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dca.cuda.sparse_keys import LOG2_E, keys_of
+from vllm_dca.cuda.paged_pass import tune
+from vllm_dca.cuda.sparse_keys import keys_of
 from vllm_dca.cuda.sparse_lists import Lists, Marks
 from vllm_dca.cuda.sparse_plan import COLUMNS, Round
+from vllm_dca.cuda.tiles import LOG2_E
 from vllm_dca.cuda.turn import turn_queries
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse_config import TILE
@@ -239,7 +241,7 @@ def attend(
         v_scale,
         output,
         *output.stride()[:2],
-        softmax_scale * LOG2_E,
+        softmax_scale * LOG2_E.value,
         plan.num_rows,
         len(plan.probe.ends),
         num_heads,
@@ -258,10 +260,3 @@ def attend(
         # Left to itself, the compiler spills to fit a program more.
         maxnreg=255,
     )
-
-
-def tune(head_padded: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows a program takes, keys it reads at a time, and warps; so that no shape spills."""
-    if dtype == torch.float32:
-        return (32 if head_padded < 256 else 16), 16, (4 if head_padded <= 64 else 8)
-    return (64 if head_padded < 256 else 32), 32, 4

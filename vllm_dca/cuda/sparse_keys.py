@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
-
 
 @triton.jit
 def keys_of(region, end, chunk_len):

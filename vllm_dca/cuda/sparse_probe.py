@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dca.cuda.sparse_keys import LOG2_E, keys_of, probe_scores, span_of
+from vllm_dca.cuda.sparse_keys import keys_of, probe_scores, span_of
 from vllm_dca.cuda.sparse_plan import COLUMNS, Probe
+from vllm_dca.cuda.tiles import LOG2_E
 from vllm_dca.cuda.turn import turn_queries
 from vllm_dca.method.lines import PROBE
 from vllm_dca.method.rotary import QueryRotation
@@ -266,7 +267,7 @@ def weigh(
         "maxnreg": 255,
     }
     splits = min(SPLITS, triton.cdiv(longest, LEAST_SPAN))
-    scale_log2 = softmax_scale * LOG2_E
+    scale_log2 = softmax_scale * LOG2_E.value
     _normalise_kernel[(num_heads, splits, num_segments)](
         *shared, scale_log2, num_heads, chunk_len, **sizes
     )

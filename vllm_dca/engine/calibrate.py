@@ -54,10 +54,13 @@ class Grid:
         """Look at a segment."""
         heads = attended.query.shape[1]
         found = []
-        weights = None
+        weights: tuple[torch.Tensor, torch.Tensor] | None = None
         for verticals, slashes in self.pairs:
             rule = Rule(torch.full((heads,), verticals), torch.full((heads,), slashes), 1.0, 0)
-            weights = weights or attended.weigh(rule)
+            if weights is None:
+                verticals_of, slashes_of = attended.weigh(rule)
+                # A device may weigh the tile in between in the same memory.
+                weights = verticals_of.clone(), slashes_of.clone()
             found.append(attended.kept(attended.operations.select(*weights, rule)))
         if self.totals:
             found = [

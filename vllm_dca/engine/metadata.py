@@ -92,8 +92,6 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.settings = settings_of(vllm_config)
-        # Model Runner V2 then drafts all of a step's tokens in one graph.
-        self.supports_draft_decode_metadata_update = self.settings.sparse is None
         # A draft model reads a token more of each request than the step had, and vLLM does not
         # add it to the lengths that it tells the host.
         self.more = int(all(name.startswith("draft_model.") for name in layer_names))
@@ -139,6 +137,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         # Of a drafter no layer has any.
         ready = [impl.sparse for impl in impls if impl.sparse is not None]
         self.plan_segments = ready[0].plan if ready else None
+        # Model Runner V2 then drafts all of a step's tokens in one graph.
+        self.supports_draft_decode_metadata_update = not ready
         self.sparse_steps = 0
 
     def build(

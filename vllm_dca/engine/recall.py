@@ -103,9 +103,9 @@ class RecallWatch:
     def count(self, end: int, figures: torch.Tensor) -> None:
         """What a segment's heads kept, and of how many of the keys before `end`."""
         recall, keys = figures
-        for head in range(len(recall)):
-            self.recall.observe(recall[head].item())
-            self.keys.observe(keys[head].item())
+        for histogram, of_heads in ((self.recall, recall), (self.keys, keys)):
+            for share in of_heads.tolist():
+                histogram.observe(share)
         if recall.mean() < self.bound and not RecallWatch.warned:
             RecallWatch.warned = True
             logger.warning(

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_dca.engine import rotary_tables, transformers_rotary
@@ -20,13 +19,12 @@ from vllm_dca.engine.devices import compute_capability, current_device
 from vllm_dca.engine.following import NotUnderstoodError, Rotation, rotation_of
 from vllm_dca.engine.recall import RecallWatch
 from vllm_dca.engine.settings import settings_of
-from vllm_dca.engine.sparse import sparse_sizes
+from vllm_dca.engine.sparse_layers import rule_of_layer, sparse_sizes
 from vllm_dca.engine.support import cache_dtype_of
 from vllm_dca.engine.turning import check_turns
 from vllm_dca.engine.warmup import KERNELS
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import Device
-from vllm_dca.method.lines import Rule, rule_of
 from vllm_dca.method.provider import Needs
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse import SparsePrefill, SparseSizes
@@ -151,15 +149,19 @@ def _prepare(
         )
     # As a buffer it outlives what frees or moves the weights, such as vLLM's sleep mode.
     layer.register_buffer("dca_cos_sin", rotation.cos_sin, persistent=False)
-    needs, rule = _needs(layer, vllm_config), _rule(layer, vllm_config)
+    needs, rule = _needs(layer, vllm_config), rule_of_layer(layer, vllm_config)
     device = device_of(needs)
     has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
     if has_more and rule is not None:
         raise _refusal(layer_name, "sparse prefill knows no soft cap and no sinks")
     layer.impl.prepare(rotation, device, needs.cache_dtype)
     if rule is not None:
+        rule = rule.to(rotation.cos_sin.device)
+        # Likewise; None where lines are selected by coverage.
+        layer.register_buffer("dca_verticals", rule.verticals, persistent=False)
+        layer.register_buffer("dca_slashes", rule.slashes, persistent=False)
         layer.impl.prepare_sparse(
-            rule.to(rotation.cos_sin.device),
+            rule,
             sparse_of(needs, sparse_sizes(vllm_config, layer.num_heads)),
             RecallWatch(vllm_config),
         )
@@ -196,17 +198,6 @@ def _told(layer_name: str) -> Iterator[None]:
             str(error),
             "queries and keys that one rotary embedding rotates alike, just before they attend",
         ) from error
-
-
-def _rule(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
-    """How a layer's lines are selected; None where its prefill is dense, as a drafter's is."""
-    settings = settings_of(vllm_config).sparse
-    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    index = extract_layer_index(layer.layer_name)
-    if settings is None or index >= layers or layer.layer_name.startswith("draft_model."):
-        return None
-    rank, heads = get_tensor_model_parallel_rank(), layer.num_heads
-    return rule_of(settings, index, slice(rank * heads, (rank + 1) * heads))
 
 
 def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:

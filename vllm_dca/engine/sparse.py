@@ -9,10 +9,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import get_sparse_attention_config
 
-from vllm_dca.engine.settings import settings_of
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
-from vllm_dca.method.sparse import SparseSizes
 from vllm_dca.method.sparse_config import (
     BUDGETS_KEY,
     CHECKPOINT,
@@ -54,6 +52,12 @@ def settle_sparse(
             f"DCA's sparse prefill needs steps of {LEAST_ROWS} tokens or more, and "
             f"--max-num-batched-tokens is {most}: pass {LEAST_ROWS} or more."
         )
+    if geometry.chunk_len < LEAST_ROWS:
+        raise ValueError(
+            f"DCA's sparse prefill needs chunks of {LEAST_ROWS} tokens or more, but chunk_size "
+            f"{geometry.chunk_size} - local_size {geometry.local_size} = {geometry.chunk_len}: "
+            f'choose a larger chunk_size, or "{MODE_KEY}": "{OFF}".'
+        )
     hf_config = vllm_config.model_config.hf_text_config
     return resolve_sparse(
         options,
@@ -62,19 +66,6 @@ def settle_sparse(
         _budgets(vllm_config, options, checkpoint),
         _attended_layers(hf_config),
         hf_config.num_attention_heads,
-    )
-
-
-def sparse_sizes(vllm_config: VllmConfig, num_heads: int) -> SparseSizes:
-    """What buffers of a layer with so many query heads, on this rank, are made for."""
-    settings = settings_of(vllm_config)
-    assert settings.sparse is not None
-    return SparseSizes(
-        num_heads,
-        vllm_config.scheduler_config.max_num_batched_tokens,
-        vllm_config.model_config.max_model_len,
-        settings.geometry.chunk_len,
-        continuous=settings.sparse.budgets is not None,
     )
 
 

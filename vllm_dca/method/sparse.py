@@ -126,7 +126,7 @@ class Attended:
         """What lines keep of that tile's attention, and of its keys: [num_heads] each."""
         end = self.probed.shape[1]
         seen = lines.verticals[:, :end] | lines.distances[:, 1 : end + 1].flip(1)
-        return (self.probed * seen).sum(1) / TILE, seen.float().mean(1)
+        return (self.probed * seen).sum(1) / TILE, seen.mean(1, dtype=torch.float32)
 
 
 Watch = Callable[[Attended], None]

@@ -93,7 +93,7 @@ def validate_sparse_options(options: Mapping[str, Any]) -> dict[str, Any]:
             )
     for key in (THRESHOLD_KEY, MIN_KEYS_KEY):
         value = given.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
             raise ValueError(f"DCA's {key} must be a number of tokens, not {value!r}.")
     for key in (COVERAGE_KEY, MIN_RECALL_KEY):
         share = given.get(key, COVERAGE)

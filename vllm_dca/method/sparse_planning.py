@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_dca.method.geometry import ChunkGeometry, split_at_chunk_borders
+from vllm_dca.method.geometry import ChunkGeometry, ranges, split_at_chunk_borders
 from vllm_dca.method.planning import query_temperature
 
 LEAST_ROWS = 256  # segments with fewer rows are dense
@@ -82,28 +82,21 @@ def dense_rest(
         query_start_loc: as of `sparse_segments`.
         seq_lens: likewise.
     """
-    starts, ends = np.asarray(query_start_loc), np.asarray(seq_lens)
-    of_request: dict[int, list[Segment]] = {}
-    for segment in segments:
-        of_request.setdefault(segment.request, []).append(segment)
-    tokens, lengths, piece_ends, requests = [], [], [], []
-    for request, (start, stop, end) in enumerate(
-        zip(starts[:-1].tolist(), starts[1:].tolist(), ends.tolist(), strict=True)
-    ):
-        first = start
-        nothing = Segment(stop, end, end, request)
-        for segment in (*of_request.get(request, ()), nothing):
-            if segment.first > first:
-                tokens.append(torch.arange(first, segment.first))
-                lengths.append(segment.first - first)
-                piece_ends.append(segment.begin)
-                requests.append(request)
-            first = segment.rows.stop
+    starts, ends = (np.asarray(each, dtype=np.int64) for each in (query_start_loc, seq_lens))
+    sparse = np.array([(each.first, each.rows.stop) for each in segments], dtype=np.int64)
+    sparse = sparse.reshape(-1, 2)
+    # Between two borders all tokens are of one request, and in one segment or in none.
+    borders = np.unique(np.concatenate([starts, sparse.ravel()]))
+    kept = ~np.isin(borders[:-1], sparse[:, 0])
+    first, stop = borders[:-1][kept], borders[1:][kept]
+    # Of requests that begin at the same token, the last one has any.
+    request = np.searchsorted(starts, first, side="right") - 1
+    length = stop - first
     return Dense(
-        torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64),
-        torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        torch.tensor(piece_ends, dtype=torch.int32),
-        torch.tensor(requests, dtype=torch.int64),
+        torch.from_numpy(np.repeat(first, length) + ranges(length)),
+        torch.from_numpy(np.append(0, length.cumsum()).astype(np.int32)),
+        torch.from_numpy((ends[request] - (starts[request + 1] - stop)).astype(np.int32)),
+        torch.from_numpy(request),
     )
 
 
