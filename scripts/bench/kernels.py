@@ -175,7 +175,7 @@ def main() -> None:
     copies, multiplies = facts["copy_bytes_per_second"], facts["product_operations_per_second"]
     print(
         f"{facts['device']}: copies {copies / 1e12:.2f} TB/s, multiplies "
-        f"{multiplies / 1e12:.0f} TFLOP/s; passes by {bench.provider}, flash-attention: "
+        f"{multiplies / 1e12:.0f} TFLOP/s; prefill by {bench.provider}, flash-attention: "
         f"{facts['flash_attention']}"
     )
     print(LAYOUT.format(*COLUMNS.split()))

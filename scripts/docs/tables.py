@@ -254,6 +254,7 @@ DATED = {
     "perplexity": ("perplexity",),
     "retrieval": ("retrieval",),
     "sizes": ("sizes-perplexity", "sizes-retrieval"),
+    "sparse_quality": ("sparse-quality-16k",),
     "evaluation": ("perplexity", "retrieval"),
 }
 

@@ -21,21 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scripts.common import record
 
-CPU, SPARSE, CUDA = "tests/cpu/test_attention.py", "tests/cpu/test_sparse.py", "tests/cuda"
+CPU, CUDA = "tests/cpu/test_attention.py", "tests/cuda"
+SPARSE = ("test_attends_to_given_lines", "test_weighs_lines", "test_selects_as_specified")
 PATHS = {
     "compiled": (f"{CPU}::test_compiled_agrees_with_reference",),
     "torch": (
         f"{CPU}::test_prefill_agrees_with_reference",
         f"{CPU}::test_decode_agrees_with_reference",
     ),
-    "sparse": tuple(
-        f"{SPARSE}::{name}"
-        for name in (
-            "test_attends_to_given_lines",
-            "test_weighs_lines",
-            "test_selects_as_specified",
-        )
-    ),
+    "sparse": tuple(f"tests/cpu/test_sparse.py::{name}" for name in SPARSE),
     "cuda": tuple(
         f"{CUDA}/test_kernels.py::{name}"
         for name in (
@@ -44,6 +38,7 @@ PATHS = {
             "test_decode_takes_any_number_of_new_tokens",
         )
     ),
+    "cuda-sparse": tuple(f"{CUDA}/test_sparse.py::{name}" for name in SPARSE),
 }
 console = Console()
 

@@ -1,6 +1,7 @@
 """What a record of `scripts.quality.sparse` says, beside dense attention of the same texts."""
 
 import math
+from statistics import fmean
 from typing import Any, NamedTuple
 
 
@@ -37,15 +38,15 @@ class Loss(NamedTuple):
 
 def losses(results: dict[str, dict[str, Any]]) -> dict[str, Loss]:
     """By the ways' labels; texts that were not read densely are left out."""
-    found = {}
+    found, of_dense = {}, results.get("dense", {})
     for label, of_texts in results.items():
-        texts = [text for text in of_texts if text in results["dense"]]
+        texts = [text for text in of_texts if text in of_dense]
         if not texts:
             continue
         own = [of_texts[text] for text in texts]
-        dense = [results["dense"][text] for text in texts]
+        dense = [of_dense[text] for text in texts]
         shares = {
-            what: mean([of[what] for of in own]) if what in own[0] else None
+            what: fmean([of[what] for of in own]) if what in own[0] else None
             for what in ("keys", "recall")
         }
         found[label] = Loss(
@@ -60,7 +61,7 @@ def losses(results: dict[str, dict[str, Any]]) -> dict[str, Loss]:
 
 
 def perplexity(of_texts: list[dict[str, Any]]) -> float:
-    return math.exp(mean([score for of in of_texts for score in of["nll"]]))
+    return math.exp(fmean([score for of in of_texts for score in of["nll"]]))
 
 
 def right(of_texts: list[dict[str, Any]]) -> int:
@@ -69,7 +70,3 @@ def right(of_texts: list[dict[str, Any]]) -> int:
 
 def seconds(of_texts: list[dict[str, Any]]) -> float:
     return sum(of["attention_seconds"] for of in of_texts)
-
-
-def mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)

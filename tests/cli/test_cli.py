@@ -143,11 +143,11 @@ def _explain_transformers_code(tmp_path: Path) -> None:
 
 
 def test_sparse_prefill_is_said(llama: str) -> None:
-    dca = {"chunk_size": 96, "local_size": 32, "sparse": "auto", "sparse_threshold": 150}
+    dca = {"chunk_size": 384, "local_size": 128, "sparse": "auto", "sparse_threshold": 300}
     options = ("--max-model-len", "1024", "--additional-config", json.dumps({"dca": dca}))
     said = explained(llama, *options, *FP32, *BLOCK)
     [how] = said["sparse prefill"]
-    assert how.startswith("from position 150 on, by lines that cover 0.95 of each head's")
+    assert how.startswith("from position 300 on, by lines that cover 0.95 of each head's")
     # At least 1,024 of a kind: at this length all of them.
     assert said["its keys"][0].startswith("of a prompt of 1024 tokens 100.0% or more: how many")
     off = explained(llama, *options[:2], *FP32, *BLOCK)

@@ -5,6 +5,7 @@ Under both of vLLM's model runners: V2, CUDA's default, schedules asynchronously
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,31 +56,62 @@ def test_three_passes_agree_with_reference(tmp_path: Path) -> None:
     assert "prefill_kernel" not in found
 
 
+LLAMA = "LlamaConfig", {}
+# Every other layer has a window; so many heads share a KV head that few tokens are decoded.
+GPT_OSS = (
+    "GptOssConfig",
+    {
+        **checkpoints.MOE,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "sliding_window": 40,
+        "num_local_experts": 4,
+    },
+)
+
+
 @pytest.mark.parametrize(
-    ("temperature", "provider", "launches"),
-    # Of two chunks and three.
-    [(None, "triton", 2), (40, "triton", 2), (40, "triton_passes", 2 + 3)],
+    ("model", "temperature", "provider", "launches"),
+    [
+        # Of two chunks and three.
+        (LLAMA, None, "triton", 2),
+        (LLAMA, 40, "triton", 2),
+        # Of one too, where what is merged may be a pass and a sink.
+        (GPT_OSS, 40, "triton_passes", 1 + 2 + 3),
+    ],
+    ids=["Llama", "tempered", "passes and sinks"],
 )
 def test_a_long_prompt_finds_its_kernels_compiled(
-    temperature: int | None, provider: str, launches: int, tmp_path: Path
+    model: tuple[str, dict[str, Any]],
+    temperature: int | None,
+    provider: str,
+    launches: int,
+    tmp_path: Path,
 ) -> None:
     """vLLM's workers on a GPU run the registry before the server says that it is ready."""
     from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
     from vllm_dca.engine.impl import DcaImpl
 
-    llama = checkpoints.write(tmp_path, "LlamaConfig")
+    config, changes = model
+    path = checkpoints.write(tmp_path, config, **changes)
     sizes = {
         **DCA["additional_config"]["dca"],
         "original_max_position_embeddings": temperature,
         "prefill_provider": provider,
     }
-    options = {**OPTIONS, "additional_config": {"dca": sizes}}
+    pages = {"block_size": 32, "num_gpu_blocks_override": 300}  # layers with a window want them
+    options = {**OPTIONS, **pages, "additional_config": {"dca": sizes}}
     registry = JitWarmupRegistry(None)
-    with registry.activate(), engine(llama, **options) as llm:
+    with registry.activate(), engine(path, **options) as llm:
         registry.vllm_config = llm.llm_engine.vllm_config
         layers = registry.vllm_config.compilation_config.static_forward_context.values()
-        caches = [layer.kv_cache for layer in layers if isinstance(layer.impl, DcaImpl)]
+        caches = [
+            layer.kv_cache
+            for layer in layers
+            if isinstance(getattr(layer, "impl", None), DcaImpl)
+        ]
         for cache in caches:
             cache.fill_(torch.nan)
         with interpreter.launches() as warm:
@@ -90,7 +122,8 @@ def test_a_long_prompt_finds_its_kernels_compiled(
         for cache in caches:
             cache.zero_()
         with interpreter.launches() as used:
-            generate(llm, [checkpoints.tokens(100), checkpoints.tokens(31)], max_tokens=4)
+            # The first step's are all of one chunk.
+            generate(llm, [checkpoints.tokens(31), checkpoints.tokens(100)], max_tokens=4)
     of_prefill = {"prefill_kernel"} if provider == "triton" else PASSES
     assert {name for name, *_ in used} == of_prefill | DECODE
     assert set(used) <= set(warm)

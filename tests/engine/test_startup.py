@@ -225,7 +225,7 @@ def test_options_that_are_refused(options: dict[str, Any], message: str, llama: 
 def test_where_soft_caps_are_refused(tmp_path: Path) -> None:
     changes = {"layer_types": ["full_attention"] * 2, "sliding_window": None}
     model = checkpoints.write(tmp_path, "Gemma2Config", **changes)
-    dca = {"chunk_size": 96, "local_size": 32, "sparse": "auto"}
+    dca = {"chunk_size": 384, "local_size": 128, "sparse": "auto"}
     with (
         pytest.raises(NotImplementedError, match="sparse prefill knows no soft cap and no"),
         engine(model, additional_config={"dca": dca}, max_num_batched_tokens=256),

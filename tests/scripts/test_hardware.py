@@ -78,7 +78,7 @@ def test_a_bare_machine_rehearses_every_step(tmp_path: Path) -> None:
     timed = [list(row["milliseconds"]) for row in providers["results"]]
     assert timed == [["triton", "triton_passes"]] * 2
     assert set(providers["cannot"]) == {"vllm_flash_attn", "flash_attn", "xformers"}
-    assert "2 passed" in (results / "gpu-tests.log").read_text()
+    assert "3 passed" in (results / "gpu-tests.log").read_text()
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
@@ -146,11 +146,14 @@ def test_on_a_gpu_only_what_a_gpu_can_pass_is_run() -> None:
 
 @pytest.mark.parametrize(
     ("step", "lengths"),
-    [("prefill", [(200, 130), (65, 0)]), ("decode", [(200, 199), (66, 63), (1, 0)])],
+    [
+        *((name, [(200, 130), (65, 0)]) for name in test_gpu.PREFILLS),
+        ("decode", [(200, 199), (66, 63), (1, 0)]),
+    ],
 )
 def test_the_gpus_tests_run_what_they_say(step: str, lengths: list[tuple[int, int]]) -> None:
     on_device = test_gpu.OnDevice(lengths)
-    getattr(on_device, step)()
+    test_gpu.runs(on_device, step)()
     on_device.batch.assert_close(on_device.output.cpu())
 
 

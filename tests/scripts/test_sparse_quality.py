@@ -67,6 +67,7 @@ def test_ways_are_compared_on_the_texts_that_both_read() -> None:
     assert found["auto 0.9"].more == pytest.approx(math.exp(0.1) - 1)
     assert found["auto 0.9"][3:6] == (2, 4, 4)
     assert found["auto 0.9"].time == 0.5
+    assert not losses({"auto 0.9": {"b": read(3.1, 2, 15.0, keys=0.2, recall=0.9)}})
 
 
 def test_commands_may_write_one_record(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def _print_bounds(sparse: Bounds, length: int, by_budgets: bool) -> None:
         keys = f"{least:.1%} or more: how many is the text's, and vllm_dca:sparse_keys tells it"
         time = f"{fastest:.2f} or more"
     _line("its keys", f"of a prompt of {length} tokens {keys}")
-    _line("its time", f"{time} of dense attention's, selecting included; the rest is as before")
+    _line("its time", f"{time} of dense attention's (measured on CPUs), selecting included")
 
 
 def _line(label: str, text: str, style: str = "bold") -> None:

@@ -22,7 +22,7 @@ SEARCH = 256  # of packs, looked at side by side
 
 
 def programs(num_multiprocessors: int) -> int:
-    """As many as run at once; `vllm_dca.cuda.decode.tune` leaves room for them."""
+    """As many as run at once; `vllm_dca.cuda.tuning` leaves room for them."""
     return PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
 
 

@@ -184,7 +184,8 @@ def walk_attention(
 ) -> None:
     """As `vllm_dca.method.prefill.prefill_attention`, in one launch.
 
-    Needs the last axes dense, and the output of the query's dtype.
+    Needs the last axes dense, and the output of the query's dtype and in memory of its own: it
+    holds turned queries until the answer is there.
     """
     assert output.dtype == query.dtype
     num_tokens, num_heads, head_size = query.shape

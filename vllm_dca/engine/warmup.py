@@ -100,10 +100,7 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
 
     @torch.inference_mode()
     def compile(self, compile_key: LayerKernels) -> None:
-        """Let a layer answer prompts of two and three chunks, and decode rows.
-
-        Not one of a single chunk: where passes are merged, its merge of sinks alone compiles
-        later, at its first use.
+        """Let a layer answer prompts of one to three chunks, and decode rows.
 
         The prompts lie in the KV cache's first page, again and again: it is read, never
         written, and what comes out is thrown away.
@@ -117,7 +114,8 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
         device, page_size = layer.kv_cache.device, layer.kv_cache.shape[2]
         # Turns by more positions than the layer's table has rows would be read past its end.
         chunk_len = min(settings.geometry.chunk_len, -(-CHUNK_LEN // page_size) * page_size)
-        for chunks in (2, 3):
+        # All passes' kernels are met in two and three; one chunk is merged with sinks only.
+        for chunks in range(1 if compile_key.has_sinks else 2, 4):
             length = chunks * chunk_len
             table = torch.zeros(1, length // page_size, dtype=torch.int32, device=device)
             plan = device_of_dca.prefill.plan(
@@ -129,7 +127,7 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
                 settings.original_max_position_embeddings,
             )
             _attend(compile_key, DcaMetadata(0, length, None, plan))
-        if compile_key.is_sparse and settings.geometry.chunk_len >= LEAST_ROWS:
+        if compile_key.is_sparse:
             _attend_sparsely(compile_key)
         # As many rows of a request stand in one tile as are speculated, or as fit.
         group = compile_key.num_heads // compile_key.num_kv_heads
