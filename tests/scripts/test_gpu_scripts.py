@@ -112,6 +112,7 @@ def test_kernels_compile_and_fit(tmp_path: Path) -> None:
         "MQA",
         "Gemma-2",
         "gpt-oss",
+        "Gemma-4",
     }
     names = {kernel["kernel"].partition("_")[0] for kernel in kernels}
     assert names == {
