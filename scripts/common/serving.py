@@ -57,7 +57,8 @@ def server(command: Sequence[str | Path], url: str, log: Path) -> Iterator[psuti
                 time.sleep(1)
         yield process
     finally:
-        process.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it did not start, or has ended
+            process.terminate()
         try:
             process.wait(ENDING_S)
         except psutil.TimeoutExpired:

@@ -64,6 +64,9 @@ MEASUREMENTS = {
     "scripts.bench.prefill_kernels": Measurement(("prefill-kernels",), COMPILED),
     "scripts.bench.sparse": Measurement(("sparse-32k", "sparse-128k"), CPU, is_sparse=True),
     "scripts.bench.turing": Measurement(("turing",), COMPILED),
+    "scripts.load.faults": Measurement(
+        ("faults",), ("vllm_dca/engine/choice.py", *ENGINE_ON_CPU)
+    ),
     "scripts.load.soak": Measurement(("soak", "soak-quick"), ENGINE_ON_CPU),
     "scripts.models.sweep": Measurement(
         ("models",), ("vllm_dca/engine/*.py", "scripts/models/*.py", *CPU)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scripts.common.record import ROOT
-from scripts.docs import gpu_tables, records
+from scripts.docs import gpu_tables, load_tables, records
 from scripts.docs.page import RESULTS, load, markdown
 from scripts.quality import loss
 from scripts.quality.methods import name_of
@@ -238,6 +238,9 @@ MADE_BY = (
     cpu_growth,
     engine,
     linear_memory,
+    load_tables.faults,
+    load_tables.soak,
+    load_tables.soak_rounds,
     gpu_tables.turing,
     sparse,
     sparse_quality,

@@ -23,6 +23,7 @@ from tests.helpers.command_line import explained, run, served
 from tests.helpers.inprocess import engine, in_a_child
 from vllm_dca.cli.picture import relative_positions
 from vllm_dca.cpu import compiled
+from vllm_dca.cpu.build import BuildError
 from vllm_dca.cpu.processor import Processor
 from vllm_dca.engine import devices
 from vllm_dca.method.geometry import ChunkGeometry
@@ -531,7 +532,7 @@ def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def library() -> None:
-        raise RuntimeError("no C++ compiler")
+        raise BuildError("no C++ compiler")
 
     monkeypatch.setattr(compiled, "library", library)
     result = run("doctor")

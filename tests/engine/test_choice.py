@@ -16,6 +16,7 @@ from triton import knobs
 
 from tests.helpers.paged import Batch, Shape
 from vllm_dca.cpu import compiled, paged_pass
+from vllm_dca.cpu.build import BuildError
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.cuda import flash_attn
@@ -184,7 +185,7 @@ def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     def library() -> None:
-        raise RuntimeError("no C++ compiler")
+        raise BuildError("no C++ compiler")
 
     monkeypatch.setattr(compiled, "library", library)
     assert choose("cpu", None, NEEDS)[0] == "torch"

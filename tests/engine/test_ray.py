@@ -4,6 +4,7 @@ vLLM's Ray executor refuses the CPU for one reason, that its platform names no d
 count. Here it names one, and the executor is vLLM's own.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -224,13 +225,10 @@ class Batch:
         return self.log.read_text()
 
 
-@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_a_batch_outlives_a_replica_and_is_not_done_twice(
-    kill: bool, model: Path, tmp_path: Path
-) -> None:
+def ask(model: Path, prompts: Path) -> dict[str, list[int]]:
+    """Write twelve prompts; their answers by a lone engine."""
     from vllm import SamplingParams
 
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
     tokens = {f"request {i}": checkpoints.tokens(300 + i, seed=i) for i in range(12)}
     prompts.write_text(
         "".join(json.dumps({"id": i, "prompt_token_ids": t}) + "\n" for i, t in tokens.items())
@@ -241,11 +239,24 @@ def test_a_batch_outlives_a_replica_and_is_not_done_twice(
             SamplingParams(temperature=0, max_tokens=400, detokenize=False),
             use_tqdm=False,
         )
-    expected = {i: list(a.outputs[0].token_ids) for i, a in zip(tokens, answers, strict=True)}
+    return {i: list(a.outputs[0].token_ids) for i, a in zip(tokens, answers, strict=True)}
+
+
+def written(output: Path) -> list[dict[str, Any]]:
+    return [row for path in output.iterdir() for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_a_batch_outlives_a_replica_and_is_not_done_twice(
+    kill: bool, model: Path, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
+    expected = ask(model, prompts)
+    tokens = list(expected)
 
     # What a run left that died: four answers, and a file that it was writing.
     output.mkdir()
-    kept = list(tokens)[3:7]
+    kept = tokens[3:7]
     row = {"text": "kept", "num_prompt_tokens": 1}
     left = pa.Table.from_pylist([{"id": i, "token_ids": expected[i], **row} for i in kept])
     pq.write_table(left, output / "left.parquet")
@@ -273,16 +284,47 @@ def test_a_batch_outlives_a_replica_and_is_not_done_twice(
         assert "will be retried" in log  # it had work when it was killed
     assert len(seen) == 2 + kill, "a replica is started for each that was killed"
 
-    def written() -> list[dict[str, Any]]:
-        return [row for path in output.iterdir() for row in pq.read_table(path).to_pylist()]
-
     assert not half.exists()
-    assert sorted(row["id"] for row in written()) == sorted(tokens)
-    assert {row["id"]: row["token_ids"] for row in written()} == expected
-    assert {row["id"] for row in written() if row["text"] == "kept"} == set(kept)
+    assert sorted(row["id"] for row in written(output)) == sorted(tokens)
+    assert {row["id"]: row["token_ids"] for row in written(output)} == expected
+    assert {row["id"] for row in written(output) if row["text"] == "kept"} == set(kept)
 
     files = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     again = Batch(model, prompts, output, tmp_path / "log again")
     assert "12 prompts, 12 answered already" in again.wait()
     assert again.process.returncode == 0
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == files
+
+
+@pytest.mark.nightly
+def test_a_batch_whose_driver_dies_is_gone_on_with(model: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
+    expected = ask(model, prompts)
+
+    batch = Batch(model, prompts, output, tmp_path / "log")
+    deadline = time.monotonic() + 200
+    while len(list(output.glob("*.parquet"))) < 2:
+        assert batch.process.poll() is None, batch.log.read_text()[-5000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    left = psutil.Process(batch.process.pid).children(recursive=True)
+    batch.process.kill()
+    # Ray ends what the driver had started.
+    _, alive = psutil.wait_procs(left, 60)
+    for process in alive:
+        process.kill()
+    assert not alive
+    found = 0
+    for path in output.glob("*.parquet"):
+        # What was being written has no footer yet.
+        with contextlib.suppress(pa.ArrowInvalid):
+            found += pq.read_metadata(path).num_rows
+    assert 0 < found < len(expected)
+
+    again = Batch(model, prompts, output, tmp_path / "log again")
+    log = again.wait()
+    assert again.process.returncode == 0, log[-5000:]
+    assert f"12 prompts, {found} answered already" in log
+    assert "12 of 12 prompts answered, 0 twice" in log
+    assert sorted(row["id"] for row in written(output)) == sorted(expected)
+    assert {row["id"]: row["token_ids"] for row in written(output)} == expected

@@ -1,41 +1,24 @@
 """What is served beside a tiny checkpoint: LoRA adapters and EAGLE heads."""
 
-import json
 from pathlib import Path
 
 import torch
 
+from scripts.common import adapter
 from tests.helpers import checkpoints
 
 
 def write_adapter(model: Path, directory: Path) -> tuple[Path, Path]:
     """A random LoRA adapter of the attention's projections; the model that has it merged in."""
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    adapter, rank = directory / "adapter", 8
-    adapter.mkdir()
-    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    changes = adapter.write(model, directory / "adapter", scale=0.2)
     merged = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, weight in merged.named_parameters():
-        if name.split(".")[-2] not in names:
-            continue
-        b, a = (
-            torch.randn(shape, generator=generator) * 0.2
-            for shape in ((len(weight), rank), (rank, weight.shape[1]))
-        )
-        stem = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
-        weight.data += b @ a
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    config |= {"r": rank, "lora_alpha": rank, "target_modules": names}
-    config |= {"base_model_name_or_path": str(model)}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    weights = dict(merged.named_parameters())
+    for name, change in changes.items():
+        weights[name].data += change
     merged.save_pretrained(directory / "merged")
-    return adapter, directory / "merged"
+    return directory / "adapter", directory / "merged"
 
 
 def write_eagle(directory: Path, method: str) -> Path:

@@ -53,10 +53,13 @@ class Server:
         return self._post("/v1/chat/completions", messages=messages, **body)
 
     def _post(self, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
+        asked = {"model": self.model, "temperature": 0, **body}
+        return self.post(path, json.dumps(asked).encode())
+
+    def post(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Whatever is to be sent; a status, and what was answered."""
         request = urllib.request.Request(
-            f"{self.url}{path}",
-            json.dumps({"model": self.model, "temperature": 0, **body}).encode(),
-            {"Content-Type": "application/json"},
+            f"{self.url}{path}", body, {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request) as response:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_dca.cpu import build
 from vllm_dca.cpu.rows import Rows
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.rotary import QueryRotation
@@ -109,7 +110,7 @@ class CompiledPlan:
 
 
 def _source() -> str:
-    """The kernel as one text: torch's builder takes no other, and keeps what it built by it."""
+    """The kernel as one text, by which it is kept."""
     text = SOURCE.read_text()
     for part in PARTS:
         text = text.replace(f'#include "{part}"', SOURCE.with_name(part).read_text())
@@ -134,26 +135,20 @@ def instruction_sets() -> list[str]:
 def library(instructions: str | None = None) -> ctypes.CDLL:
     """Compile the kernel, or find it compiled.
 
-    torch's builder for its own compiled CPU code does it: it finds the compiler, names the
-    processor, links OpenMP, and keeps the result on disk, under a lock.
-
     Args:
         instructions: one of `instruction_sets()`; None for the widest.
 
     Raises:
-        Exception: of many kinds; there is no compiler that can.
+        BuildError: see `vllm_dca.cpu.build`.
     """
-    from torch._inductor import cpp_builder
-    from torch._inductor.codecache import CppCodeCache
-
     # -march=native is another code on another processor that shares the folder.
     processor = repr(sorted(torch.cpu.get_capabilities().items()))
     named = f"-DPROCESSOR=0x{hashlib.sha256(processor.encode()).hexdigest()[:15]}"
     # Inductor's flags for gcc leave vectors to the code that it generates.
-    vectors = ("-ftree-loop-vectorize",) if cpp_builder.is_gcc() else ()
+    vectors = ("-ftree-loop-vectorize",) if build.is_gcc() else ()
     lesser = WITHOUT_BEYOND[instructions or instruction_sets()[0]]
     flags = (named, *vectors, *FLAGS, *(lesser if platform.machine() == "x86_64" else ()))
-    built = CppCodeCache.load(_source(), extra_flags=flags, needs_vec_isa=False)
+    built = build.library(_source(), flags)
     built.instructions.restype = ctypes.c_char_p
     return built
 

@@ -11,11 +11,11 @@ from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderE
 
 
 def _compiled(needs: Needs) -> Callable[..., None]:
-    from vllm_dca.cpu import compiled
+    from vllm_dca.cpu import build, compiled
 
     try:
         compiled.library()
-    except Exception as error:  # no compiler, no place to write, another torch
+    except build.BuildError as error:
         raise UnusableProviderError(f"it cannot be compiled here ({error})") from error
     return compiled.attention
 

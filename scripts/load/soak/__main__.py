@@ -1,0 +1,209 @@
+"""Load a server with DCA for a while: right answers, no leak, alive at the end.
+
+Starts `vllm serve MODEL --attention-backend dca` in fp32, with a LoRA adapter and speculation
+by ngrams, and asks it, one at a time, for greedy answers to texts of mixed length, and for one
+that needs each feature: the adapter, three samples, a regular expression, a text that repeats
+itself. Then `vllm bench serve` loads it, round by round and pass by pass, while the same
+questions are asked again, half of them without their cached prefix, and other clients hang up,
+send prompts that are too long, broken JSON and the name of no model. Fails unless
+
+- the log says that DCA attends the layers;
+- every answer under load has the lone one's tokens, with its log-probabilities to 1e-3;
+- prefixes were found in the cache, and drafts of the speculation were taken;
+- the bench's requests are all served, and the bad ones refused with the right status;
+- no more than a tenth of the answers that nobody waits for is generated;
+- the processes need at most 64 MiB more in the second half of the passes than in the first;
+- in the end nothing runs or waits, no block of the KV cache is held, and it answers as before.
+
+The record is on disk after each pass. Unknown arguments go to `vllm serve`. (With --dtype
+bfloat16 expect wrong answers that are none: first choices are then often ties, which another
+batch breaks otherwise.)
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from scripts.common import adapter, corpus, demo_model, record
+from scripts.common.serving import CACHE, console, server, working
+from scripts.load.soak.client import Client
+from scripts.load.soak.plan import ADAPTER, FULL, QUICK, SERVED, Size, questions
+from scripts.load.soak.traffic import VLLM, Traffic, arguments
+from scripts.load.soak.watch import Memory, check_end
+
+
+class Record:
+    """What is known so far, on disk after each pass."""
+
+    def __init__(self, output: Path | None, facts: dict[str, Any]) -> None:
+        self.output, self.facts = output, facts
+
+    def keep(self, traffic: Traffic, passes: int, end: dict[str, Any] | None) -> dict[str, Any]:
+        """What is known now; `end` is None while it is under way."""
+        counted = sorted(traffic.counts.items())
+        margins = [answer["margin"] for _, answer in traffic.lone]
+        found = {
+            **self.facts,
+            "finished": end is not None,
+            "passes": passes,
+            "requests_in_all": len(traffic.lone) + traffic.counts.total(),
+            "requests": {f"{kind}: {how}": n for (kind, how), n in counted if n},
+            "texts": {
+                "lengths": traffic.size.checked,
+                "largest_difference_of_logprob": traffic.difference,
+                "closest_second_choice_alone": min(each for each in margins if each),
+            },
+            "bench": traffic.benches,
+            **(end or {}),
+            "violations": traffic.violations,
+        }
+        if self.output:
+            record.write(self.output, found)
+        return found
+
+
+async def soak(
+    size: Size, url: str, process: psutil.Process, model: Path, kept: Record, minutes: float
+) -> dict[str, Any]:
+    """Returns the record."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    prose = tokenizer.encode(corpus.load()).ids
+    client = Client(url)
+    start = time.monotonic()
+    async with client.session:
+        traffic = Traffic(size, client, tokenizer.get_vocab_size())
+        memory = Memory(process)
+        with working("questions alone"):
+            await traffic.ask_alone(list(questions(prose, size.checked)))
+        if not traffic.lone:
+            sys.exit("it answered nothing, alone")
+
+        loaded = asyncio.Event()
+        watching = asyncio.create_task(memory.watch())
+        others = asyncio.gather(traffic.ask_again(loaded), traffic.disturb(loaded))
+        for number in itertools.count(1):
+            for plan in size.rounds:
+                what = f"pass {number}: {plan.requests} requests, {plan.concurrency} at once"
+                with working(what):
+                    await traffic.bench(plan, url, model)
+            memory.ends_of_passes.append(len(memory.samples))
+            kept.keep(traffic, number, None)
+            late = time.monotonic() - start > minutes * 60
+            if number >= 2 and (late or number >= size.passes):
+                break
+        loaded.set()
+        with working("the other clients finish"):
+            await others
+        traffic.expect(not watching.done(), "a process of the server ended")
+        watching.cancel()
+        with working("what is left"):
+            end = await check_end(traffic, memory)
+        end["seconds"] = round(time.monotonic() - start)
+        return kept.keep(traffic, number, end)
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table("at once", "requests", "tokens/s", "first token", "between tokens")
+    for bench in result["bench"]:
+        table.add_row(
+            str(bench["concurrency"]),
+            str(bench["requests"]),
+            f"{bench['total_token_throughput']:.0f}",
+            f"{bench['median_ttft_ms'] / 1000:.2f} s",
+            f"{bench['median_itl_ms']:.0f} ms",
+        )
+    console.print(table)
+    for what, count in result["requests"].items():
+        console.print(f"{count:6} {what}")
+    peaks = (result["memory"][f"{time}_peak_mib"] for time in ("first", "second"))
+    console.print("peak of memory: {} MiB, the second time {} MiB".format(*peaks))
+    console.print(f"{result['requests_in_all']} requests, {len(result['violations'])} wrong")
+
+
+def serve_options(size: Size, adapted: Path, port: int) -> dict[str, Any]:
+    return {
+        "attention-backend": "dca",
+        "additional-config": size.additional_config,
+        "max-model-len": size.max_model_len,
+        "dtype": "float32",
+        "served-model-name": SERVED,
+        "port": port,
+        "lora-modules": f"{ADAPTER}={adapted}",
+        "speculative-config": json.dumps(
+            {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+        ),
+    }
+
+
+def main(
+    context: typer.Context,
+    model: Annotated[Path, typer.Option(help="A directory.")] = CACHE / "demo-model",
+    quick: Annotated[bool, typer.Option(help="Some minutes, with small chunks.")] = False,
+    minutes: Annotated[
+        float, typer.Option(help="No pass begins later; there are two at least.")
+    ] = 1e9,
+    port: int = 8000,
+    output: Annotated[Path | None, typer.Option(help="Write a record as JSON.")] = None,
+) -> None:
+    size = QUICK if quick else FULL
+    # Else a server would outlive a soak that something stops.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # vLLM's own knobs for the CPU: every core, and a cache that the longest prompts fill.
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    # What vLLM's linear layers keep (scripts/bench/linear_memory.py) would hide a leak.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    if not model.exists():
+        with working("unpacking the model"):
+            demo_model.convert(model)
+    url, log = f"http://localhost:{port}", CACHE / f"soak-{port}.log"
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        adapted = Path(scratch) / "adapter"
+        adapter.write(model, adapted, scale=0.02)
+        options = serve_options(size, adapted, port)
+        command = [
+            VLLM,
+            "serve",
+            str(model),
+            *arguments(options),
+            "--enable-lora",
+            *context.args,
+        ]
+        started = time.monotonic()
+        with server(command, url, log) as process:
+            attends = re.search(r"DCA attends \d+ layers.*", log.read_text())
+            facts = {
+                **record.provenance("vllm", "vllm-dca"),
+                "cores": len(os.sched_getaffinity(0)),
+                "server": record.command("vllm", *command[1:]),
+                "backend": attends and attends[0],
+                "seconds_to_start": round(time.monotonic() - started),
+            }
+            kept = Record(output, facts)
+            result = asyncio.run(soak(size, url, process, model, kept, minutes))
+    show(result)
+    if attends is None:
+        sys.exit("the log does not say that DCA attends any layer")
+    if result["violations"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    unknown = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(help=__doc__, context_settings=unknown)(main)
+    app()

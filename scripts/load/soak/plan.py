@@ -1,0 +1,89 @@
+"""How much is asked of a server, and the questions whose answers are known."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+SERVED = "soaked"
+ADAPTER = "soaked-adapter"
+ANSWER = 16  # tokens of an answer that is checked
+
+
+@dataclass(frozen=True)
+class Round:
+    """A run of `vllm bench serve`: random prompts of input_len * (1 +- spread) tokens."""
+
+    concurrency: int
+    requests: int
+    input_len: int
+    spread: float
+    output_len: int
+
+
+@dataclass(frozen=True)
+class Size:
+    max_model_len: int
+    checked: tuple[int, ...]  # lengths of the texts
+    rounds: tuple[Round, ...]  # a pass
+    passes: int  # at least
+    pause: float  # seconds between two hostile requests
+    additional_config: str = "{}"
+
+
+FULL = Size(
+    max_model_len=16384,
+    checked=(50, 300, 900, 2000, 5500, 9000),
+    rounds=(
+        Round(4, 4, 6500, 0.35, 32),
+        Round(1, 8, 400, 0.9, 32),
+        Round(4, 18, 400, 0.9, 32),
+        Round(16, 40, 400, 0.9, 32),
+    ),
+    passes=8,
+    pause=5,
+)
+QUICK = Size(
+    max_model_len=4096,
+    checked=(50, 760, 900, 1700),
+    rounds=(Round(2, 2, 1800, 0.3, 8), Round(8, 16, 300, 0.9, 8)),
+    passes=2,
+    pause=0.5,
+    additional_config='{"dca": {"chunk_size": 1024, "local_size": 256}}',
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt whose answer alone is the one under load, too.
+
+    Attributes:
+        kind: which feature it needs.
+        text: tokens.
+        options: of the request, beside those of every question.
+        choices: answers that it has, all the same.
+    """
+
+    kind: str
+    text: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+    choices: int = 1
+
+
+def questions(prose: list[int], lengths: tuple[int, ...]) -> Iterator[Question]:
+    """Of a text of each length; one of every feature, the shorter texts taken in turn."""
+    starts = itertools.accumulate(lengths, initial=0)
+    texts = [prose[at : at + n] for at, n in zip(starts, lengths, strict=False)]
+    for text in texts:
+        yield Question("greedy", text)
+    short = itertools.cycle(text for text in texts if 200 < len(text) <= 2000)
+    # A text that repeats itself: what ngram speculation drafts is mostly right.
+    passage = next(short)[:200]
+    yield Question("copied", passage * 3 + passage[:100])
+    yield Question("adapter", next(short), {"model": ADAPTER})
+    # Of one token to choose from, samples are what a greedy answer is. (Not by top_k: in vLLM
+    # 0.32 on a CPU, speculation that drafts nothing in a step stops at it, and the server ends.)
+    samples = {"temperature": 1, "top_p": 1e-6, "n": 3}
+    yield Question("samples", next(short), samples, choices=3)
+    only = {"structured_outputs": {"regex": "(war|marriage|money|love){3}"}}
+    yield Question("structured", next(short), {**only, "ignore_eos": False})
