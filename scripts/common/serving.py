@@ -1,6 +1,7 @@
 """A server of its own for a script, and what is shown while one waits."""
 
 import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,14 @@ def working(what: str) -> Iterator[Progress]:
         task = progress.add_task(what, total=1)
         yield progress
         progress.update(task, completed=1)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def is_up(url: str) -> bool:

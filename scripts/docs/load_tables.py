@@ -30,7 +30,9 @@ def soak_rounds() -> str:
     rows = []
     for number in range(a_pass):
         first, second = benches[number:half:a_pass], benches[half + number :: a_pass]
-        low, high = (first[0]["input_len"] * (1 + sign * first[0]["spread"]) for sign in (-1, 1))
+        low, high = (
+            first[0]["input_len"] * (1 + sign * first[0]["spread"]) for sign in (-1, 1)
+        )
         rows.append(
             (
                 first[0]["concurrency"],

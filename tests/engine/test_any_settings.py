@@ -29,7 +29,7 @@ OPTIONS = st.fixed_dictionaries(
         "local_size": VALUES,
         "original_max_position_embeddings": VALUES,
         "prefill_provider": st.sampled_from([None, "torch", "flash_attn", "nonsense", 7]),
-        "sparse": st.sampled_from(["off", "auto", "checkpoint", "nonsense", False]),
+        "sparse": st.sampled_from(["off", "auto", "checkpoint", "nonsense", False, [], {}]),
         "sparse_threshold": VALUES,
         "sparse_coverage": st.sampled_from([0.5, 0.95, 1, 0, 2.0, "0.9"]),
         "sparse_min_keys": VALUES,
@@ -45,8 +45,9 @@ CHECKPOINT = st.fixed_dictionaries(
         "local_size": VALUES,
         "original_max_position_embeddings": VALUES,
         "sparse_attention_enabled": st.just(False),
+        "sparse_attention_threshold": VALUES,
     },
-)
+) | st.sampled_from([[64], "nonsense", 7])
 # Models that the support table refuses by their config: class, architecture, what is changed,
 # and a word of the message.
 KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import free_port
+from scripts.common.serving import free_port
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate
 from tests.helpers.inprocess import engine

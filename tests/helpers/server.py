@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import free_port
+from scripts.common.serving import free_port
 
 VLLM = [str(Path(sys.executable).with_name("vllm"))]
 STARTED = 300  # seconds

@@ -73,9 +73,22 @@ def test_unusable_options_are_refused(options: Any, message: str) -> None:
         resolve(options)
 
 
-def test_unusable_checkpoint_values_are_refused() -> None:
-    with pytest.raises(ValueError, match="chunk_size must be a positive"):
-        resolve(None, {"chunk_size": -5, "local_size": 1})
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({**QWEN, "chunk_size": -1}, "chunk_size must be a positive number"),
+        ({**QWEN, "local_size": 10**30}, "local_size must be 2147483647 tokens at most"),
+        (
+            {**QWEN, "original_max_position_embeddings": "64"},
+            "original_max_position_embeddings must be a positive number of tokens, not '64'",
+        ),
+        ([64], "dual_chunk_attention_config must be an object, not [64]"),
+        (7, "dual_chunk_attention_config must be an object, not 7"),
+    ],
+)
+def test_unusable_checkpoint_values_are_refused(checkpoint: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(None, checkpoint)
 
 
 @given(st.integers(2, 5000), st.integers(1, 5000), st.integers(1, 256))

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from scripts.common.corpus import load
-from tests.conftest import DEMO_MODEL, free_port
+from scripts.common.serving import free_port
+from tests.conftest import DEMO_MODEL
 from tests.helpers import checkpoints
 from tests.helpers.command_line import served
 from tests.helpers.inprocess import engine

@@ -25,6 +25,8 @@ LOCAL_SIZE_OF_CHUNK = (1, 6)
 # the same for every usual block size.
 CHUNK_LEN_ALIGNMENT = 128
 
+# Positions are 32-bit numbers.
+MOST_TOKENS = 2**31 - 1
 _NAMED_BLOCK_SIZES = tuple(2**n for n in range(12))
 
 
@@ -103,6 +105,8 @@ def _positive(key: str, value: object) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"DCA's {key} must be a positive number of tokens, not {value!r}.")
+    if value > MOST_TOKENS:
+        raise ValueError(f"DCA's {key} must be {MOST_TOKENS} tokens at most, not {value}.")
     return value
 
 
@@ -124,12 +128,21 @@ def resolve_settings(
         block_size: tokens in a page of the KV cache.
 
     Raises:
-        ValueError: sizes that cannot work together or with the block size.
+        ValueError: what is no number of tokens; sizes that cannot work together or with the
+            block size.
     """
     checkpoint = checkpoint or {}
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(
+            "DCA: the checkpoint's dual_chunk_attention_config must be an object, not "
+            f"{checkpoint!r:.99}."
+        )
     named = {key: _positive(key, checkpoint[key]) for key in SIZE_KEYS if key in checkpoint}
+    # Qwen's configs and vLLM V0 both write 0 for "no temperature".
+    temperature = checkpoint.get(TEMPERATURE_KEY)
+    temperature = None if temperature == 0 else _positive(TEMPERATURE_KEY, temperature)
     if trained := named.get("chunk_size"):
-        window = min(window, max(trained, checkpoint.get(TEMPERATURE_KEY) or 0))
+        window = min(window, max(trained, temperature or 0))
     source = "the checkpoint's dual_chunk_attention_config"
     if any(key in options for key in SIZE_KEYS):
         named = {key: options[key] for key in SIZE_KEYS if key in options}
@@ -142,12 +155,8 @@ def resolve_settings(
     geometry = ChunkGeometry(chunk_size, local_size)
     _check_block_size(geometry, block_size)
 
-    # Qwen's configs and vLLM V0 both write 0 for "no temperature".
-    temperature = checkpoint.get(TEMPERATURE_KEY) or None
     if TEMPERATURE_KEY in options:
         temperature = options[TEMPERATURE_KEY]
-    elif temperature is not None:
-        temperature = _positive(TEMPERATURE_KEY, temperature)
     provider = options.get(PROVIDER_KEY)
     return DcaSettings(chunk_size, local_size, temperature, source, window, provider)
 

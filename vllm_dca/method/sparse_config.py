@@ -80,7 +80,7 @@ def validate_sparse_options(options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: unusable values, or options that the mode has no use for.
     """
     mode = options.get(MODE_KEY, OFF)
-    if mode not in _OPTIONS:
+    if not isinstance(mode, str) or mode not in _OPTIONS:
         raise ValueError(
             f"DCA's {MODE_KEY} must be one of {', '.join(_OPTIONS)}, not {mode!r}."
         )
@@ -92,9 +92,7 @@ def validate_sparse_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 f'DCA\'s {key} is for "{MODE_KEY}": {modes}, and that is {mode!r}.'
             )
     for key in (THRESHOLD_KEY, MIN_KEYS_KEY):
-        value = given.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-            raise ValueError(f"DCA's {key} must be a number of tokens, not {value!r}.")
+        _tokens(key, given.get(key, 1))
     for key in (COVERAGE_KEY, MIN_RECALL_KEY):
         share = given.get(key, COVERAGE)
         if isinstance(share, bool) or not isinstance(share, int | float):
@@ -106,6 +104,12 @@ def validate_sparse_options(options: Mapping[str, Any]) -> dict[str, Any]:
             f"DCA's {BUDGETS_KEY} must be a file's path, not {given[BUDGETS_KEY]!r}."
         )
     return {MODE_KEY: mode, **given}
+
+
+def _tokens(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(f"DCA's {key} must be a number of tokens, not {value!r}.")
+    return value
 
 
 def resolve_sparse(
@@ -149,7 +153,8 @@ def resolve_sparse(
                 f'"{AUTO}", which serves any model.'
             )
         budgets = read_budgets(config, attended, num_heads)
-    threshold = (checkpoint or {}).get("sparse_attention_threshold", THRESHOLD)
+    name = "sparse_attention_threshold"
+    threshold = _tokens(name, (checkpoint or {}).get(name, THRESHOLD))
     return SparseSettings(
         options.get(THRESHOLD_KEY, threshold),
         options.get(COVERAGE_KEY, COVERAGE),

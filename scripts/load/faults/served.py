@@ -16,8 +16,7 @@ from typing import Any
 
 import psutil
 
-from scripts.common.serving import is_up
-from tests.conftest import free_port
+from scripts.common.serving import free_port, is_up
 from tests.helpers import checkpoints
 
 VLLM = str(Path(sys.executable).with_name("vllm"))

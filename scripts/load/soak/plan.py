@@ -81,8 +81,8 @@ def questions(prose: list[int], lengths: tuple[int, ...]) -> Iterator[Question]:
     passage = next(short)[:200]
     yield Question("copied", passage * 3 + passage[:100])
     yield Question("adapter", next(short), {"model": ADAPTER})
-    # Of one token to choose from, samples are what a greedy answer is. (Not by top_k: in vLLM
-    # 0.32 on a CPU, speculation that drafts nothing in a step stops at it, and the server ends.)
+    # Of one token to choose from, samples are what a greedy answer is. Not by top_k: on a CPU,
+    # vLLM 0.32's speculation fails at it in a step without drafts, and the server ends.
     samples = {"temperature": 1, "top_p": 1e-6, "n": 3}
     yield Question("samples", next(short), samples, choices=3)
     only = {"structured_outputs": {"regex": "(war|marriage|money|love){3}"}}

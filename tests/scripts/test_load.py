@@ -1,0 +1,68 @@
+"""The soak finds what it must find, and asks what it says that it asks."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.load.soak.__main__ import Record
+from scripts.load.soak.plan import FULL, QUICK, Question, Size, questions
+from scripts.load.soak.traffic import ATOL, Traffic
+from scripts.load.soak.watch import Memory
+
+EXPECTED = {"tokens": [5, 6], "text": "ab", "logprobs": [-1.0, -2.0], "margin": 0.5}
+
+
+@pytest.mark.parametrize("size", [FULL, QUICK])
+def test_it_asks_for_every_feature(size: Size) -> None:
+    asked = list(questions(list(range(30000)), size.checked))
+    kinds = [question.kind for question in asked]
+    assert kinds.count("greedy") == len(size.checked)
+    assert set(kinds) == {"greedy", "copied", "adapter", "samples", "structured"}
+    assert all(0 < len(question.text) < size.max_model_len for question in asked)
+    [copied] = (question.text for question in asked if question.kind == "copied")
+    assert copied[:200] == copied[200:400]
+
+
+@pytest.mark.parametrize(
+    ("choices", "right"),
+    [
+        ([{}], True),
+        ([{}] * 3, False),
+        ([], False),
+        ([{"tokens": [5, 7]}], False),
+        ([{"logprobs": [-1.0, -2.0 - ATOL / 2]}], True),
+        ([{"logprobs": [-1.0, -2.0 - 2 * ATOL]}], False),
+    ],
+)
+def test_another_answer_is_seen(choices: list[dict[str, Any]], right: bool) -> None:
+    traffic = Traffic(QUICK, client=None, vocabulary=10)  # type: ignore[arg-type]
+    found = {"status": 200, "choices": [EXPECTED | each for each in choices]}
+    assert traffic.is_as_alone(Question("greedy", [1]), EXPECTED, found) == right
+
+
+def test_peaks_of_two_halves() -> None:
+    memory = Memory.__new__(Memory)
+    memory.samples = [
+        (float(t), [100.0, float(mib)]) for t, mib in enumerate((1, 9, 3, 4, 5, 2))
+    ]
+    memory.ends_of_passes = [1, 3, 5]
+    halves = memory.of_halves()
+    # The first of three passes is the first half.
+    assert (halves["first_peak_mib"], halves["second_peak_mib"]) == (101, 109)
+
+
+def test_a_record_grows_with_each_pass(tmp_path: Path) -> None:
+    traffic = Traffic(QUICK, client=None, vocabulary=10)  # type: ignore[arg-type]
+    traffic.lone = [(Question("greedy", [1]), EXPECTED)]
+    kept = Record(tmp_path / "record.json", {"commit": "of today"})
+    for passes in (1, 2):
+        traffic.counts["greedy, afresh", "right"] += 1
+        kept.keep(traffic, passes, None)
+        found = json.loads((tmp_path / "record.json").read_text())
+        assert (found["passes"], found["finished"]) == (passes, False)
+        assert found["requests"] == {"greedy, afresh: right": passes}
+    assert math.isclose(found["texts"]["closest_second_choice_alone"], 0.5)
+    assert kept.keep(traffic, 2, {"memory": {}})["finished"]
