@@ -73,6 +73,8 @@ def test_a_damaged_one_is_not_loaded_but_compiled_again(
     other = tmp_path / "other" / build.FOLDER
     other.mkdir(parents=True)
     (other / kept.name).write_bytes(damaged[damage])
+    # What a process that was killed as it compiled left behind.
+    (other / f"{kept.name.partition('-')[0]}-killed.part").mkdir()
     assert build.library(CODE, ()).answer() == 42
     [mended] = libraries(other)
     assert build._name(mended.name.partition("-")[0], mended) == mended.name

@@ -8,6 +8,7 @@ its name says what must be in it.
 
 import ctypes
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,8 +80,10 @@ def _kept(folder: Path, source: str, flags: Sequence[str]) -> Path:
             if path.name == _name(key, path):
                 return path
             path.unlink()
+        for left in folder.glob(f"{key}-*.part"):  # of a process that was killed
+            shutil.rmtree(left)
         # On the same disk, so that it gets its name in one step.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(".part", f"{key}-", folder) as scratch:
             code = Path(scratch) / "source.cpp"
             code.write_text(source)
             builder = CppBuilder("library", str(code), options, scratch)

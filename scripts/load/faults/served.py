@@ -119,11 +119,12 @@ class Served:
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
 
     def stop(self) -> None:
-        children = self.children() if self.process.is_running() else []
-        self.process.terminate()
-        _, alive = psutil.wait_procs([self.process, *children], ENDED_S)
-        for process in alive:
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            children = self.children()
+            self.process.terminate()
+            _, alive = psutil.wait_procs([self.process, *children], ENDED_S)
+            for process in alive:
+                process.kill()
         self.output.close()
 
 
