@@ -60,7 +60,7 @@ def main(
                 with working((scenario.__doc__ or name).splitlines()[0]):
                     found = scenario(model, expected)
             except Exception as error:
-                console.print_exception()
+                console.print(f"{type(error).__name__}: {error}", markup=False)
                 failures[name] = str(error)
                 continue
             fault = (scenario.__doc__ or name).split(". ")[0].rstrip(".")

