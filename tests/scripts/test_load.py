@@ -29,18 +29,20 @@ def test_it_asks_for_every_feature(size: Size) -> None:
 @pytest.mark.parametrize(
     ("choices", "right"),
     [
-        ([{}], True),
+        ([{}, {}], True),
+        ([{}], False),
         ([{}] * 3, False),
         ([], False),
-        ([{"tokens": [5, 7]}], False),
-        ([{"logprobs": [-1.0, -2.0 - ATOL / 2]}], True),
-        ([{"logprobs": [-1.0, -2.0 - 2 * ATOL]}], False),
+        ([{}, {"tokens": [5, 7]}], False),
+        ([{"logprobs": [-1.0, -2.0 - ATOL / 2]}, {}], True),
+        ([{}, {"logprobs": [-1.0, -2.0 - 2 * ATOL]}], False),
+        ([{}, {"tokens": [5], "logprobs": [-1.0]}], False),
     ],
 )
 def test_another_answer_is_seen(choices: list[dict[str, Any]], right: bool) -> None:
     traffic = Traffic(QUICK, client=None, vocabulary=10)  # type: ignore[arg-type]
-    found = {"status": 200, "choices": [EXPECTED | each for each in choices]}
-    assert traffic.is_as_alone(Question("greedy", [1]), EXPECTED, found) == right
+    found = [EXPECTED | each for each in choices]
+    assert traffic.is_expected([EXPECTED] * 2, found) == right
 
 
 def test_peaks_of_two_halves() -> None:

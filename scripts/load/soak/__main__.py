@@ -8,7 +8,8 @@ questions are asked again, half of them without their cached prefix, and other c
 send prompts that are too long, broken JSON and the name of no model. Fails unless
 
 - the log says that DCA attends the layers;
-- every answer under load has the lone one's tokens, with its log-probabilities to 1e-3;
+- every answer under load has the lone one's tokens, with its log-probabilities to 1e-3, and
+  samples have those that their tokens have when they are read as a prompt;
 - prefixes were found in the cache, and drafts of the speculation were taken;
 - the bench's requests are all served, and the bad ones refused with the right status;
 - no more than a tenth of the answers that nobody waits for is generated;
@@ -54,7 +55,8 @@ class Record:
     def keep(self, traffic: Traffic, passes: int, end: dict[str, Any] | None) -> dict[str, Any]:
         """What is known now; `end` is None while it is under way."""
         counted = sorted(traffic.counts.items())
-        margins = [answer["margin"] for _, answer in traffic.lone]
+        lone = [answer for question, answer in traffic.lone if question.choices == 1]
+        margins = [answer["margin"] for answer in lone]
         found = {
             **self.facts,
             "finished": end is not None,

@@ -54,6 +54,16 @@ class Client:
         self.generated += found["usage"]["completion_tokens"]
         return {"status": status, "choices": [_choice(each) for each in found["choices"]]}
 
+    async def read(self, text: list[int], answer: list[int]) -> list[float]:
+        """The log-probabilities that an answer's tokens have as the end of a prompt."""
+        status, found = await self.send(request(prompt=text + answer, prompt_logprobs=0))
+        if status != 200:
+            return []
+        self.generated += found["usage"]["completion_tokens"]
+        entries = found["choices"][0]["prompt_logprobs"][-len(answer) :]
+        pairs = zip(entries, answer, strict=True)
+        return [entry[str(token)]["logprob"] for entry, token in pairs]
+
     async def hang_up(self, prompt: list[int], tokens: int) -> None:
         """Ask for a long answer and leave at its first token."""
         body = request(prompt=prompt, max_tokens=tokens, ignore_eos=True, stream=True)
