@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scripts.load.soak.__main__ import Record
-from scripts.load.soak.plan import FULL, QUICK, Question, Size, questions
+from scripts.load.soak.plan import FULL, QUICK, SERVERS, Question, Size, questions
 from scripts.load.soak.traffic import ATOL, Traffic
 from scripts.load.soak.watch import Memory
 
@@ -16,11 +16,13 @@ EXPECTED = {"tokens": [5, 6], "text": "ab", "logprobs": [-1.0, -2.0], "margin": 
 
 
 @pytest.mark.parametrize("size", [FULL, QUICK])
-def test_it_asks_for_every_feature(size: Size) -> None:
-    asked = list(questions(list(range(30000)), size.checked))
+@pytest.mark.parametrize("speculating", SERVERS.values())
+def test_it_asks_for_every_feature(size: Size, speculating: bool) -> None:
+    asked = list(questions(list(range(30000)), size.checked, speculating))
     kinds = [question.kind for question in asked]
     assert kinds.count("greedy") == len(size.checked)
-    assert set(kinds) == {"greedy", "copied", "adapter", "samples", "structured"}
+    sampled = set() if speculating else {"samples"}
+    assert set(kinds) == {"greedy", "copied", "adapter", "structured", *sampled}
     assert all(0 < len(question.text) < size.max_model_len for question in asked)
     [copied] = (question.text for question in asked if question.kind == "copied")
     assert copied[:200] == copied[200:400]
@@ -62,9 +64,10 @@ def test_a_record_grows_with_each_pass(tmp_path: Path) -> None:
     kept = Record(tmp_path / "record.json", {"commit": "of today"})
     for passes in (1, 2):
         traffic.counts["greedy, afresh", "right"] += 1
-        kept.keep(traffic, passes, None)
+        kept.keep("sampling", {"seconds": 7}, traffic, passes)
         found = json.loads((tmp_path / "record.json").read_text())
-        assert (found["passes"], found["finished"]) == (passes, False)
-        assert found["requests"] == {"greedy, afresh: right": passes}
-    assert math.isclose(found["texts"]["closest_second_choice_alone"], 0.5)
-    assert kept.keep(traffic, 2, {"memory": {}})["finished"]
+        assert found["commit"] == "of today"
+        of = found["servers"]["sampling"]
+        assert (of["passes"], of["seconds"]) == (passes, 7)
+        assert of["requests"] == {"greedy, afresh: right": passes}
+    assert math.isclose(of["texts"]["closest_second_choice_alone"], 0.5)

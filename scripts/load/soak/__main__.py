@@ -1,11 +1,12 @@
 """Load a server with DCA for a while: right answers, no leak, alive at the end.
 
-Starts `vllm serve MODEL --attention-backend dca` in fp32, with a LoRA adapter and speculation
-by ngrams, and asks it, one at a time, for greedy answers to texts of mixed length, and for one
-that needs each feature: the adapter, three samples, a regular expression, a text that repeats
-itself. Then `vllm bench serve` loads it, round by round and pass by pass, while the same
-questions are asked again, half of them without their cached prefix, and other clients hang up,
-send prompts that are too long, broken JSON and the name of no model. Fails unless
+Starts `vllm serve MODEL --attention-backend dca` in fp32 with a LoRA adapter, first with
+speculation by ngrams, then without, and asks each server, one at a time, for greedy answers to
+texts of mixed length, and for one that needs each feature: the adapter, a regular expression, a
+text that repeats itself, and without speculation three samples. Then `vllm bench serve` loads
+it, round by round and pass by pass, while the same questions are asked again, half of them
+without their cached prefix, and other clients hang up, send prompts that are too long, broken
+JSON and the name of no model. Fails unless
 
 - the log says that DCA attends the layers;
 - every answer under load has the lone one's tokens, with its log-probabilities to 1e-3, and
@@ -22,7 +23,6 @@ batch breaks otherwise.)
 """
 
 import asyncio
-import itertools
 import json
 import os
 import re
@@ -30,6 +30,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,80 +42,100 @@ from tokenizers import Tokenizer
 from scripts.common import adapter, corpus, demo_model, record
 from scripts.common.serving import CACHE, console, server, working
 from scripts.load.soak.client import Client
-from scripts.load.soak.plan import ADAPTER, FULL, QUICK, SERVED, Size, questions
+from scripts.load.soak.plan import ADAPTER, FULL, QUICK, SERVED, SERVERS, Size, questions
 from scripts.load.soak.traffic import VLLM, Traffic, arguments
 from scripts.load.soak.watch import Memory, check_end
 
 
 class Record:
-    """What is known so far, on disk after each pass."""
+    """What is known so far of each server, on disk after each of its passes."""
 
     def __init__(self, output: Path | None, facts: dict[str, Any]) -> None:
         self.output, self.facts = output, facts
+        self.servers: dict[str, dict[str, Any]] = {}
 
-    def keep(self, traffic: Traffic, passes: int, end: dict[str, Any] | None) -> dict[str, Any]:
-        """What is known now; `end` is None while it is under way."""
+    def keep(self, name: str, facts: dict[str, Any], traffic: Traffic, passes: int) -> None:
+        """What is known of a server now, `facts` among it."""
         counted = sorted(traffic.counts.items())
         lone = [answer for question, answer in traffic.lone if question.choices == 1]
-        margins = [answer["margin"] for answer in lone]
-        found = {
-            **self.facts,
-            "finished": end is not None,
+        self.servers[name] = {
             "passes": passes,
             "requests_in_all": len(traffic.lone) + traffic.counts.total(),
             "requests": {f"{kind}: {how}": n for (kind, how), n in counted if n},
             "texts": {
                 "lengths": traffic.size.checked,
                 "largest_difference_of_logprob": traffic.difference,
-                "closest_second_choice_alone": min(each for each in margins if each),
+                "closest_second_choice_alone": min(
+                    answer["margin"] for answer in lone if answer["margin"]
+                ),
             },
             "bench": traffic.benches,
-            **(end or {}),
+            **facts,
             "violations": traffic.violations,
         }
         if self.output:
-            record.write(self.output, found)
-        return found
+            record.write(self.output, {**self.facts, "servers": self.servers})
 
 
-async def soak(
-    size: Size, url: str, process: psutil.Process, model: Path, kept: Record, minutes: float
-) -> dict[str, Any]:
-    """Returns the record."""
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    prose = tokenizer.encode(corpus.load()).ids
-    client = Client(url)
-    start = time.monotonic()
-    async with client.session:
-        traffic = Traffic(size, client, tokenizer.get_vocab_size())
-        memory = Memory(process)
-        with working("questions alone"):
-            await traffic.ask_alone(list(questions(prose, size.checked)))
-        if not traffic.lone:
-            sys.exit("it answered nothing, alone")
+@dataclass
+class Soak:
+    """A server under load.
 
-        loaded = asyncio.Event()
-        watching = asyncio.create_task(memory.watch())
-        others = asyncio.gather(traffic.ask_again(loaded), traffic.disturb(loaded))
-        for number in itertools.count(1):
-            for plan in size.rounds:
+    Attributes:
+        name: one of SERVERS.
+        facts: what is known of it already.
+        minutes: no pass begins later.
+    """
+
+    name: str
+    size: Size
+    url: str
+    process: psutil.Process
+    model: Path
+    facts: dict[str, Any]
+    kept: Record
+    minutes: float
+
+    async def run(self) -> None:
+        tokenizer = Tokenizer.from_file(str(self.model / "tokenizer.json"))
+        prose = tokenizer.encode(corpus.load()).ids
+        asked = list(questions(prose, self.size.checked, SERVERS[self.name]))
+        client = Client(self.url)
+        start = time.monotonic()
+        async with client.session:
+            traffic = Traffic(self.size, client, tokenizer.get_vocab_size())
+            memory = Memory(self.process)
+            with working("questions alone"):
+                await traffic.ask_alone(asked)
+            if not traffic.lone:
+                sys.exit("it answered nothing, alone")
+            loaded = asyncio.Event()
+            watching = asyncio.create_task(memory.watch())
+            others = asyncio.gather(traffic.ask_again(loaded), traffic.disturb(loaded))
+            passes = await self.load(traffic, memory)
+            loaded.set()
+            with working("the other clients finish"):
+                await others
+            traffic.expect(not watching.done(), "a process of the server ended")
+            watching.cancel()
+            with working("what is left"):
+                end = await check_end(traffic, memory, SERVERS[self.name])
+            end["seconds"] = round(time.monotonic() - start)
+            self.kept.keep(self.name, {**self.facts, **end}, traffic, passes)
+
+    async def load(self, traffic: Traffic, memory: Memory) -> int:
+        """The passes, two at least; how many there were."""
+        start = time.monotonic()
+        for number in range(1, self.size.passes + 1):
+            for plan in self.size.rounds:
                 what = f"pass {number}: {plan.requests} requests, {plan.concurrency} at once"
                 with working(what):
-                    await traffic.bench(plan, url, model)
+                    await traffic.bench(plan, self.url, self.model)
             memory.ends_of_passes.append(len(memory.samples))
-            kept.keep(traffic, number, None)
-            late = time.monotonic() - start > minutes * 60
-            if number >= 2 and (late or number >= size.passes):
+            self.kept.keep(self.name, self.facts, traffic, number)
+            if number >= 2 and time.monotonic() - start > self.minutes * 60:
                 break
-        loaded.set()
-        with working("the other clients finish"):
-            await others
-        traffic.expect(not watching.done(), "a process of the server ended")
-        watching.cancel()
-        with working("what is left"):
-            end = await check_end(traffic, memory)
-        end["seconds"] = round(time.monotonic() - start)
-        return kept.keep(traffic, number, end)
+        return number
 
 
 def show(result: dict[str, Any]) -> None:
@@ -135,8 +156,8 @@ def show(result: dict[str, Any]) -> None:
     console.print(f"{result['requests_in_all']} requests, {len(result['violations'])} wrong")
 
 
-def serve_options(size: Size, adapted: Path, port: int) -> dict[str, Any]:
-    return {
+def command_of(model: Path, size: Size, adapted: Path, port: int, name: str) -> list[str]:
+    options: dict[str, Any] = {
         "attention-backend": "dca",
         "additional-config": size.additional_config,
         "max-model-len": size.max_model_len,
@@ -144,10 +165,11 @@ def serve_options(size: Size, adapted: Path, port: int) -> dict[str, Any]:
         "served-model-name": SERVED,
         "port": port,
         "lora-modules": f"{ADAPTER}={adapted}",
-        "speculative-config": json.dumps(
-            {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
-        ),
     }
+    if SERVERS[name]:
+        ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+        options["speculative-config"] = json.dumps(ngram)
+    return [VLLM, "serve", str(model), *arguments(options), "--enable-lora"]
 
 
 def main(
@@ -155,7 +177,7 @@ def main(
     model: Annotated[Path, typer.Option(help="A directory.")] = CACHE / "demo-model",
     quick: Annotated[bool, typer.Option(help="Some minutes, with small chunks.")] = False,
     minutes: Annotated[
-        float, typer.Option(help="No pass begins later; there are two at least.")
+        float, typer.Option(help="No pass of a server begins later; there are two at least.")
     ] = 1e9,
     port: int = 8000,
     output: Annotated[Path | None, typer.Option(help="Write a record as JSON.")] = None,
@@ -172,35 +194,28 @@ def main(
     if not model.exists():
         with working("unpacking the model"):
             demo_model.convert(model)
-    url, log = f"http://localhost:{port}", CACHE / f"soak-{port}.log"
+    facts = {**record.provenance("vllm", "vllm-dca"), "cores": len(os.sched_getaffinity(0))}
+    kept = Record(output, facts)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         adapted = Path(scratch) / "adapter"
         adapter.write(model, adapted, scale=0.02)
-        options = serve_options(size, adapted, port)
-        command = [
-            VLLM,
-            "serve",
-            str(model),
-            *arguments(options),
-            "--enable-lora",
-            *context.args,
-        ]
-        started = time.monotonic()
-        with server(command, url, log) as process:
-            attends = re.search(r"DCA attends \d+ layers.*", log.read_text())
-            facts = {
-                **record.provenance("vllm", "vllm-dca"),
-                "cores": len(os.sched_getaffinity(0)),
-                "server": record.command("vllm", *command[1:]),
-                "backend": attends and attends[0],
-                "seconds_to_start": round(time.monotonic() - started),
-            }
-            kept = Record(output, facts)
-            result = asyncio.run(soak(size, url, process, model, kept, minutes))
-    show(result)
-    if attends is None:
-        sys.exit("the log does not say that DCA attends any layer")
-    if result["violations"]:
+        for name in SERVERS:
+            url, log = f"http://localhost:{port}", CACHE / f"soak-{name}-{port}.log"
+            command = [*command_of(model, size, adapted, port, name), *context.args]
+            started = time.monotonic()
+            with server(command, url, log) as process:
+                attends = re.search(r"DCA attends \d+ layers.*", log.read_text())
+                if attends is None:
+                    sys.exit("the log does not say that DCA attends any layer")
+                of_server = {
+                    "server": record.command("vllm", *command[1:]),
+                    "backend": attends[0],
+                    "seconds_to_start": round(time.monotonic() - started),
+                }
+                run = Soak(name, size, url, process, model, of_server, kept, minutes)
+                asyncio.run(run.run())
+            show(kept.servers[name])
+    if any(found["violations"] for found in kept.servers.values()):
         raise typer.Exit(1)
 
 

@@ -149,6 +149,7 @@ class Traffic:
                 "num-prompts": plan.requests,
                 "max-concurrency": plan.concurrency,
                 "seed": len(self.benches),
+                "temperature": 0,
                 "result-dir": directory,
                 "result-filename": "result.json",
             }
