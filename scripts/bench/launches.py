@@ -155,7 +155,7 @@ def sparse(shape: Shape, dtype: torch.dtype, cache: torch.dtype):
     kv_cache, given = layer(shape, dtype, cache)
     del given["soft_cap"]
     table = torch.zeros(1, segment.end // PAGE, dtype=torch.int32)
-    plan = SparsePlan([segment], torch.empty(0), table, GEOMETRY, None)
+    plan = SparsePlan([segment], table, GEOMETRY, None)
     budgets = torch.zeros(shape.heads, dtype=torch.int64)
     for rule in (Rule(None, None, 0.95, 1024), Rule(budgets, budgets, 1.0, 0)):
         sizes = SparseSizes(shape.heads, 256, 256, GEOMETRY.chunk_len, rule.continuous)

@@ -66,7 +66,7 @@ def measure(
     layer = Layer((model, *SHAPES[model], *SIZES), 1, context, new, DTYPES[dtype], PAGE, "cpu")
     geometry, heads = layer.geometry, layer.query.shape[1]
     segments = sparse_segments([0, new], [context], geometry.chunk_len, 0)
-    plan = SparsePlan(segments, torch.empty(0), layer.block_table, geometry, None)
+    plan = SparsePlan(segments, layer.block_table, geometry, None)
     given: dict[str, Any] = {
         "plan": plan,
         "rotation": layer.rotation,

@@ -17,6 +17,7 @@ import torch
 from scripts.bench import compile_kernels, launches
 from scripts.common import record
 from vllm_dca.cuda import decode, paged_pass, prefill
+from vllm_dca.cuda.tuning import Tuning, decode_tuning, prefill_tuning
 
 CAPABILITY = 75
 KERNELS = {"decode": "decode", "attention": "pass", "prefill": "prefill"}
@@ -25,11 +26,17 @@ KERNELS = {"decode": "decode", "attention": "pass", "prefill": "prefill"}
 @contextlib.contextmanager
 def smaller_tiles() -> Iterator[None]:
     """Sixteen keys for decode; sixteen queries and 32 keys for prefills; eight warps."""
-    tune = decode.tune
+
+    def of_decode(*of: Any) -> Tuning:
+        return decode_tuning(*of)._replace(tile=16, num_warps=8)
+
+    def of_prefill(*of: Any) -> Tuning:
+        return prefill_tuning(*of)._replace(queries=16, tile=32, num_warps=8)
+
     with (
-        mock.patch.object(decode, "tune", lambda *of: tune(*of)._replace(tile=16, num_warps=8)),
-        mock.patch.object(paged_pass, "tune", return_value=(16, 32, 8)),
-        mock.patch.object(prefill, "tune", return_value=(16, 32, 8)),
+        mock.patch.object(decode, "decode_tuning", of_decode),
+        mock.patch.object(paged_pass, "prefill_tuning", of_prefill),
+        mock.patch.object(prefill, "prefill_tuning", of_prefill),
     ):
         yield
 

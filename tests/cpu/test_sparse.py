@@ -242,7 +242,8 @@ def test_what_lines_keep_of_a_tile_between(path: str) -> None:
             poisoned(batch, segment),
             segment,
             lines,
-            OPERATIONS[path],
+            OPERATIONS[path].weigh,
+            OPERATIONS[path].select,
             {"plan": plan, "rotation": batch.rotation(), "softmax_scale": batch.shape.scale},
         )
         end = (segment.begin + segment.end) // 2 // 64 * 64
@@ -287,7 +288,7 @@ def test_batched_equals_single(rule: Rule, operations: SparseOperations) -> None
     query, plan = batch.rotated_query(), helper.plan(batch)
     together = answers(batch, query, plan)
     # The others' rows are left alone.
-    assert together[plan.rest].isnan().all()
+    assert together[helper.rest(batch, plan)].isnan().all()
     assert (
         not together[torch.cat([torch.arange(700)[s.rows] for s in plan.segments[:2]])]
         .isnan()

@@ -20,6 +20,7 @@ from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.cuda import sparse_attend, sparse_lists, sparse_plan, sparse_probe, sparse_select
 from vllm_dca.cuda.sparse import Buffers, Sparse
 from vllm_dca.cuda.sparse_probe import Weights
+from vllm_dca.cuda.tuning import Tuning
 from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.sparse import Attended, SparsePlan, SparseSizes
 from vllm_dca.reference import sparse as reference
@@ -45,7 +46,7 @@ def _blocks(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setattr(sparse_probe, "SPAN", 256)
             patch.setattr(sparse_probe, "LEAST_SPAN", 320)
         if DEVICE.type == "cpu":
-            patch.setattr(sparse_attend, "tune", lambda *_: (32, 64, 4))
+            patch.setattr(sparse_attend, "prefill_tuning", lambda *_: Tuning(32, 64, 4, 3, 255))
             for module in (sparse_attend, sparse_probe):
                 patch.setattr(module, "turn_queries", turn_queries)
         yield
@@ -115,7 +116,7 @@ def test_attends_to_given_lines(shape: Shape, threshold: int, share: float) -> N
         return
     taken = [helper.random_lines(batch, each, share, shape.seed) for each in plan.segments]
     output = attend(batch, plan, taken)
-    assert output[plan.rest].isnan().all()
+    assert output[helper.rest(batch, plan)].isnan().all()
     for segment, lines in zip(plan.segments, taken, strict=True):
         on_cpu.assert_attends(batch, segment, lines, output[segment.rows])
 
@@ -291,7 +292,7 @@ def test_together_is_as_alone() -> None:
     with interpreter.launches() as of_all:
         together, plan = attended(batch, rule)
     assert [segment.request for segment in plan.segments] == [0, 0, 2]
-    assert together[plan.rest].isnan().all()
+    assert together[helper.rest(batch, plan)].isnan().all()
     for segment in plan.segments:
         assert together[segment.rows].isfinite().all()
     with interpreter.launches() as of_rounds:

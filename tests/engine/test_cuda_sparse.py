@@ -38,9 +38,10 @@ def patched(patch: pytest.MonkeyPatch) -> None:
     """The interpreter takes its time by the program. Dense passes turn queries as ever."""
     from vllm_dca.cpu.turn import turn_queries
     from vllm_dca.cuda import paged_pass, sparse_attend, sparse_probe
+    from vllm_dca.cuda.tuning import Tuning
 
     for module in (paged_pass, sparse_attend):
-        patch.setattr(module, "tune", lambda *_: (64, 64, 4))
+        patch.setattr(module, "prefill_tuning", lambda *_: Tuning(64, 64, 4, 3, 255))
     for module in (sparse_attend, sparse_probe):
         patch.setattr(module, "turn_queries", turn_queries)
 

@@ -11,7 +11,7 @@ import torch
 from tests.helpers.paged import Batch, query_start_loc
 from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.sparse import SparsePlan
-from vllm_dca.method.sparse_planning import Segment, dense_rest, sparse_segments
+from vllm_dca.method.sparse_planning import Segment, sparse_segments
 from vllm_dca.reference import sparse as reference
 
 
@@ -23,11 +23,18 @@ def plan(batch: Batch, threshold: int = 0) -> SparsePlan:
     segments = sparse_segments(starts, ends, shape.chunk_len, threshold)
     return SparsePlan(
         segments,
-        dense_rest(segments, starts, ends).tokens,
         batch.block_table,
         shape.geometry,
         shape.original_max_position_embeddings,
     )
+
+
+def rest(batch: Batch, plan: SparsePlan) -> torch.Tensor:
+    """[num_tokens] bool, those of no segment."""
+    others = torch.ones(len(batch.rotated_query()), dtype=torch.bool)
+    for segment in plan.segments:
+        others[segment.rows] = False
+    return others
 
 
 def options(batch: Batch) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vllm_dca.cuda import plan_decode
 from vllm_dca.cuda.plan_decode import DecodePlan, pack_at, share_of
 from vllm_dca.cuda.reduce import reduce_pieces
 from vllm_dca.cuda.tiles import LOG2_E, add_sink, attend_keys
-from vllm_dca.cuda.tuning import MIN_DOT_SIZE, tune
+from vllm_dca.cuda.tuning import decode_tuning, padded
 from vllm_dca.cuda.turn import turn_into
 from vllm_dca.method.rotary import QueryRotation
 
@@ -220,12 +220,12 @@ def decode_attention(
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, page_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    tuning = tune(head_size, query.dtype, kv_cache.dtype, plan.pack_rows * group)
+    tuning = decode_tuning(head_size, query.dtype, kv_cache.dtype, plan.pack_rows * group)
     blocks = triton.cdiv(plan.pack_rows * group, tuning.queries)
     parts = 2 * plan.num_programs, tuning.queries
     part_output = query.new_empty(*parts, head_size, dtype=torch.float32)
     part_lse = query.new_empty(parts, dtype=torch.float32)
-    head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
+    head_padded = padded(head_size)
     turned = query.new_empty(plan.num_programs, tuning.queries, head_padded)
     num_packs = len(plan.packs)
     _decode_kernel[(plan.num_programs,)](

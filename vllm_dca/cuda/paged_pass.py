@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dca.cuda.tiles import LOG2_E, attend_keys
+from vllm_dca.cuda.tiles import LOG2_E, attend_keys, segment_at, tiles_of
+from vllm_dca.cuda.tuning import padded, prefill_tuning
 from vllm_dca.method.provider import PagedSegments
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -54,18 +55,9 @@ def _attention_kernel(
     TILE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    # Every segment's tiles of ROWS queries, and at most one tile to spare, follow those of the
-    # segment before: segment i starts at tile cu_seqlens_q[i] // ROWS + i.
-    tile = tl.program_id(0)
-    segment, last = 0, num_segments - 1
-    for _ in range(search_steps):
-        middle = (segment + last + 1) // 2
-        starts = tl.load(cu_seqlens_q + middle) // ROWS + middle <= tile
-        segment = tl.where(starts, middle, segment)
-        last = tl.where(starts, last, middle - 1)
-    first_row = tl.load(cu_seqlens_q + segment)
-    num_rows = tl.load(cu_seqlens_q + segment + 1) - first_row
-    first = (tile - first_row // ROWS - segment) * ROWS
+    segment, first_row, num_rows, first = segment_at(
+        cu_seqlens_q, num_segments, search_steps, tl.program_id(0), 1, ROWS
+    )
     if first >= num_rows:
         return
     row = first + tl.arange(0, ROWS)
@@ -126,9 +118,9 @@ def attention(
     page_size, num_kv_heads = key_cache.shape[1:3]
     num_segments = len(segments.seqused_k)
     lse = query.new_empty(num_heads, total_q, dtype=torch.float32)
-    head_padded = max(16, triton.next_power_of_2(head_size))
-    rows, tile, num_warps = tune(head_padded, query.dtype)
-    _attention_kernel[(total_q // rows + num_segments, num_heads)](
+    tuning = prefill_tuning(head_size, query.dtype)
+    tiles = tiles_of(total_q, num_segments, 1, tuning.queries)
+    _attention_kernel[(tiles, num_heads)](
         query,
         *query.stride()[:2],
         key_cache,
@@ -152,24 +144,13 @@ def attention(
         CAUSAL=segments.causal,
         GROUP=num_heads // num_kv_heads,
         HEAD_SIZE=head_size,
-        HEAD_PADDED=head_padded,
+        HEAD_PADDED=padded(head_size),
         PAGE_SIZE=page_size,
-        ROWS=rows,
-        TILE=tile,
+        ROWS=tuning.queries,
+        TILE=tuning.tile,
         HAS_SCALE=k_scale is not None,
-        num_warps=num_warps,
-        num_stages=3,
-        # Left to itself, the compiler spills to fit a program more.
-        maxnreg=255,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+        maxnreg=tuning.registers,
     )
     return lse
-
-
-def tune(head_padded: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Queries a program takes, keys it reads at a time, and warps; so that no shape spills."""
-    if dtype == torch.float32:
-        return (32 if head_padded < 256 else 16), 16, (4 if head_padded <= 64 else 8)
-    if head_padded > 256:
-        # Some cards have 99 KiB of shared memory, and tiles of 32 keys want 162.
-        return 32, 16, 8
-    return (64 if head_padded < 256 else 32), 32, 4

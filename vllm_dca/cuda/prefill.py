@@ -10,9 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dca.cuda.paged_pass import tune
 from vllm_dca.cuda.plan_prefill import PrefillWalk
-from vllm_dca.cuda.tiles import LOG2_E, add_sink, attend_keys
+from vllm_dca.cuda.tiles import (
+    LOG2_E,
+    add_sink,
+    attend_keys,
+    place_in,
+    segment_at,
+    tiles_of,
+)
+from vllm_dca.cuda.tuning import padded, prefill_tuning
 from vllm_dca.cuda.turn import turn_into
 from vllm_dca.method.rotary import QueryRotation
 
@@ -25,9 +32,7 @@ def _queries(
 
     Loaded again where they are wanted again: kept, they would take registers from the loop.
     """
-    first_token = tl.load(cu_seqlens_q + segment)
-    num_queries = (tl.load(cu_seqlens_q + segment + 1) - first_token) * GROUP
-    first = (tile - first_token * GROUP // QUERIES - segment) * QUERIES
+    first_token, num_queries, first = place_in(cu_seqlens_q, segment, tile, GROUP, QUERIES)
     # Lanes past the last query do as that one does.
     place = tl.minimum(first + tl.arange(0, QUERIES), num_queries - 1)
     row = place // GROUP
@@ -85,19 +90,12 @@ def _prefill_kernel(
     TILE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    # Every segment's tiles, and at most one to spare, follow those of the segment before:
-    # segment i starts at tile cu_seqlens_q[i] * GROUP // QUERIES + i. The last of a request see
-    # most keys; they go first.
+    # The last of a request see most keys; they go first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    segment, last = 0, num_segments - 1
-    for _ in range(search_steps):
-        middle = (segment + last + 1) // 2
-        starts = tl.load(cu_seqlens_q + middle) * GROUP // QUERIES + middle <= tile
-        segment = tl.where(starts, middle, segment)
-        last = tl.where(starts, last, middle - 1)
-    first_token = tl.load(cu_seqlens_q + segment)
-    num_queries = (tl.load(cu_seqlens_q + segment + 1) - first_token) * GROUP
-    if (tile - first_token * GROUP // QUERIES - segment) * QUERIES >= num_queries:
+    segment, _, num_queries, first = segment_at(
+        cu_seqlens_q, num_segments, search_steps, tile, GROUP, QUERIES
+    )
+    if first >= num_queries:
         return
 
     kv_head = tl.program_id(1)
@@ -192,9 +190,10 @@ def walk_attention(
     page_size, num_kv_heads = key_cache.shape[1:3]
     group = num_heads // num_kv_heads
     num_segments = len(plan.request)
-    head_padded = max(16, triton.next_power_of_2(head_size))
-    queries, tile, num_warps = tune(head_padded, query.dtype)
-    _prefill_kernel[(num_tokens * group // queries + num_segments, num_kv_heads)](
+    head_padded = padded(head_size)
+    tuning = prefill_tuning(head_size, query.dtype)
+    tiles = tiles_of(num_tokens, num_segments, group, tuning.queries)
+    _prefill_kernel[(tiles, num_kv_heads)](
         query,
         *query.stride()[:2],
         key_cache,
@@ -222,16 +221,16 @@ def walk_attention(
         plan.geometry.inter_position,
         float(plan.original_max_position_embeddings or 0),
         GROUP=group,
-        QUERIES=queries,
+        QUERIES=tuning.queries,
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
         ROTARY_DIM=rotation.cos_sin.shape[-1],
         IS_NEOX=rotation.is_neox,
         PAGE_SIZE=page_size,
-        TILE=tile,
+        TILE=tuning.tile,
         HAS_SCALE=k_scale is not None,
-        num_warps=num_warps,
-        num_stages=3,
-        # Left to itself, the compiler spills to fit a program more; three of small heads fit.
-        maxnreg=168 if head_padded <= 64 else 255,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+        # Three programs of small heads fit.
+        maxnreg=168 if head_padded <= 64 else tuning.registers,
     )

@@ -27,7 +27,6 @@ from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse import (
     Attended,
-    SparseOperations,
     SparsePlan,
     SparsePrefill,
     SparseSizes,
@@ -83,9 +82,6 @@ class Sparse:
     def __init__(self, sizes: SparseSizes, device: torch.device) -> None:
         self.sizes = sizes
         self.buffers = Buffers(sizes, device)
-        self.operations = SparseOperations(
-            functools.partial(weigh, self.buffers), lines.select, _alone
-        )
 
     def plan(self, plan: SparsePlan) -> DevicePlan:
         """A step, once for all layers."""
@@ -146,8 +142,9 @@ class Sparse:
             segment = plan.host.segments[-1]
             taken = buffers.lines_of(each, len(each.probe.ends) - 1)
             given |= {"plan": plan.host, "k_scale": k_scale}
-            rows, operations = query[segment.rows], self.operations
-            watch(Attended(rows, kv_cache, segment, taken, operations, given))
+            of_segment = functools.partial(weigh, buffers)
+            rows = query[segment.rows]
+            watch(Attended(rows, kv_cache, segment, taken, of_segment, lines.select, given))
 
 
 def prefill(sizes: SparseSizes, device: torch.device) -> SparsePrefill:
@@ -192,7 +189,3 @@ def weigh(
     slash += more
     last = segment.end - 1
     return weights.vertical[:, : last + 1], slash[:, : last // rule.line_width + 1]
-
-
-def _alone(*_: Any, **__: Any) -> None:
-    raise NotImplementedError("A GPU attends from all segments of a step together.")

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dca.cuda.paged_pass import tune
-from vllm_dca.cuda.sparse_keys import keys_of
+from vllm_dca.cuda.sparse_keys import keys_of, segment_of, turned_rows
 from vllm_dca.cuda.sparse_lists import Lists, Marks
 from vllm_dca.cuda.sparse_plan import COLUMNS, Round
 from vllm_dca.cuda.tiles import LOG2_E
+from vllm_dca.cuda.tuning import padded, prefill_tuning
 from vllm_dca.cuda.turn import turn_queries
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse_config import TILE
@@ -132,8 +132,10 @@ def _attend_kernel(
     number = tl.num_programs(1) - 1 - tl.program_id(1)
     segment = tl.load(tiles + number // PARTS * 2)
     tile = tl.load(tiles + number // PARTS * 2 + 1)
-    end = tl.load(segments + segment * COLUMNS)
-    request = tl.load(segments + segment * COLUMNS + 1).to(tl.int64)
+    end, cache, table, factor = segment_of(
+        segments, segment, head, kv_cache, cache_stride_head, block_table, block_table_stride,
+        k_scale, scale_log2, GROUP, COLUMNS, HAS_SCALE,
+    )  # fmt: skip
     place = tl.load(segments + segment * COLUMNS + 2)
     begin = tl.load(segments + segment * COLUMNS + 3)
     first_row = tl.load(segments + segment * COLUMNS + 4)
@@ -142,11 +144,6 @@ def _attend_kernel(
     real = (i >= begin) & (i < end)
     row = (first_row + i - begin).to(tl.int64)
 
-    factor = scale_log2
-    if HAS_SCALE:
-        factor *= tl.load(k_scale)
-    cache = kv_cache + (head // GROUP).to(tl.int64) * cache_stride_head
-    table = block_table + request * block_table_stride
     at = tl.cast(head, tl.int64) * places + place
     verticals, distances, marks = vertical_list + at, distance_list + at, distance_marks + at
     num_verticals = tl.load(counts + segment * num_heads + head)
@@ -166,8 +163,8 @@ def _attend_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
     for region in range(3):
-        source = turned + ((region * num_rows + row) * num_heads + head)[:, None] * HEAD_SIZE
-        q = tl.load(source + d[None, :], mask=inside, other=0.0)
+        of_region = region * num_rows + row
+        q = turned_rows(turned, of_region, head, num_heads, real, d, HEAD_SIZE)
         best, total, acc = _attend_listed(
             best, total, acc, q, factor, i, distances, _at(at_distance, region),
             _at(at_distance, region + 1), -1, tile_end, marks, tile_end, end, cache,
@@ -223,9 +220,8 @@ def attend(
     num_heads, head_size = query.shape[1:]
     num_kv_heads, page_size = kv_cache.shape[1:3]
     turned = turn_queries(query, rotation, *plan.queries)
-    head_padded = max(16, triton.next_power_of_2(head_size))
-    rows, keys, num_warps = tune(head_padded, query.dtype)
-    _attend_kernel[(num_heads, len(plan.tiles) * (TILE // rows))](
+    tuning = prefill_tuning(head_size, query.dtype)
+    _attend_kernel[(num_heads, len(plan.tiles) * (TILE // tuning.queries))](
         turned,
         plan.queries.tokens,
         plan.probe.segments,
@@ -248,15 +244,14 @@ def attend(
         chunk_len,
         GROUP=num_heads // num_kv_heads,
         HEAD_SIZE=head_size,
-        HEAD_PADDED=head_padded,
+        HEAD_PADDED=padded(head_size),
         PAGE_SIZE=page_size,
         TILE=TILE,
-        ROWS=rows,
-        KEYS=keys,
+        ROWS=tuning.queries,
+        KEYS=tuning.tile,
         COLUMNS=COLUMNS,
         HAS_SCALE=k_scale is not None,
-        num_warps=num_warps,
-        num_stages=3,
-        # Left to itself, the compiler spills to fit a program more.
-        maxnreg=255,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+        maxnreg=tuning.registers,
     )

@@ -1,7 +1,30 @@
-"""Which keys a region has, and scores with them; shared by the kernels of sparse prefill."""
+"""A segment's keys and queries, and scores with them; kernels of sparse prefill share it."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def segment_of(
+    segments, segment, head,
+    kv_cache, cache_stride_head, block_table, block_table_stride, k_scale, scale_log2,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Where its keys end, its head's keys, its pages, and the factor on its dot products."""
+    columns = segments + segment * COLUMNS
+    request = tl.load(columns + 1).to(tl.int64)
+    cache = kv_cache + (head // GROUP).to(tl.int64) * cache_stride_head
+    factor = scale_log2
+    if HAS_SCALE:
+        factor *= tl.load(k_scale)
+    return tl.load(columns), cache, block_table + request * block_table_stride, factor
+
+
+@triton.jit
+def turned_rows(turned, row, head, num_heads, real, d, HEAD_SIZE: tl.constexpr):
+    """[ROWS, HEAD_PADDED] of a head; zeros where a row is not real."""
+    source = turned + (row * num_heads + head)[:, None] * HEAD_SIZE + d[None, :]
+    return tl.load(source, mask=real[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
 
 
 @triton.jit

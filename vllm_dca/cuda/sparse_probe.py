@@ -12,9 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dca.cuda.sparse_keys import keys_of, probe_scores, span_of
+from vllm_dca.cuda.sparse_keys import (
+    keys_of,
+    probe_scores,
+    segment_of,
+    span_of,
+    turned_rows,
+)
 from vllm_dca.cuda.sparse_plan import COLUMNS, Probe
 from vllm_dca.cuda.tiles import LOG2_E
+from vllm_dca.cuda.tuning import padded
 from vllm_dca.cuda.turn import turn_queries
 from vllm_dca.method.lines import PROBE
 from vllm_dca.method.rotary import QueryRotation
@@ -67,16 +74,13 @@ def _normalise_kernel(
 ):
     head, split = tl.program_id(0), tl.program_id(1)
     segment = tl.program_id(2).to(tl.int64)
-    end = tl.load(segments + segment * COLUMNS)
-    request = tl.load(segments + segment * COLUMNS + 1).to(tl.int64)
+    end, cache, table, factor = segment_of(
+        segments, segment, head, kv_cache, cache_stride_head, block_table, block_table_stride,
+        k_scale, scale_log2, GROUP, COLUMNS, HAS_SCALE,
+    )  # fmt: skip
     span = span_of(end, SPLITS, LEAST, KEYS)
     if split * span >= end:
         return
-    factor = scale_log2
-    if HAS_SCALE:
-        factor *= tl.load(k_scale)
-    cache = kv_cache + (head // GROUP).to(tl.int64) * cache_stride_head
-    table = block_table + request * block_table_stride
     m, d = tl.arange(0, PROBE), tl.arange(0, HEAD_PADDED)
     sees = end - PROBE + m + 1
     best = tl.full([PROBE], float("-inf"), tl.float32)
@@ -87,8 +91,7 @@ def _normalise_kernel(
         hi = tl.minimum(last, (split + 1) * span)
         if lo < hi:
             row = (segment * 3 + region) * PROBE + m
-            source = turned + (row * num_heads + head)[:, None] * HEAD_SIZE + d[None, :]
-            q = tl.load(source, mask=(d < HEAD_SIZE)[None, :], other=0.0)
+            q = turned_rows(turned, row, head, num_heads, m >= 0, d, HEAD_SIZE)
             for base in range(lo, hi, KEYS):
                 scores = probe_scores(
                     q, factor, cache, cache_stride_page, cache_stride_slot, table, base, hi,
@@ -138,16 +141,13 @@ def _weigh_kernel(
 ):
     head, begin = tl.program_id(0), tl.program_id(1) * SPAN
     segment = tl.program_id(2).to(tl.int64)
-    end = tl.load(segments + segment * COLUMNS)
-    request = tl.load(segments + segment * COLUMNS + 1).to(tl.int64)
+    end, cache, table, factor = segment_of(
+        segments, segment, head, kv_cache, cache_stride_head, block_table, block_table_stride,
+        k_scale, scale_log2, GROUP, COLUMNS, HAS_SCALE,
+    )  # fmt: skip
     place = tl.load(segments + segment * COLUMNS + 2)
     if begin >= end:
         return
-    factor = scale_log2
-    if HAS_SCALE:
-        factor *= tl.load(k_scale)
-    cache = kv_cache + (head // GROUP).to(tl.int64) * cache_stride_head
-    table = block_table + request * block_table_stride
     m, d = tl.arange(0, PROBE), tl.arange(0, HEAD_PADDED)
     sees = end - PROBE + m + 1
 
@@ -173,8 +173,7 @@ def _weigh_kernel(
         lo, hi = tl.maximum(first, begin), tl.minimum(last, begin + SPAN)
         if lo < hi:
             row = (segment * 3 + region) * PROBE + m
-            source = turned + (row * num_heads + head)[:, None] * HEAD_SIZE + d[None, :]
-            q = tl.load(source, mask=(d < HEAD_SIZE)[None, :], other=0.0)
+            q = turned_rows(turned, row, head, num_heads, m >= 0, d, HEAD_SIZE)
             for base in range(lo, hi, KEYS):
                 scores = probe_scores(
                     q, factor, cache, cache_stride_page, cache_stride_slot, table, base, hi,
@@ -255,7 +254,7 @@ def weigh(
     sizes = {
         "GROUP": num_heads // num_kv_heads,
         "HEAD_SIZE": head_size,
-        "HEAD_PADDED": max(16, triton.next_power_of_2(head_size)),
+        "HEAD_PADDED": padded(head_size),
         "PAGE_SIZE": page_size,
         "PROBE": PROBE,
         "COLUMNS": COLUMNS,

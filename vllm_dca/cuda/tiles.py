@@ -1,9 +1,44 @@
-"""The running softmax over paged keys, tile by tile, that decode and prefill share."""
+"""What kernels share: which tile a program has, and the running softmax over paged keys."""
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def tiles_of(num_tokens: int, num_segments: int, group: int, queries: int) -> int:
+    """Of all segments; at most one of each has nothing to do."""
+    return num_tokens * group // queries + num_segments
+
+
+@triton.jit
+def place_in(cu_seqlens_q, segment, tile, GROUP: tl.constexpr, QUERIES: tl.constexpr):
+    """A segment's first token, its tokens times GROUP, and which of them begin the tile.
+
+    Tiles of QUERIES follow one another, and with each segment comes one to spare: segment i
+    starts at tile cu_seqlens_q[i] * GROUP // QUERIES + i.
+    """
+    first_token = tl.load(cu_seqlens_q + segment)
+    num_queries = (tl.load(cu_seqlens_q + segment + 1) - first_token) * GROUP
+    return first_token, num_queries, (tile - first_token * GROUP // QUERIES - segment) * QUERIES
+
+
+@triton.jit
+def segment_at(
+    cu_seqlens_q, num_segments, search_steps, tile, GROUP: tl.constexpr, QUERIES: tl.constexpr
+):  # fmt: skip
+    """The segment that a tile belongs to, and as `place_in`; a binary search.
+
+    The tile has nothing to do where it would begin past its segment's queries.
+    """
+    segment, last = 0, num_segments - 1
+    for _ in range(search_steps):
+        middle = (segment + last + 1) // 2
+        starts = tl.load(cu_seqlens_q + middle) * GROUP // QUERIES + middle <= tile
+        segment = tl.where(starts, middle, segment)
+        last = tl.where(starts, last, middle - 1)
+    first_token, num_queries, first = place_in(cu_seqlens_q, segment, tile, GROUP, QUERIES)
+    return segment, first_token, num_queries, first
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How a program of the decode kernel is laid out, for each head size and dtype."""
+"""How a program of each kernel is laid out, for each head size and dtype."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,14 @@ class Tuning(NamedTuple):
     registers: int  # a thread; left to itself, the compiler spills to fit a program more
 
 
-def tune(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: int) -> Tuning:
+def padded(head_size: int) -> int:
+    """Entries of a head as a program has them."""
+    return max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
+
+
+def decode_tuning(
+    head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: int
+) -> Tuning:
     """Room for two programs a multiprocessor, each with IN_FLIGHT bytes on their way.
 
     Args:
@@ -34,7 +41,7 @@ def tune(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: 
         cache_dtype: of keys and values.
         queries: rows times heads that want to stand in one tile.
     """
-    head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
+    head_padded = padded(head_size)
     large = head_padded >= 256
     largest = MAX_QUERIES // 2 if large else MAX_QUERIES
     # Registers hold a tile in the queries' dtype, shared memory in the cache's.
@@ -48,3 +55,15 @@ def tune(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: 
     in_flight = IN_FLIGHT // (2 * tile * head_padded * cache_dtype.itemsize)
     wide = dtype == torch.float32 or queries > (16 if large or cache_dtype != dtype else 32)
     return Tuning(queries, tile, 8 if wide else 4, max(3, 2 + in_flight), registers)
+
+
+def prefill_tuning(head_size: int, dtype: torch.dtype) -> Tuning:
+    """Of a pass, of a prefill in one launch, and of one along lines."""
+    head_padded, stages, registers = padded(head_size), 3, 255
+    if dtype == torch.float32:
+        queries, num_warps = (32 if head_padded < 256 else 16), (4 if head_padded <= 64 else 8)
+        return Tuning(queries, 16, num_warps, stages, registers)
+    if head_padded > 256:
+        # Some cards have 99 KiB of shared memory, and tiles of 32 keys want 162.
+        return Tuning(32, 16, 8, stages, registers)
+    return Tuning(64 if head_padded < 256 else 32, 32, 4, stages, registers)

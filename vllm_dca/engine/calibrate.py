@@ -61,7 +61,7 @@ class Grid:
                 verticals_of, slashes_of = attended.weigh(rule)
                 # A device may weigh the tile in between in the same memory.
                 weights = verticals_of.clone(), slashes_of.clone()
-            found.append(attended.kept(attended.operations.select(*weights, rule)))
+            found.append(attended.kept(attended.select(*weights, rule)))
         if self.totals:
             found = [
                 (recall + more, keys + others)

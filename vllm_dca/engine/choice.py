@@ -1,6 +1,6 @@
 """Who computes the prefill on a device: the user's choice, else the first that can serve."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -118,6 +118,21 @@ def in_order(device_type: str, needs: Needs) -> list[str]:
         names.remove("triton_passes")
         names.insert(names.index("triton"), "triton_passes")
     return names
+
+
+def serving_all(device_type: str, needs: Iterable[Needs]) -> list[str]:
+    """A device's providers that serve all of these needs, the preferred first."""
+
+    def serves(name: str, each: Needs) -> bool:
+        try:
+            PROVIDERS[device_type][name](each)
+        except UnusableProviderError:
+            return False
+        return True
+
+    wanted = [*needs]
+    names = in_order(device_type, wanted[0])
+    return [name for name in names if all(serves(name, each) for each in wanted)]
 
 
 def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Any, list[str]]:

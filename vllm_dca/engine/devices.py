@@ -1,11 +1,18 @@
 """Which device vLLM runs on in this process, and how DCA runs there."""
 
+import json
+from collections.abc import Mapping
+
 import torch
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_dca.cpu.processor import Processor, processor
-from vllm_dca.engine.choice import PROVIDERS, choose
+from vllm_dca.engine.block_size import block_size_of
+from vllm_dca.engine.choice import PROVIDERS, choose, serving_all
+from vllm_dca.engine.support import cache_dtype_of
 from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
 
@@ -22,6 +29,45 @@ def compute_capability() -> tuple[int, int]:
 def current_processor() -> Processor | None:
     """What DCA runs on in this process; None on a GPU."""
     return processor() if current_platform.is_cpu() else None
+
+
+def needs_of(layer: Attention, vllm_config: VllmConfig) -> Needs:
+    """What a provider has to serve in a layer."""
+    dtype = vllm_config.model_config.dtype
+    return Needs(
+        head_size=layer.head_size,
+        dtype=dtype,
+        cache_dtype=cache_dtype_of(layer.kv_cache_dtype, dtype),
+        block_size=block_size_of(vllm_config),
+        capability=compute_capability(),
+        has_soft_cap=layer.impl.soft_cap is not None,
+    )
+
+
+def check_one_plan(layers: Mapping[str, Attention], vllm_config: VllmConfig) -> None:
+    """Layers of a KV cache group are given one plan of a step's prefills.
+
+    Raises:
+        ValueError: their providers want different ones.
+    """
+    of_plans = {}
+    for name, layer in layers.items():
+        device = layer.impl.device
+        plan = None if device.prefill is None else device.prefill.plan
+        of_plans.setdefault(plan, f"{name} by {device.provider}")
+    if len(of_plans) == 1:
+        return
+    device_type = "cpu" if current_platform.is_cpu() else "cuda"
+    needs = (needs_of(layer, vllm_config) for layer in layers.values())
+    common = serving_all(device_type, needs)
+    advice = "Use another attention backend."
+    if common:
+        given = json.dumps({"dca": {"prefill_provider": common[0]}})
+        advice = f"Ask for one that serves all: --additional-config '{given}'."
+    raise ValueError(
+        "DCA plans a step once for all layers of a KV cache group, and these would want "
+        f"different plans: {', '.join(of_plans.values())}. {advice}"
+    )
 
 
 def current_device(needs: Needs, prefill_provider: str | None) -> Device:

@@ -17,11 +17,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_dca.engine.devices import check_one_plan
 from vllm_dca.engine.recall import collect
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.method.planning import upload
 from vllm_dca.method.sparse import SparsePlan
-from vllm_dca.method.sparse_planning import dense_rest, sparse_segments
+from vllm_dca.method.sparse_planning import Dense, Segment, dense_rest, sparse_segments
 
 
 @dataclass
@@ -114,6 +115,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
                 f"layers: the model loader {vllm_config.load_config.load_format!r} does not "
                 "build models through BaseModelLoader.create_model. Use --load-format auto."
             )
+        check_one_plan({name: layers[name] for name in layer_names}, vllm_config)
         scheduler = vllm_config.scheduler_config
         assert self.reorder_batch_threshold is not None
         impls = [layers[name].impl for name in layer_names]
@@ -137,6 +139,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         # Of a drafter no layer has any.
         ready = [impl.sparse for impl in impls if impl.sparse is not None]
         self.plan_segments = ready[0].plan if ready else None
+        self.all_sparse = len(ready) == len(impls)
         # Model Runner V2 then drafts all of a step's tokens in one graph.
         self.supports_draft_decode_metadata_update = not ready
         self.sparse_steps = 0
@@ -165,11 +168,18 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             host_lengths,
             self._block_table(common.block_table_tensor),
         )
-        metadata = self._plan(requests, num_decodes, num_prefills, num_decode_tokens)
-        metadata.num_actual_tokens = common.num_actual_tokens
+        split = None
         if self.plan_segments is not None:
             collect()
-            metadata.sparse = self._plan_sparse(requests, num_decodes, num_prefills, metadata)
+            split = self._split(requests, num_decodes, num_prefills)
+        whole = num_decodes, num_prefills
+        if split and self.all_sparse:
+            # No layer would take the prefills as they are without segments.
+            whole = (0 if self.prefill is None else num_decodes), 0
+        metadata = self._plan(requests, *whole, num_decode_tokens)
+        metadata.num_actual_tokens = common.num_actual_tokens
+        if split:
+            metadata.sparse = self._plan_sparse(*split, requests, num_decodes, metadata)
         return metadata
 
     def _block_table(self, block_table: torch.Tensor) -> torch.Tensor:
@@ -216,12 +226,11 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             )
         return DcaMetadata(num_decode_tokens, num_tokens, None, prefill)
 
-    def _plan_sparse(
-        self, requests: _Requests, num_decodes: int, num_prefills: int, whole: DcaMetadata
-    ) -> SparseStep | None:
-        """What sparse layers do instead of `whole`, if any segment is sparse."""
+    def _split(
+        self, requests: _Requests, num_decodes: int, num_prefills: int
+    ) -> tuple[list[Segment], Dense] | None:
+        """A step's sparse segments, and its rest; None where there is no segment."""
         assert self.settings.sparse is not None
-        assert self.plan_segments is not None
         if self.prefill is not None and not num_prefills:
             return None
         count = num_decodes + num_prefills
@@ -229,13 +238,20 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         lengths = requests.host_lengths if self.prefill is not None else requests.seq_lens
         assert lengths is not None
         starts, ends = requests.host_starts[: count + 1].numpy(), lengths[:count].numpy()
-        geometry = self.settings.geometry
-        segments = sparse_segments(
-            starts, ends, geometry.chunk_len, self.settings.sparse.threshold
-        )
-        if not segments:
-            return None
-        rest = dense_rest(segments, starts, ends)
+        chunk_len, threshold = self.settings.geometry.chunk_len, self.settings.sparse.threshold
+        segments = sparse_segments(starts, ends, chunk_len, threshold)
+        return (segments, dense_rest(segments, starts, ends)) if segments else None
+
+    def _plan_sparse(
+        self,
+        segments: list[Segment],
+        rest: Dense,
+        requests: _Requests,
+        num_decodes: int,
+        whole: DcaMetadata,
+    ) -> SparseStep:
+        """What sparse layers do instead of `whole`."""
+        assert self.plan_segments is not None
         there = upload(
             {"tokens": rest.tokens.numpy(), "request": rest.request.numpy()},
             requests.block_table.device,
@@ -249,9 +265,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         )
         plan = SparsePlan(
             segments,
-            rest.tokens,
             requests.block_table,
-            geometry,
+            self.settings.geometry,
             self.settings.original_max_position_embeddings,
         )
         if self.prefill is not None:

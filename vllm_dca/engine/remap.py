@@ -14,13 +14,11 @@ from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_dca.engine import rotary_tables, transformers_rotary
-from vllm_dca.engine.block_size import block_size_of
-from vllm_dca.engine.devices import compute_capability, current_device
+from vllm_dca.engine.devices import current_device, needs_of
 from vllm_dca.engine.following import NotUnderstoodError, Rotation, rotation_of
 from vllm_dca.engine.recall import RecallWatch
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.sparse_layers import rule_of_layer, sparse_sizes
-from vllm_dca.engine.support import cache_dtype_of
 from vllm_dca.engine.turning import check_turns
 from vllm_dca.engine.warmup import KERNELS
 from vllm_dca.method.config import DcaSettings
@@ -149,7 +147,7 @@ def _prepare(
         )
     # As a buffer it outlives what frees or moves the weights, such as vLLM's sleep mode.
     layer.register_buffer("dca_cos_sin", rotation.cos_sin, persistent=False)
-    needs, rule = _needs(layer, vllm_config), rule_of_layer(layer, vllm_config)
+    needs, rule = needs_of(layer, vllm_config), rule_of_layer(layer, vllm_config)
     device = device_of(needs)
     has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
     if has_more and rule is not None:
@@ -198,18 +196,6 @@ def _told(layer_name: str) -> Iterator[None]:
             str(error),
             "queries and keys that one rotary embedding rotates alike, just before they attend",
         ) from error
-
-
-def _needs(layer: Attention, vllm_config: VllmConfig) -> Needs:
-    dtype = vllm_config.model_config.dtype
-    return Needs(
-        head_size=layer.head_size,
-        dtype=dtype,
-        cache_dtype=cache_dtype_of(layer.kv_cache_dtype, dtype),
-        block_size=block_size_of(vllm_config),
-        capability=compute_capability(),
-        has_soft_cap=layer.impl.soft_cap is not None,
-    )
 
 
 def _refusal(layer_name: str, reason: str, needed: str = "") -> NotImplementedError:

@@ -22,14 +22,12 @@ class SparsePlan(NamedTuple):
 
     Attributes:
         segments: at least one.
-        rest: [num_tokens] int64, the batch's other tokens.
         block_table: [num_requests, max_blocks] int32.
         geometry: the chunk sizes.
         original_max_position_embeddings: switches the temperature on.
     """
 
     segments: list[Segment]
-    rest: torch.Tensor
     block_table: torch.Tensor
     geometry: ChunkGeometry
     original_max_position_embeddings: int | None
@@ -88,20 +86,22 @@ class Attended:
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
         segment: which.
         lines: those that it was attended along.
-        operations: the device's.
-        given: what these want to know beside it.
+        weigh_lines: the device's, as `SparseOperations.weigh`.
+        select: likewise.
+        given: what the former wants to know beside it.
     """
 
     query: torch.Tensor
     kv_cache: torch.Tensor
     segment: Segment
     lines: Lines
-    operations: SparseOperations
+    weigh_lines: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    select: Callable[[torch.Tensor, torch.Tensor, Rule], Lines]
     given: Mapping[str, Any]
 
     def weigh(self, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the last rows, as a rule has it."""
-        return self.operations.weigh(
+        return self.weigh_lines(
             self.query, self.kv_cache, segment=self.segment, rule=rule, **self.given
         )
 
@@ -113,7 +113,7 @@ class Attended:
         """
         begin, end = self.segment.begin, self.segment.end
         tile_end = (begin + end) // 2 // TILE * TILE
-        vertical, _ = self.operations.weigh(
+        vertical, _ = self.weigh_lines(
             self.query[: tile_end - begin],
             self.kv_cache,
             segment=self.segment._replace(end=tile_end),
@@ -177,4 +177,5 @@ def sparse_attention(
             rows, kv_cache, output[segment.rows], segment=segment, lines=lines, **given
         )
         if watch is not None:
-            watch(Attended(rows, kv_cache, segment, lines, operations, given))
+            own = operations.weigh, operations.select
+            watch(Attended(rows, kv_cache, segment, lines, *own, given))
