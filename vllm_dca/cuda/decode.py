@@ -20,9 +20,12 @@ from vllm_dca.cuda.tuning import decode_tuning, padded
 from vllm_dca.cuda.turn import turn_into
 from vllm_dca.method.rotary import QueryRotation
 
+# What changes from step to step must not make Triton compile the kernel again: rows speculated
+# make any number of blocks.
+CHANGING = ["block_table_stride", "num_rows", "num_packs", "sequences", "blocks"]
 
-# What changes from step to step must not make Triton compile the kernel again.
-@triton.jit(do_not_specialize=["block_table_stride", "num_rows", "num_packs"])
+
+@triton.jit(do_not_specialize=CHANGING)
 def _decode_kernel(
     query,  # [num_rows, num_heads, HEAD_SIZE], rotated to the offsets
     query_stride_row,
@@ -55,10 +58,10 @@ def _decode_kernel(
     num_rows,
     num_packs,
     num_heads,
-    sequences,  # that a pack's keys are read for: KV heads, times BLOCKS
+    sequences,  # that a pack's keys are read for: KV heads, times blocks
+    blocks,  # of QUERIES, that a pack's rows times GROUP are cut into
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
-    BLOCKS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
@@ -112,8 +115,8 @@ def _decode_kernel(
         hi = tl.minimum(tl.maximum(to_unit - PACK_COST, 0) * UNIT, keys)
 
         # Which row and head each of the tile's queries is, and where its row stands.
-        kv_head = sequence // BLOCKS
-        place = sequence % BLOCKS * QUERIES + m
+        kv_head = sequence // blocks
+        place = sequence % blocks * QUERIES + m
         row_in_pack = place // GROUP
         head = kv_head * GROUP + place % GROUP
         real = row_in_pack < rows
@@ -261,9 +264,9 @@ def decode_attention(
         num_packs,
         num_heads,
         num_kv_heads * blocks,
+        blocks,
         GROUP=group,
         QUERIES=tuning.queries,
-        BLOCKS=blocks,
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
         ROTARY_DIM=rotation.cos_sin.shape[-1],

@@ -7,7 +7,8 @@ import triton.language as tl
 from vllm_dca.cuda import plan_decode
 from vllm_dca.cuda.plan_decode import DecodePlan, pack_at, share_of
 
-PIECES_PER_STEP = 32
+# Of pieces' answers that a program adds up at once, as many as registers hold.
+PIECES_PER_STEP, ENTRIES_PER_STEP = 32, 8192
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def _piece(part_lse, program, piece, pieces, QUERIES: tl.constexpr):
 
 
 # What changes from step to step must not make Triton compile the kernel again.
-@triton.jit(do_not_specialize=["num_packs"])
+@triton.jit(do_not_specialize=["num_packs", "sequences", "blocks"])
 def _reduce_kernel(
     part_output,  # [2 * num_programs, QUERIES, HEAD_SIZE] fp32
     part_lse,  # [2 * num_programs, QUERIES] fp32, base 2
@@ -33,9 +34,9 @@ def _reduce_kernel(
     num_packs,
     num_programs,
     sequences,
+    blocks,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
-    BLOCKS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     PACK_COST: tl.constexpr,
@@ -62,7 +63,7 @@ def _reduce_kernel(
     if ((begins + PACK_COST) // share != program) | (last == program):
         return
     m = tl.program_id(1)
-    place = sequence % BLOCKS * QUERIES + m
+    place = sequence % blocks * QUERIES + m
     row_in_pack = place // GROUP
     if row_in_pack >= tl.load(packs + 4 * pack + 2):
         return
@@ -86,7 +87,7 @@ def _reduce_kernel(
     if HAS_SCALE:
         merged *= tl.load(v_scale)
     row = (tl.load(packs + 4 * pack + 1) + row_in_pack).to(tl.int64)
-    head = sequence // BLOCKS * GROUP + place % GROUP
+    head = sequence // blocks * GROUP + place % GROUP
     target = output + row * output_stride_row + head * output_stride_head + d
     tl.store(target, merged.to(output.dtype.element_ty), mask=d < HEAD_SIZE)
 
@@ -115,6 +116,7 @@ def reduce_pieces(
     num_heads, head_size = output.shape[1:]
     queries = part_lse.shape[1]
     used = min(queries, plan.pack_rows * group)
+    head_padded = triton.next_power_of_2(head_size)
     if plan.num_programs == 1:
         return
     _reduce_kernel[(plan.num_programs - 1, used)](
@@ -129,16 +131,16 @@ def reduce_pieces(
         len(plan.packs),
         plan.num_programs,
         num_heads // group * blocks,
+        blocks,
         GROUP=group,
         QUERIES=queries,
-        BLOCKS=blocks,
         HEAD_SIZE=head_size,
-        HEAD_PADDED=triton.next_power_of_2(head_size),
+        HEAD_PADDED=head_padded,
         PACK_COST=plan_decode.PACK_COST,
         MIN_SHARE=plan_decode.MIN_SHARE,
         HAS_SCALE=v_scale is not None,
         SEARCH=plan_decode.SEARCH,
         ALL_PIECES=triton.next_power_of_2(plan.num_programs),
-        PIECES=PIECES_PER_STEP,
+        PIECES=min(PIECES_PER_STEP, ENTRIES_PER_STEP // head_padded),
         num_warps=4,
     )

@@ -38,15 +38,25 @@ def keys_of(region, end, chunk_len):
 
 
 @triton.jit
+def pages_of(table, base, end, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """Of the keys from `base` on.
+
+    Wanted an iteration ahead: only so does the compiler fetch keys before they are used.
+    """
+    key = base + tl.arange(0, KEYS)
+    return tl.load(table + key // PAGE_SIZE, mask=key < end, other=0)
+
+
+@triton.jit
 def probe_scores(
     query,  # [PROBE, HEAD_PADDED]
-    factor, cache, cache_stride_page, cache_stride_slot, table, base, end, sees, d,
+    page,  # [KEYS], of the keys
+    factor, cache, cache_stride_page, cache_stride_slot, base, end, sees, d,
     HEAD_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """[PROBE, KEYS] with the keys from `base` on; -inf for those that a row does not see."""
     key = base + tl.arange(0, KEYS)
-    page = tl.load(table + key // PAGE_SIZE, mask=key < end, other=0).to(tl.int64)
-    place = cache + page * cache_stride_page + key % PAGE_SIZE * cache_stride_slot
+    place = cache + page.to(tl.int64) * cache_stride_page + key % PAGE_SIZE * cache_stride_slot
     inside = (key < end)[:, None] & (d < HEAD_SIZE)[None, :]
     k = tl.load(place[:, None] + d[None, :], mask=inside, other=0.0)
     scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee") * factor

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from vllm_dca.cuda.sparse_keys import (
     keys_of,
+    pages_of,
     probe_scores,
     segment_of,
     span_of,
@@ -92,11 +93,13 @@ def _normalise_kernel(
         if lo < hi:
             row = (segment * 3 + region) * PROBE + m
             q = turned_rows(turned, row, head, num_heads, m >= 0, d, HEAD_SIZE)
+            page = pages_of(table, lo, hi, PAGE_SIZE, KEYS)
             for base in range(lo, hi, KEYS):
                 scores = probe_scores(
-                    q, factor, cache, cache_stride_page, cache_stride_slot, table, base, hi,
+                    q, page, factor, cache, cache_stride_page, cache_stride_slot, base, hi,
                     sees, d, HEAD_SIZE, PAGE_SIZE, KEYS,
                 )  # fmt: skip
+                page = pages_of(table, base + KEYS, hi, PAGE_SIZE, KEYS)
                 above = tl.maximum(best, tl.max(scores, 1))
                 origin = tl.where(above == float("-inf"), 0.0, above)
                 total = total * tl.exp2(best - origin)
@@ -174,11 +177,13 @@ def _weigh_kernel(
         if lo < hi:
             row = (segment * 3 + region) * PROBE + m
             q = turned_rows(turned, row, head, num_heads, m >= 0, d, HEAD_SIZE)
+            page = pages_of(table, lo, hi, PAGE_SIZE, KEYS)
             for base in range(lo, hi, KEYS):
                 scores = probe_scores(
-                    q, factor, cache, cache_stride_page, cache_stride_slot, table, base, hi,
+                    q, page, factor, cache, cache_stride_page, cache_stride_slot, base, hi,
                     sees, d, HEAD_SIZE, PAGE_SIZE, KEYS,
                 )  # fmt: skip
+                page = pages_of(table, base + KEYS, hi, PAGE_SIZE, KEYS)
                 weights = tl.exp2(scores - lse[:, None])
                 tl.store(vertical + base + n, tl.sum(weights, 0), mask=base + n < hi)
                 if WIDTH == 1:

@@ -25,6 +25,11 @@ class Tuning(NamedTuple):
     registers: int  # a thread; left to itself, the compiler spills to fit a program more
 
 
+# fp32, heads over 256: sixteen queries would spill, and a third stage would want 146 KiB of
+# shared memory, of which some cards have 99.
+SINGLE_LARGE = Tuning(8, 16, 8, 2, 255)
+
+
 def padded(head_size: int) -> int:
     """Entries of a head as a program has them."""
     return max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
@@ -42,24 +47,31 @@ def decode_tuning(
         queries: rows times heads that want to stand in one tile.
     """
     head_padded = padded(head_size)
-    large = head_padded >= 256
+    large, is_fp8 = head_padded >= 256, cache_dtype != dtype
     largest = MAX_QUERIES // 2 if large else MAX_QUERIES
     # Registers hold a tile in the queries' dtype, shared memory in the cache's.
     tile = max(MIN_DOT_SIZE, min(IN_FLIGHT // (4 * head_padded), MAX_TILE))
     registers = 255
     if dtype == torch.float32:
+        if head_padded > 256:
+            return SINGLE_LARGE
         # Multiplied without tensor cores, in loops that the compiler unrolls.
         largest = tile = MIN_DOT_SIZE
         registers = 128
+    elif is_fp8 and head_padded > 256:
+        largest = MIN_DOT_SIZE
     queries = min(max(triton.next_power_of_2(queries), MIN_DOT_SIZE), largest)
     in_flight = IN_FLIGHT // (2 * tile * head_padded * cache_dtype.itemsize)
-    wide = dtype == torch.float32 or queries > (16 if large or cache_dtype != dtype else 32)
+    wide = dtype == torch.float32 or (is_fp8 and head_padded > 256)
+    wide |= queries > (16 if large or is_fp8 else 32)
     return Tuning(queries, tile, 8 if wide else 4, max(3, 2 + in_flight), registers)
 
 
 def prefill_tuning(head_size: int, dtype: torch.dtype) -> Tuning:
     """Of a pass, of a prefill in one launch, and of one along lines."""
     head_padded, stages, registers = padded(head_size), 3, 255
+    if dtype == torch.float32 and head_padded > 256:
+        return SINGLE_LARGE
     if dtype == torch.float32:
         queries, num_warps = (32 if head_padded < 256 else 16), (4 if head_padded <= 64 else 8)
         return Tuning(queries, 16, num_warps, stages, registers)

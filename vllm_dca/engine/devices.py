@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -50,7 +51,7 @@ def check_one_plan(layers: Mapping[str, Attention], vllm_config: VllmConfig) -> 
     Raises:
         ValueError: their providers want different ones.
     """
-    of_plans = {}
+    of_plans: dict[Any, str] = {}
     for name, layer in layers.items():
         device = layer.impl.device
         plan = None if device.prefill is None else device.prefill.plan

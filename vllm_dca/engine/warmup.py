@@ -130,26 +130,16 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
         if compile_key.is_sparse:
             _attend_sparsely(compile_key)
         group = compile_key.num_heads // compile_key.num_kv_heads
-        most = device_of_dca.decode_rows(group)
-        planner = device_of_dca.decode_planner(settings, page_size, 2 * most, group)
-        for rows in rows_to_meet(most):
+        powers = range(device_of_dca.decode_rows(group).bit_length() + 1)
+        planner = device_of_dca.decode_planner(settings, page_size, 1 << powers[-1], group)
+        # As many rows of a request stand in one tile as are speculated, or as fit.
+        for rows in (1 << power for power in powers):
             starts, lengths, table = (
                 torch.tensor(numbers, dtype=torch.int32, device=device)
                 for numbers in ([0, rows], [1], [[0]])
             )
             plan = planner(starts, lengths, table, rows)
             _attend(compile_key, DcaMetadata(rows, rows, plan, None))
-
-
-def rows_to_meet(most: int) -> list[int]:
-    """How many rows a request has, so that each kind of tile is met that up to `most` make.
-
-    As many rows stand in one tile as are speculated, or as fit. Rows times query heads are cut
-    into one tile of a power of two, or into several: in fp32 into one to four.
-    """
-    powers = range(most.bit_length() + 1)
-    found = {times << power for times in (1, 3) for power in powers}
-    return sorted(rows for rows in found if rows < 2 * most)
 
 
 def _attend_sparsely(key: LayerKernels) -> None:
