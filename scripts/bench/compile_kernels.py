@@ -1,15 +1,17 @@
 """Compile the Triton kernels ahead of time, without a GPU, and report what they use.
 
 Usage: python -m scripts.bench.compile_kernels [--quick] [--shapes NAME ...]
-           [--capabilities N ...] [--dtypes NAME ...] [--jobs N] [--output FILE]
+           [--capabilities N ...] [--dtypes NAME ...] [--parts NAME ...] [--jobs N]
+           [--output FILE]
 
 Fails if a kernel wants more shared memory than its card has, or spills registers on a data
 centre's card. The launches are the project's own, of the shapes that are common; only the last
 step, running them, is left out. None of what it reports is a time.
 
-All of it takes one core an hour. So it may be done in parts: FILE keeps its rows of other
-shapes, cards and dtypes, each with the commit that it was compiled from. Triton keeps
-what it compiled (TRITON_CACHE_DIR): what has not changed since is not compiled again.
+All of it takes one core an hour and more. So it may be done in parts: FILE keeps its rows of
+other shapes, cards, dtypes and parts, each with the commit that it was compiled from, and is
+written after each shape and card. Triton keeps what it compiled (TRITON_CACHE_DIR): what has
+not changed since is not compiled again.
 
 What is in flight is read from the compiler's output: how many asynchronous copies the loop's
 wait leaves under way, times what one of them holds.
@@ -29,6 +31,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import torch
 import triton
 from rich.console import Console
 from rich.table import Table
@@ -52,8 +55,9 @@ SHARED_MEMORY_IN_ALL = {
 }
 # Those for which the kernels' tiles were chosen. 8.6 is there for its shared memory.
 WITHOUT_SPILLS = (80, 90, 100)
-# What sparse prefill's kernels have been compiled for: a card, a head size, two dtypes.
-SPARSE = (80, 128, "bfloat16", "bfloat16")
+# Kernels of prefill and decode, and those that sparse prefill has besides.
+PARTS = {"dense": launches.every, "sparse": launches.sparse}
+OF_SPARSE = ("normalise", "weigh", "choose", "list", "attend")
 # What --quick compiles for: data centres' cards with the least and the most room.
 QUICK = (80, 90)
 ALL = [*launches.SHAPES, *launches.WITH_MORE]
@@ -132,15 +136,26 @@ def in_flight(layouts: str, instructions: str) -> int:
     return max(waits, default=0) * max(sizes)
 
 
-def compiled(capability: int, shape: launches.Shape, dtypes: list[Any]) -> list[Any]:
-    """A row for each kernel of a shape on a card."""
+def part_of(kernel: str) -> str:
+    return "sparse" if kernel.partition("_")[0] in OF_SPARSE else "dense"
+
+
+def has_part(part: str, shape: launches.Shape, dtype: Any) -> bool:
+    """Sparse prefill refuses fp32, soft caps and sinks."""
+    is_plain = shape.soft_cap is None and not shape.has_sinks and dtype != torch.float32
+    return part == "dense" or is_plain
+
+
+def compiled(
+    capability: int, shape: launches.Shape, dtypes: list[Any], part: str = "dense"
+) -> list[Any]:
+    """A row for each kernel of a part, of a shape on a card."""
     rows = []
     for dtype, cache in dtypes:
+        if not has_part(part, shape, dtype):
+            continue
         with Compiler(capability) as compiler:
-            launches.every(shape, dtype, cache)
-            case = capability, shape.head_size, name_of(dtype), name_of(cache)
-            if case == SPARSE and shape not in launches.WITH_MORE:
-                launches.sparse(shape, dtype, cache)
+            PARTS[part](shape, dtype, cache)
         rows += [
             {
                 "capability": capability,
@@ -151,17 +166,22 @@ def compiled(capability: int, shape: launches.Shape, dtypes: list[Any]) -> list[
                 **resources(found, capability),
             }
             for kernel, found in compiler.kernels.items()
+            if part_of(kernel) == part
         ]
     return rows
 
 
 def quick(card: int) -> list[tuple[Any, ...]]:
-    """The first shape, the largest in fp32; for one card a cap, sinks and heads of 512."""
+    """The first shape, the largest in fp32; for one card what is rare, and sparse prefill."""
     first, largest = launches.SHAPES[:2]
     half, single = launches.DTYPES[0], launches.DTYPES[-1]
     tasks = [(card, first, launches.dtypes_of(card)), (card, largest, [(single, single)])]
     if card == QUICK[0]:
-        tasks += [(card, shape, [(half, half)]) for shape in launches.WITH_MORE]
+        *some, wide, odd = launches.WITH_MORE
+        tasks += [(card, shape, [(half, half)]) for shape in some]
+        tasks.append((card, wide, [(half, half), (half, torch.float8_e5m2)]))
+        tasks.append((card, odd, [(single, single)]))
+        tasks.append((card, first, [(half, half)], "sparse"))
     return tasks
 
 
@@ -171,7 +191,7 @@ def results_of(tasks: list[tuple[Any, ...]], jobs: int) -> Iterable[list[Any]]:
         return
     # A compiler stands in for its process's driver.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(compiled, *zip(*tasks, strict=True))
+        yield from (done.result() for done in [pool.submit(compiled, *task) for task in tasks])
 
 
 def write(output: Path, results: list[Any]) -> None:
@@ -180,7 +200,8 @@ def write(output: Path, results: list[Any]) -> None:
 
     def place(row: dict[str, Any]) -> tuple[int, ...]:
         dtype = DTYPES.index(row["dtype"])
-        return cards.index(row["capability"]), names.index(row["shape"]), dtype
+        part = [*PARTS].index(part_of(row["kernel"]))
+        return cards.index(row["capability"]), names.index(row["shape"]), dtype, part
 
     done = {place(row) for row in results}
     found = json.loads(output.read_text()) if output.exists() else {"runs": {}, "kernels": []}
@@ -199,13 +220,14 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two cards: the first shape, the largest in fp32; for one, three more",
+        help="two cards: the first shape, the largest in fp32; for one, some more",
     )
     names = [shape.name for shape in ALL]
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     cards = list(SHARED_MEMORY)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=cards, default=cards)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -213,11 +235,10 @@ def main() -> None:
         tasks = [task for card in QUICK for task in quick(card)]
     else:
         wanted = [shape for shape in ALL if shape.name in args.shapes]
-        pairs = itertools.product(args.capabilities, wanted)
         tasks = [
-            (card, shape, dtypes)
-            for card, shape in pairs
-            if (dtypes := launches.dtypes_of(card, args.dtypes, shape.head_size))
+            (card, shape, dtypes, part)
+            for part, card, shape in itertools.product(args.parts, args.capabilities, wanted)
+            for dtypes in [launches.dtypes_of(card, args.dtypes)]
         ]
     results: list[Any] = []
     for rows in results_of(tasks, args.jobs):

@@ -44,12 +44,14 @@ SHAPES = [
     Shape("SmolLM2-135M", 9, 3, 64),
     Shape("Gemma-like", 8, 4, 256),
     Shape("Phi-like", 32, 32, 80),
+    Shape("GLM-4-9B", 32, 2, 128),
 ]
 # What few models have, and other kernels are compiled for.
 WITH_MORE = [
     Shape("Gemma-2", 16, 8, 256, soft_cap=50.0),
     Shape("gpt-oss", 64, 8, 64, has_sinks=True),
     Shape("Gemma-4", 8, 2, 512),
+    Shape("heads of 320", 8, 2, 320),
 ]
 ROWS, PAGE, GEOMETRY = 4, 16, ChunkGeometry(6144, 1024)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -59,17 +61,10 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtypes_of(
-    capability: int, names: Sequence[str] | None = None, head_size: int = 0
-) -> list[Any]:
-    """Pairs of a model's and its KV cache's; of all models' dtypes, or of those named.
-
-    Larger heads than 256 are compiled in half precision alone: else some registers spill.
-    """
+def dtypes_of(capability: int, names: Sequence[str] | None = None) -> list[Any]:
+    """Pairs of a model's and its KV cache's; of all models' dtypes, or of those named."""
     fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 90)
     pairs = [(d, d) for d in DTYPES] + [(torch.bfloat16, c) for c in fp8]
-    if head_size > 256:
-        pairs = [(d, d) for d in DTYPES[:2]]
     return [pair for pair in pairs if names is None or name_of(pair[0]) in names]
 
 
@@ -149,7 +144,7 @@ def decode(shape: Shape, dtype: torch.dtype, cache: torch.dtype):
 
 
 def sparse(shape: Shape, dtype: torch.dtype, cache: torch.dtype):
-    """By coverage, and by budgets."""
+    """Of sparse prefill, by coverage and by budgets; not of its dense rest."""
     segment = Segment(0, 0, 256, 0)
     query = torch.zeros(segment.end, shape.heads, shape.head_size, dtype=dtype)
     kv_cache, given = layer(shape, dtype, cache)

@@ -128,7 +128,7 @@ def test_decode_takes_any_number_of_new_tokens(shape: Shape) -> None:
     batch.assert_close(decode(batch, 3))
 
 
-@pytest.mark.parametrize("head_size", [32, 64, 72, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("head_size", [32, 64, 72, 80, 96, 128, 160, 256, 320])
 @pytest.mark.parametrize("group", [1, 7, 71])
 def test_head_sizes_and_groups(head_size: int, group: int) -> None:
     shape = Shape([(50, 49), (20, 17)], head_size=head_size, rotary_dim=32, group=group)
@@ -269,6 +269,22 @@ def test_packed_rows_are_as_rows_alone(softmax: dict[str, Any]) -> None:
             found = steps.plan(starts, seq_lens, batch.block_table.to(DEVICE), len(rows))
             error = attend(batch, rows, found) - whole[first : first + size]
             assert error.abs().max() <= batch.tolerance()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter counts launches")
+@pytest.mark.parametrize("group", [7, 14])
+def test_any_rows_find_a_kernel_of_a_power_of_two(group: int) -> None:
+    """What `vllm_dca.engine.warmup` launches; in fp32 there are several blocks."""
+
+    def kernels(rows: list[int]) -> set[tuple[Any, ...]]:
+        with interpreter.launches() as launched:
+            for each in rows:
+                decode(Batch.random(Shape([(each, 0)], num_kv_heads=4, group=group)), 2)
+        return set(launched)
+
+    most = plan_decode.rows_a_pack(group)
+    powers = [1 << power for power in range(most.bit_length() + 1)]
+    assert kernels([*range(1, most + 1)]) <= kernels(powers)
 
 
 def test_buffers_stay_and_rows_that_pad_are_zero() -> None:

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.cuda import flash_attn
 from vllm_dca.cuda.decode import decode_attention
+from vllm_dca.cuda.device import WALK
 from vllm_dca.engine import devices
 from vllm_dca.engine.choice import PROVIDERS, choose
 from vllm_dca.method.device import PrefillOperations
@@ -259,3 +260,32 @@ def test_triton_reads_e4m3_where_the_card_does() -> None:
     for dtype, capability in ((torch.float8_e4m3fn, (8, 9)), (torch.float8_e5m2, (8, 0))):
         needs = Needs(128, torch.bfloat16, dtype, 16, capability)
         assert choose("cuda", None, needs)[0] == "triton"
+
+
+def test_layers_of_a_group_want_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's prefills are planned once for all of them."""
+    monkeypatch.setattr(devices, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(devices, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    passes = by_passes(PrefillOperations(turn_queries, paged_pass.attention, merge_parts))
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(user_specified_block_size=True, block_size=16),
+    )
+
+    def layer(provider: str, prefill: Any, soft_cap: float | None, cache: str = "auto") -> Any:
+        device = SimpleNamespace(provider=provider, prefill=prefill)
+        impl = SimpleNamespace(device=device, soft_cap=soft_cap)
+        return SimpleNamespace(head_size=64, kv_cache_dtype=cache, impl=impl)
+
+    plain = layer("xformers", passes, None)
+    devices.check_one_plan(
+        {"a": plain, "b": layer("triton_passes", passes, 30.0), "c": plain}, config
+    )
+    with pytest.raises(ValueError, match=r"a by xformers, b by triton\. Ask") as refusal:
+        devices.check_one_plan({"a": plain, "b": layer("triton", WALK, 30.0)}, config)
+    assert """--additional-config '{"dca": {"prefill_provider": "triton"}}'.""" in str(refusal)
+    # What is advised is no plan of either sort where no provider serves all.
+    monkeypatch.setattr(devices, "compute_capability", lambda: (8, 0))
+    given = {"a": plain, "b": layer("triton", WALK, None, "fp8_e4m3")}
+    with pytest.raises(ValueError, match="Use another attention backend"):
+        devices.check_one_plan(given, config)

@@ -103,6 +103,7 @@ def test_a_checkpoint_s_budgets(tmp_path: Path) -> None:
     from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
     from vllm_dca.engine import warmup
+    from vllm_dca.engine.metadata import DcaMetadata, DcaMetadataBuilder
 
     llama = checkpoints.write(tmp_path, "LlamaConfig")
     file = tmp_path / "budgets.json"
@@ -111,9 +112,16 @@ def test_a_checkpoint_s_budgets(tmp_path: Path) -> None:
     temperature = {"original_max_position_embeddings": 100}
     own = {"sparse": "checkpoint", "sparse_budgets": str(file), **temperature}
     prompt = checkpoints.tokens(LENGTH)
-    registry = JitWarmupRegistry(None)
+    registry, built = JitWarmupRegistry(None), []
+    build = DcaMetadataBuilder.build
+
+    def kept(*args: Any, **kwargs: Any) -> DcaMetadata:
+        built.append(build(*args, **kwargs))
+        return built[-1]
+
     with pytest.MonkeyPatch.context() as patch:
         patched(patch)
+        patch.setattr(DcaMetadataBuilder, "build", kept)
         patch.setattr(warmup, "CHUNK_LEN", 32)
         with registry.activate(), engine(llama, **options(**own)) as llm:
             registry.vllm_config = llm.llm_engine.vllm_config
@@ -126,3 +134,6 @@ def test_a_checkpoint_s_budgets(tmp_path: Path) -> None:
     assert_close(of_prompt(answer), expected(llama, prompt, STEPS, rule, **temperature))
     assert "attend_kernel" in {name for name, *_ in used}
     assert set(used) <= set(warm)
+    # All layers are sparse: nothing is planned that none of them would read.
+    assert any(step.sparse for step in built)
+    assert all((step.prefill is None) == (step.sparse is not None) for step in built)
