@@ -58,6 +58,8 @@ BATCHES = [1, 2, 4, 8, 16, 32, 64]
 NEW = 8 * K
 # In the interpreter: one chunk, and three.
 TINY = Shape("tiny", 6, 2, 32, 48, 16)
+# Chunks of 256: a segment has no fewer tokens.
+TINY_SPARSE = Shape("tiny", 1, 1, 32, 320, 64)
 
 
 def decode(small: bool) -> Iterator[Case]:
@@ -79,3 +81,11 @@ def prefill(small: bool) -> Iterator[Case]:
     for shape in SHAPES:
         for context in CONTEXTS:
             yield Case(shape, 1, context, NEW)
+
+
+def sparse(small: bool) -> Iterator[Case]:
+    """All of the new tokens in segments, one or several."""
+    if small:
+        yield Case(TINY_SPARSE, 1, 512, 256)
+        return
+    yield from (case for case in prefill(False) if case.context > case.new)

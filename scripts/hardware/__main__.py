@@ -42,10 +42,12 @@ def steps(engine: bool, dry_run: bool, results: Path) -> list[Step]:
     found = [_tests(dry_run)]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and not dry_run:
-        checked = ["--error-exitcode", "1", *python("pytest", "tests/cuda/test_kernels.py")]
-        only = ["-k", "head_sizes or replay or pad_are_zero or every_border"]
-        found.append(Step("sanitizer", [sanitizer, *checked, *only]))
-    found += [measuring("scripts.bench.kernels"), measuring("scripts.bench.providers")]
+        files = (f"tests/cuda/test_{name}.py" for name in ("kernels", "sparse"))
+        checked = ["--error-exitcode", "1", *python("pytest", *files)]
+        only = ["head_sizes", "replay", "pad_are_zero", "every_border", "fp8", "as_alone"]
+        found.append(Step("sanitizer", [sanitizer, *checked, "-k", " or ".join(only)]))
+    timed = ("kernels", "providers", "sparse_kernels")
+    found += [measuring(f"scripts.bench.{name}") for name in timed]
     if engine:
         found += [
             measuring("scripts.hardware.parity"),

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from scripts.bench import cases, clock, kernels, machine_code
+from scripts.bench import cases, clock, kernels, machine_code, sparse_kernels
 from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from tests.helpers import interpreter
+from vllm_dca.cuda import sparse, sparse_attend
 from vllm_dca.cuda.paged_pass import attention
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +72,34 @@ def test_floors_count_what_causal_queries_see() -> None:
     whole = [*cases.decode(False), *cases.prefill(False)]
     assert {case.context for case in whole} == {k << 10 for k in (8, 32, 128, 512, 1024)}
     assert all(case.cache_bytes <= clock.memory() for case in cases.decode(False))
+
+
+def test_sparse_prefill_is_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operations are those of the lines that are marked; a wrong answer is not timed."""
+    [case] = cases.sparse(True)
+    rule = sparse_kernels.rules(True, case.shape.heads)["coverage"]
+    bench = sparse_kernels.Bench(case, rule, 16)
+    bench.all()
+    found = bench.taken()
+    pairs = 0
+    for index, segment in enumerate(bench.segments):
+        lines = bench.buffers.lines_of(bench.round, index)
+        i, j = torch.arange(segment.begin, segment.end)[:, None], torch.arange(segment.end)
+        tile_end = i // 64 * 64 + 64
+        taken = lines.verticals[:, j] | lines.distances[:, (tile_end - j).clamp(min=0)]
+        pairs += int((taken & (j < tile_end)).sum())
+    assert bench.worked_out(found)["operations"]["attention"] == 4 * 32 * pairs
+    assert 0 < found.share < 1
+
+    attend = sparse_attend.attend
+
+    def wrong(*args: Any, **kwargs: Any) -> None:
+        attend(*args, **kwargs)
+        args[2].mul_(1.1)
+
+    monkeypatch.setattr(sparse, "attend", wrong)
+    with pytest.raises(AssertionError, match=r"tiny, .* tokens"):
+        bench.check()
 
 
 MACHINE_CODE = """

@@ -66,10 +66,10 @@ def test_a_bare_machine_rehearses_every_step(tmp_path: Path) -> None:
         PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "All steps did: tests, kernels, providers." in done.stdout
+    assert "All steps did: tests, kernels, providers, sparse_kernels." in done.stdout
     steps = load(results / "gpu.json")
     assert steps["commit"].startswith("unknown")
-    assert [step["status"] for step in steps["results"]] == [0, 0, 0]
+    assert [step["status"] for step in steps["results"]] == [0, 0, 0, 0]
     kernels = load(results / "gpu-kernels.json")
     assert {row["step"] for row in kernels["results"]} == {"decode", "prefill"}
     assert (kernels["provider"], kernels["flash_attention"]) == ("triton", "n/a")
@@ -78,6 +78,8 @@ def test_a_bare_machine_rehearses_every_step(tmp_path: Path) -> None:
     timed = [list(row["milliseconds"]) for row in providers["results"]]
     assert timed == [["triton", "triton_passes"]] * 2
     assert set(providers["cannot"]) == {"vllm_flash_attn", "flash_attn", "xformers"}
+    sparse = load(results / "gpu-sparse_kernels.json")
+    assert {row["rule"] for row in sparse["results"]} == {"budgets", "coverage"}
     assert "3 passed" in (results / "gpu-tests.log").read_text()
 
 
@@ -139,7 +141,8 @@ def test_on_a_gpu_only_what_a_gpu_can_pass_is_run() -> None:
         "tests/cuda/test_sparse.py",
         "tests/cuda/test_gpu.py",
     ]
-    assert {"kernels", "providers", "parity", "engine"} <= set(found)
+    timed = {"kernels", "providers", "sparse_kernels"}
+    assert timed | {"parity", "engine"} <= set(found)
     for step in found.values():
         assert "--dry-run" not in step.command
 

@@ -267,7 +267,9 @@ def weigh(
         "SPLITS": SPLITS,
         "LEAST": LEAST_SPAN,
         "HAS_SCALE": k_scale is not None,
-        "num_warps": 8 if query.dtype == torch.float32 else 4,
+        # Of large heads more would spill, and not fit where shared memory is 99 KiB.
+        "num_warps": 8 if head_size > 128 or query.dtype == torch.float32 else 4,
+        "num_stages": 2 if head_size > 128 else 3,
         "maxnreg": 255,
     }
     splits = min(SPLITS, triton.cdiv(longest, LEAST_SPAN))
