@@ -136,10 +136,6 @@ def in_flight(layouts: str, instructions: str) -> int:
     return max(waits, default=0) * max(sizes)
 
 
-def part_of(kernel: str) -> str:
-    return "sparse" if kernel.partition("_")[0] in OF_SPARSE else "dense"
-
-
 def has_part(part: str, shape: launches.Shape, dtype: Any) -> bool:
     """Sparse prefill refuses fp32, soft caps and sinks."""
     is_plain = shape.soft_cap is None and not shape.has_sinks and dtype != torch.float32
@@ -162,11 +158,12 @@ def compiled(
                 "shape": shape.name,
                 "dtype": name_of(dtype),
                 "kv_cache": name_of(cache),
+                "part": part,
                 "kernel": kernel,
                 **resources(found, capability),
             }
             for kernel, found in compiler.kernels.items()
-            if part_of(kernel) == part
+            if (kernel.partition("_")[0] in OF_SPARSE) == (part == "sparse")
         ]
     return rows
 
@@ -200,7 +197,7 @@ def write(output: Path, results: list[Any]) -> None:
 
     def place(row: dict[str, Any]) -> tuple[int, ...]:
         dtype = DTYPES.index(row["dtype"])
-        part = [*PARTS].index(part_of(row["kernel"]))
+        part = [*PARTS].index(row.get("part", "dense"))
         return cards.index(row["capability"]), names.index(row["shape"]), dtype, part
 
     done = {place(row) for row in results}

@@ -112,16 +112,25 @@ def prefill_kernels() -> str:
 
 
 def compiled_kernels() -> str:
-    """What is on record, and what of it spills."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """What is on record, and what of it spills; a row has all of its cards and dtypes."""
+    cases: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in load("kernels")["kernels"]:
-        groups.setdefault((row["shape"], row["commit"][:10]), []).append(row)
+        dtypes = f"{row['dtype']}, {row['kv_cache']}"
+        if row["kv_cache"] == row["dtype"]:
+            dtypes = row["dtype"]
+        key = (row["shape"], row.get("part", "dense"), row["commit"][:10])
+        cases.setdefault(key, {}).setdefault(dtypes, []).append(row)
     rows = []
-    for (shape, commit), kernels in groups.items():
-        cards = sorted({row["capability"] for row in kernels})
-        caches = dict.fromkeys(row["kv_cache"] for row in kernels)
-        spilled = sum(bool(row["spilled_bytes"]) for row in kernels)
-        named = ", ".join(f"{card // 10}.{card % 10}" for card in cards)
-        rows.append((shape, named, ", ".join(caches), len(kernels), spilled, commit))
-    head = ("shape", "compute capability", "KV cache", "kernels", "that spill", "of commit")
-    return markdown(head, *rows)
+    for (shape, part, commit), of_dtypes in cases.items():
+        # Those that were compiled for the same cards.
+        groups: dict[str, list[str]] = {}
+        for dtypes, kernels in of_dtypes.items():
+            cards = sorted({row["capability"] for row in kernels})
+            named = ", ".join(f"{card // 10}.{card % 10}" for card in cards)
+            groups.setdefault(named, []).append(dtypes)
+        for named, those in groups.items():
+            kernels = [row for dtypes in those for row in of_dtypes[dtypes]]
+            spilled = sum(bool(row["spilled_bytes"]) for row in kernels)
+            rows.append((shape, part, named, "; ".join(those), len(kernels), spilled, commit))
+    head = ("shape", "prefill", "compute capability", "dtype, KV cache if another")
+    return markdown((*head, "kernels", "that spill", "of commit"), *rows)
