@@ -44,6 +44,8 @@ def _calibrate(folder: Path) -> None:
     result = CliRunner().invoke(app, arguments(folder, output))
     assert result.exit_code == 0, result.output
     assert f'"sparse_budgets": "{output}"' in result.stdout
+    # Budgets belong to these chunks.
+    assert json.dumps(SIZES)[1:-1] in result.stdout
 
 
 def _on_two_ranks(folder: Path) -> Any:

@@ -1,7 +1,6 @@
 """`python -m vllm_dca`: what it prints against independent arithmetic and real engines."""
 
 import functools
-import importlib
 import importlib.util
 import json
 import logging
@@ -506,12 +505,6 @@ def test_doctor_on_an_installation_from_before_the_code_moved(
     assert result.exit_code == 1
     [problem] = findings(result)["problem"]
     assert "vllm_dca.metrics:DcaStatLogger, and this version's is vllm_dca.engine" in problem
-
-
-@pytest.mark.parametrize("old", ["vllm_dca.backend", "vllm_dca.metrics"])
-def test_an_old_name_says_where_it_is_now(old: str) -> None:
-    with pytest.raises(ImportError, match=old.replace("vllm_dca.", r"vllm_dca\.engine\.")):
-        importlib.import_module(old)
 
 
 def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,12 @@ WITHOUT_PATCH = {
         "test_selected_backend_refuses_the_config": "DID NOT RAISE",
     },
     "test_backend_prepares_model": {
-        "test_backend_prepares_the_model_once": "assert [] == [(",
+        f"test_selected_backend_prepares_the_model_once[{selected}]": "assert [] == [("
+        for selected in (
+            "backend0-backend_per_kind0-1",
+            "None-backend_per_kind1-1",
+            "backend2-backend_per_kind2-1",
+        )
     },
 }
 

@@ -1,5 +1,6 @@
 """What cannot be served is refused at start-up, in words that help."""
 
+import functools
 import gc
 import re
 import subprocess
@@ -186,6 +187,36 @@ def test_chunked_local_layers_are_refused_beside_any_others(
         pass
 
 
+def test_layers_that_bring_their_own_backend_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM gives a layer the backend that its model names, whatever was selected."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models import llama as code
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    own = functools.partial(Attention, attn_backend=CPUAttentionBackend)
+    monkeypatch.setattr(code, "Attention", own)
+    model = checkpoints.write_config(tmp_path, "LlamaConfig", "LlamaForCausalLM", head_dim=32)
+    message = "layers.0.self_attn.attn: it attends by CPU_ATTN. DCA needs layers that see"
+    with pytest.raises(NotImplementedError, match=message), engine(model, block_size=32):
+        pass
+
+
+def test_layers_with_an_attention_of_their_own_are_refused() -> None:
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    from vllm_dca.engine.backend import DcaBackend
+    from vllm_dca.engine.layers import layers_of
+
+    class Indexed(torch.nn.Module, AttentionLayerBase):
+        get_attn_backend = get_kv_cache_spec = None
+
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), Indexed())
+    with pytest.raises(NotImplementedError, match="layer 1: it is a Indexed"):
+        layers_of(model, types.SimpleNamespace(), DcaBackend)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -244,6 +275,14 @@ def test_what_only_gpus_have_is_refused(llama: Path) -> None:
     [context, overlap] = refusals(config)
     assert context.startswith("--prefill-context-parallel-size")
     assert overlap == "--enable-dbo"
+
+
+def test_a_drafter_with_another_backend_is_refused(llama: Path) -> None:
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    message = "drafting with CPU_ATTN, the speculative config's attention_backend"
+    with pytest.raises(NotImplementedError, match=message):
+        settle(llama, speculative_config={**draft, "attention_backend": "CPU_ATTN"})
+    settle(llama, speculative_config={**draft, "attention_backend": "DCA"})
 
 
 @pytest.mark.parametrize("method", ["draft_model", "eagle3"])

@@ -145,7 +145,14 @@ def calibrate(
     given["additional_config"] = json.loads(additional_config or "{}")
     with _quiet_vllm(), _refusals():
         run(model, text, recall, output, given, console)
-    used = {"dca": {"sparse": "checkpoint", "sparse_budgets": str(output)}}
+    # Budgets belong to the chunk sizes that they were found with.
+    options = {
+        key: value
+        for key, value in given["additional_config"].get("dca", {}).items()
+        if key not in ("sparse", "sparse_coverage", "sparse_min_keys")
+    }
+    options |= {"sparse": "checkpoint", "sparse_budgets": str(output.resolve())}
+    used = given["additional_config"] | {"dca": options}
     _line("use it", f"--additional-config {shlex.quote(json.dumps(used))}")
 
 

@@ -157,15 +157,11 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.decode_threshold
         )
-        # Exact for prefills, and no copy from a device.
-        host_lengths = common.seq_lens_cpu_upper_bound
-        if self.more and host_lengths is not None:
-            host_lengths = host_lengths + self.more
         requests = _Requests(
             common.query_start_loc,
             common.seq_lens,
             common.query_start_loc_cpu,
-            host_lengths,
+            self._host_lengths(common, slice(num_decodes, num_decodes + num_prefills)),
             self._block_table(common.block_table_tensor),
         )
         split = None
@@ -181,6 +177,23 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         if split:
             metadata.sparse = self._plan_sparse(*split, requests, num_decodes, metadata)
         return metadata
+
+    def _host_lengths(
+        self, common: CommonAttentionMetadata, planned: slice
+    ) -> torch.Tensor | None:
+        """Lengths of all requests; those of what is planned as a prefill are exact.
+
+        vLLM's are exact for prefills, and no copy from a device; where drafts are verified
+        they count all of them as accepted. Model Runner V1 may put such a request behind a
+        prefill, if layers of another kind count several rows as one: then, and only then, the
+        device is waited for.
+        """
+        prefilling = common.is_prefilling
+        speculates = self.reorder_batch_threshold > 1 and prefilling is not None
+        if speculates and not prefilling[planned].all():
+            return common.seq_lens.cpu()
+        lengths = common.seq_lens_cpu_upper_bound
+        return lengths if lengths is None else lengths + self.more
 
     def _block_table(self, block_table: torch.Tensor) -> torch.Tensor:
         """Of the parts that `vllm_dca.method.kv_cache.split_pages` makes."""

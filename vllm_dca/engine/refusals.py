@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import iter_rope_parameters
 
 from vllm_dca.engine.settings import OPTIONS
-from vllm_dca.engine.support import DRAFTERS, KV_CACHE_DTYPES
+from vllm_dca.engine.support import DRAFTERS, DRAFTERS_WITH_LAYERS, KV_CACHE_DTYPES
 from vllm_dca.method.sparse_config import MODE_KEY, OFF
 
 
@@ -110,6 +110,19 @@ def _parallel_drafting(vllm_config: VllmConfig) -> str:
     return f"parallel drafting by {speculative.method} (drafting one after the other does)"
 
 
+def _drafter_backend(vllm_config: VllmConfig) -> str:
+    """A drafter's positions go as far as the model's, and only DCA's tables do."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+        return ""
+    if speculative.attention_backend in (None, vllm_config.attention_config.backend):
+        return ""
+    return (
+        f"drafting with {speculative.attention_backend.name}, the speculative config's "
+        "attention_backend (without it the drafter runs DCA too)"
+    )
+
+
 def _sparse(vllm_config: VllmConfig) -> str:
     """Its kernels are compiled for tensor cores only."""
     options = vllm_config.additional_config.get(OPTIONS)
@@ -168,6 +181,7 @@ REFUSALS: Sequence[Refusal] = (
     ),
     Refusal("engine", "speculative decoding by other methods", _drafter),
     Refusal("engine", "parallel drafting (P-EAGLE, PARD)", _parallel_drafting),
+    Refusal("engine", "another attention backend for the drafter", _drafter_backend),
     Refusal("engine", "sparse prefill in fp32 on CUDA", _sparse),
     Refusal(
         "engine",

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm_dca.engine import rotary_tables, transformers_rotary
 from vllm_dca.engine.devices import current_device, needs_of
 from vllm_dca.engine.following import NotUnderstoodError, Rotation, rotation_of
+from vllm_dca.engine.layers import check_kept, layers_of, refusal
 from vllm_dca.engine.recall import RecallWatch
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.sparse_layers import rule_of_layer, sparse_sizes
@@ -55,33 +56,33 @@ def remap_layers(
         NotImplementedError: a layer whose positions cannot be remapped, named.
     """
     settings = settings_of(vllm_config)
-    layers = {name: each for name, each in model.named_modules() if isinstance(each, Attention)}
+    attended, kept = layers_of(model, vllm_config, dca_backend)
     # All are followed before one is changed.
-    rotations = {name: _rotation(name, model, vllm_config) for name in layers}
-    attended = [name for name, each in layers.items() if each.attn_backend is dca_backend]
-    kept = [name for name, each in layers.items() if each.attn_backend is not dca_backend]
+    rotations = {name: _rotation(name, model, vllm_config) for name in (*attended, *kept)}
     rotating = [name for name in attended if rotations[name] is not None]
     if attended and not rotating and get_pp_group().world_size == 1:
-        raise _refusal(
-            attended[0],
+        raise refusal(
+            next(iter(attended)),
             "it has no rotary positions, nor has any other layer that sees the whole text, so "
             "there is nothing for DCA to change; without DCA the model takes any length that "
             "its other layers do",
         )
+    check_kept(kept)
     tables = _Tables(settings, vllm_config.model_config.max_model_len)
     for name in kept:
-        _keep(name, layers[name], rotations[name], model, tables)
+        if (found := rotations[name]) is not None:
+            tables.lengthen(name, found, model.get_submodule(name.rpartition(".")[0]))
     device_of = functools.cache(lambda needs: current_device(needs, settings.prefill_provider))
     sparse_of = functools.cache(functools.partial(_sparse, device_of))
-    for name in attended:
+    for name, layer in attended.items():
         turned = _periodic(name, rotations[name], model, vllm_config, tables)
-        _prepare(name, layers[name], turned, vllm_config, device_of, sparse_of)
+        _prepare(name, layer, turned, vllm_config, device_of, sparse_of)
     tables.forget_replaced(model)
     # A long prompt would else wait for it.
     KERNELS.register_warmup()
     if attended:
-        providers = sorted({layers[name].impl.device.provider for name in attended})
-        _say(attended, kept, len(attended) - len(rotating), providers)
+        providers = sorted({each.impl.device.provider for each in attended.values()})
+        _say(list(attended), list(kept), len(attended) - len(rotating), providers)
 
 
 def _rotation(
@@ -90,24 +91,6 @@ def _rotation(
     """What rotates a layer, of a model as it was built."""
     with _told(layer_name), set_current_vllm_config(vllm_config):
         return rotation_of(layer_name, model)
-
-
-def _keep(
-    layer_name: str,
-    layer: Attention,
-    found: Rotation | None,
-    model: torch.nn.Module,
-    tables: "_Tables",
-) -> None:
-    """Leave a layer with a window its attention, and its positions for as long as they go."""
-    if layer.sliding_window is None:
-        raise _refusal(
-            layer_name,
-            f"it is a {type(layer).__name__}",
-            "layers that see the whole text or a sliding window",
-        )
-    if found is not None:
-        tables.lengthen(layer_name, found, model.get_submodule(layer_name.rpartition(".")[0]))
 
 
 def _periodic(
@@ -140,7 +123,7 @@ def _prepare(
 ) -> None:
     """Tell a layer's attention how it turns queries, and what computes it here."""
     if layer.head_size_v != layer.head_size:
-        raise _refusal(
+        raise refusal(
             layer_name,
             f"its keys have {layer.head_size} entries, its values {layer.head_size_v}",
             "as many of both",
@@ -151,7 +134,7 @@ def _prepare(
     device = device_of(needs)
     has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
     if has_more and rule is not None:
-        raise _refusal(layer_name, "sparse prefill knows no soft cap and no sinks")
+        raise refusal(layer_name, "sparse prefill knows no soft cap and no sinks")
     layer.impl.prepare(rotation, device, needs.cache_dtype)
     if rule is not None:
         rule = rule.to(rotation.cos_sin.device)
@@ -191,19 +174,11 @@ def _told(layer_name: str) -> Iterator[None]:
     try:
         yield
     except NotUnderstoodError as error:
-        raise _refusal(
+        raise refusal(
             layer_name,
             str(error),
             "queries and keys that one rotary embedding rotates alike, just before they attend",
         ) from error
-
-
-def _refusal(layer_name: str, reason: str, needed: str = "") -> NotImplementedError:
-    return NotImplementedError(
-        f"--attention-backend dca cannot serve this model: layer {layer_name}: {reason}. "
-        + (f"DCA needs {needed}. " if needed else "")
-        + "Use another attention backend."
-    )
 
 
 class _Tables:
@@ -237,7 +212,7 @@ class _Tables:
                         rotary, geometry.chunk_size, geometry.chunk_len, layer_type
                     )
             except ValueError as error:
-                raise _refusal(layer_name, str(error), _ROTARY) from error
+                raise refusal(layer_name, str(error), _ROTARY) from error
         periodic, rotation = self.heirs[key]
         self._put(layer_name, found, periodic)
         return rotation
@@ -255,13 +230,13 @@ class _Tables:
             try:
                 self.heirs[key] = rotary_tables.lengthened(rotary, self.max_model_len)
             except ValueError as error:
-                raise _refusal(layer_name, f"it has a window, and {error}", _ROTARY) from error
+                raise refusal(layer_name, f"it has a window, and {error}", _ROTARY) from error
         self._put(layer_name, found, self.heirs[key])
 
     def _put(self, layer_name: str, found: Rotation, heir: torch.nn.Module) -> None:
         for owner, name in found.places:
             if self.placed.setdefault((id(owner), name), heir) is not heir:
-                raise _refusal(
+                raise refusal(
                     layer_name,
                     "layers with a window and layers without share its positions",
                     f"a {type(found.rotary).__name__} for each of the two kinds",

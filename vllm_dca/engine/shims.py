@@ -186,11 +186,13 @@ def prepare_model() -> None:
         self: BaseModelLoader, vllm_config: Any, model_config: Any, prefix: str = ""
     ) -> Any:
         model = original(self, vllm_config, model_config, prefix)
-        layers = vllm_config.compilation_config.static_forward_context.values()
-        backends = {getattr(layer, "attn_backend", None) for layer in layers}
-        for backend in backends:
-            if backend is not None and hasattr(backend, "prepare_model"):
-                backend.prepare_model(model, vllm_config)
+        selected = vllm_config.attention_config
+        # Not those in use: of a model whose layers bring their own, DCA must know too.
+        if any(
+            getattr(each, "name", None) == NAME
+            for each in (selected.backend, *selected.backend_per_kind.values())
+        ):
+            AttentionBackendEnum[NAME].get_class().prepare_model(model, vllm_config)
         return model
 
     BaseModelLoader.create_model = create_model

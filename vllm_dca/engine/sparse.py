@@ -90,7 +90,8 @@ def _attended_layers(hf_config: Any) -> list[int]:
     kinds = getattr(hf_config, "layer_types", None)
     if kinds is None:
         return list(range(hf_config.num_hidden_layers))
-    return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    # "hybrid" of Falcon-H1: each layer attends and keeps a state.
+    return [i for i, kind in enumerate(kinds) if kind in ("full_attention", "hybrid")]
 
 
 def say_sparse(

@@ -1,0 +1,50 @@
+"""What a step is planned from."""
+
+import types
+
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_dca.engine.metadata import DcaMetadataBuilder
+
+pytestmark = pytest.mark.each_minor
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("verifies", [False, True])
+def test_lengths_on_the_host_are_exact_of_what_is_planned_as_prefill(
+    more: int, drafts: int, verifies: bool
+) -> None:
+    """Model Runner V1 may put a request whose drafts are verified behind a prefill."""
+    true = torch.tensor([7, 900, 500], dtype=torch.int32)
+    accepted = true + torch.tensor([3, 0, 2], dtype=torch.int32) * (drafts > 0)
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.tensor([0, 1, 501, 505], dtype=torch.int32),
+        query_start_loc_cpu=torch.tensor([0, 1, 501, 505], dtype=torch.int32),
+        seq_lens=true + more,
+        num_reqs=3,
+        num_actual_tokens=505,
+        max_query_len=500,
+        max_seq_len=903,
+        block_table_tensor=torch.zeros(3, 1, dtype=torch.int32),
+        slot_mapping=torch.zeros(505, dtype=torch.int64),
+        seq_lens_cpu_upper_bound=accepted,
+        is_prefilling=torch.tensor([False, True, not verifies]),
+    )
+    if not verifies:
+        accepted[2] = true[2]  # vLLM's are exact for prefills
+    builder = types.SimpleNamespace(reorder_batch_threshold=1 + drafts, more=more)
+    lengths = DcaMetadataBuilder._host_lengths(builder, common, slice(1, 3))
+    assert lengths.tolist()[1:] == (true + more).tolist()[1:]
+
+
+def test_no_length_is_fetched_from_a_device_for_prefills() -> None:
+    builder = types.SimpleNamespace(reorder_batch_threshold=4, more=0)
+    common = types.SimpleNamespace(
+        seq_lens=None,
+        seq_lens_cpu_upper_bound=torch.tensor([10, 20]),
+        is_prefilling=torch.tensor([False, True]),
+    )
+    assert DcaMetadataBuilder._host_lengths(builder, common, slice(1, 2)).tolist() == [10, 20]
