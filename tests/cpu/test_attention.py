@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.cases import cases
-from tests.helpers.paged import Batch, Shape
+from tests.helpers.paged import CPU_OPERATIONS, CPU_PREFILL, Batch, Shape
 from vllm_dca.cpu import compiled, plan_decode
 from vllm_dca.method.kv_cache import write_kv
+from vllm_dca.method.prefill import by_passes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -229,6 +230,32 @@ def test_decode_row_equals_prefill_row(dtype: torch.dtype, temperature: int | No
     prefill = batch.prefill()
     for decode in (batch.decode(), batch.compiled()):
         assert (decode - prefill).abs().max() <= batch.tolerance()
+
+
+def test_a_prefill_takes_no_more_room_than_it_says() -> None:
+    """vLLM sizes the KV cache by it."""
+    # A temperature turns the queries of all three passes, nearly all of which see all regions.
+    shape = Shape(
+        [(2000, 32)],
+        head_size=64,
+        rotary_dim=64,
+        original_max_position_embeddings=16,
+        dtype=torch.bfloat16,
+    )
+    taken = []
+
+    def turn(*args: Any) -> torch.Tensor:
+        taken.append(turned := CPU_OPERATIONS.turn(*args))
+        return turned
+
+    def merge(output: torch.Tensor, lse: torch.Tensor, parts: list[Any], sinks: Any) -> None:
+        taken.extend([lse, *(each for part in parts for each in (part.output, part.lse))])
+        CPU_OPERATIONS.merge(output, lse, parts, sinks)
+
+    batch = Batch.random(shape)
+    room = CPU_PREFILL.room * batch.rotated_query().nbytes
+    batch.prefill(by=by_passes(CPU_OPERATIONS._replace(turn=turn, merge=merge)))
+    assert 0.8 * room < sum(each.nbytes for each in taken) <= room
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -130,10 +130,13 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             output_scale: must be None.
             output_block_scale: must be None.
         """
+        assert self.device is not None
         if attn_metadata is None:
+            # vLLM sizes the KV cache by what this run takes at its peak.
+            if self.device.prefill is not None:
+                query.new_empty(self.device.prefill.room, *query.shape)
             return output.zero_()
         assert self.rotation is not None
-        assert self.device is not None
         assert output_scale is None
         assert output_block_scale is None
         kv_cache = split_pages(kv_cache, self.block_size or kv_cache.shape[2])

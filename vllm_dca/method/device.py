@@ -56,10 +56,13 @@ class Prefill(NamedTuple):
             arguments are those of `vllm_dca.method.planning.plan_prefill`.
         attend: one layer; its arguments are those of
             `vllm_dca.method.prefill.prefill_attention`, but for `operations`.
+        room: how many tensors of the queries' size `attend` has at once beside its arguments,
+            at most.
     """
 
     plan: Callable[..., Any]
     attend: Callable[..., None]
+    room: int = 0
 
 
 class Device(NamedTuple):

@@ -76,4 +76,6 @@ def prefill_attention(
 
 def by_passes(operations: PrefillOperations) -> Prefill:
     """Three passes and a merge, put together from a device's operations."""
-    return Prefill(plan_prefill, functools.partial(prefill_attention, operations=operations))
+    attend = functools.partial(prefill_attention, operations=operations)
+    # Queries turned three ways, two parts, and what is smaller than one: log-sum-exps.
+    return Prefill(plan_prefill, attend, room=6)
