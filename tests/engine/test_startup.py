@@ -214,7 +214,7 @@ def test_layers_with_an_attention_of_their_own_are_refused() -> None:
 
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), Indexed())
     with pytest.raises(NotImplementedError, match="layer 1: it is a Indexed"):
-        layers_of(model, types.SimpleNamespace(), DcaBackend)
+        layers_of(model, DcaBackend)
 
 
 @pytest.mark.parametrize(

@@ -34,18 +34,15 @@ def refusal(layer_name: str, reason: str, needed: str = "") -> NotImplementedErr
     )
 
 
-def layers_of(
-    model: torch.nn.Module, vllm_config: VllmConfig, dca_backend: type[AttentionBackend]
-) -> Layers:
+def layers_of(model: torch.nn.Module, dca_backend: type[AttentionBackend]) -> Layers:
     """Sort a model's layers.
 
     Args:
         model: as it was built.
-        vllm_config: of the engine.
         dca_backend: of the layers that DCA attends.
 
     Raises:
-        NotImplementedError: a layer attends in a way of its own, or none by DCA.
+        NotImplementedError: a layer attends in a way of its own.
     """
     layers = Layers({}, {})
     for name, each in model.named_modules():
@@ -55,6 +52,27 @@ def layers_of(
         if not isinstance(each, Attention):
             raise refusal(name, f"it is a {type(each).__name__}", _KINDS)
         (layers.attended if each.attn_backend is dca_backend else layers.kept)[name] = each
+    return layers
+
+
+def check_kept(
+    layers: Layers, vllm_config: VllmConfig, dca_backend: type[AttentionBackend]
+) -> None:
+    """Whether the layers that DCA leaves alone take any length as they are, and not all are.
+
+    Args:
+        layers: of the model.
+        vllm_config: of the engine.
+        dca_backend: of the layers that DCA attends.
+
+    Raises:
+        NotImplementedError: one sees more than a window, or none of the model's is DCA's.
+    """
+    for name, layer in layers.kept.items():
+        if layer.sliding_window is None:
+            kind, by = type(layer).__name__, layer.attn_backend.get_name()
+            reason = f"it attends by {by}" if kind == "Attention" else f"it is a {kind}"
+            raise refusal(name, reason, _KINDS)
     # A pipeline's rank may have none. A drafter without one shares its model's context.
     everywhere = vllm_config.compilation_config.static_forward_context.values()
     if get_pp_group().world_size == 1 and not any(
@@ -64,17 +82,3 @@ def layers_of(
             "--attention-backend dca cannot serve this model: none of its layers attends to "
             "the whole text, so that DCA has nothing to do. Use another attention backend."
         )
-    return layers
-
-
-def check_kept(kept: dict[str, Attention]) -> None:
-    """Whether layers that DCA leaves alone take any length as they are.
-
-    Raises:
-        NotImplementedError: one sees more than a window.
-    """
-    for name, layer in kept.items():
-        if layer.sliding_window is None:
-            kind, by = type(layer).__name__, layer.attn_backend.get_name()
-            reason = f"it attends by {by}" if kind == "Attention" else f"it is a {kind}"
-            raise refusal(name, reason, _KINDS)

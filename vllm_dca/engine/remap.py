@@ -56,7 +56,7 @@ def remap_layers(
         NotImplementedError: a layer whose positions cannot be remapped, named.
     """
     settings = settings_of(vllm_config)
-    attended, kept = layers_of(model, vllm_config, dca_backend)
+    attended, kept = layers = layers_of(model, dca_backend)
     # All are followed before one is changed.
     rotations = {name: _rotation(name, model, vllm_config) for name in (*attended, *kept)}
     rotating = [name for name in attended if rotations[name] is not None]
@@ -67,7 +67,7 @@ def remap_layers(
             "there is nothing for DCA to change; without DCA the model takes any length that "
             "its other layers do",
         )
-    check_kept(kept)
+    check_kept(layers, vllm_config, dca_backend)
     tables = _Tables(settings, vllm_config.model_config.max_model_len)
     for name in kept:
         if (found := rotations[name]) is not None:
