@@ -142,18 +142,19 @@ def calibrate(
         "tensor_parallel_size": tensor_parallel_size,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    given["additional_config"] = json.loads(additional_config or "{}")
+    additional = json.loads(additional_config or "{}")
+    given["additional_config"] = additional
     with _quiet_vllm(), _refusals():
         run(model, text, recall, output, given, console)
     # Budgets belong to the chunk sizes that they were found with.
     options = {
         key: value
-        for key, value in given["additional_config"].get("dca", {}).items()
+        for key, value in additional.get("dca", {}).items()
         if key not in ("sparse", "sparse_coverage", "sparse_min_keys")
     }
     options |= {"sparse": "checkpoint", "sparse_budgets": str(output.resolve())}
-    used = given["additional_config"] | {"dca": options}
-    _line("use it", f"--additional-config {shlex.quote(json.dumps(used))}")
+    used = json.dumps(additional | {"dca": options})
+    _line("use it", f"--additional-config {shlex.quote(used)}")
 
 
 @app.command()
