@@ -120,6 +120,9 @@ REFUSED = {
     "a backend per kind": BY_OPTION,
     "speculative decoding": BY_OPTION,
     "parallel drafting": "test_startup::test_parallel_drafting_is_refused",
+    "another attention backend": (
+        "test_startup::test_a_drafter_with_another_backend_is_refused"
+    ),
     "sparse prefill in fp32": "test_sparse::test_fp32_is_refused_on_cuda",
     "decode context": BY_OPTION,
     "prefill context": "test_startup::test_what_only_gpus_have_is_refused",
