@@ -103,7 +103,8 @@ def test_a_checkpoint_s_budgets(tmp_path: Path) -> None:
     from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
     from vllm_dca.engine import warmup
-    from vllm_dca.engine.metadata import DcaMetadata, DcaMetadataBuilder
+    from vllm_dca.engine.metadata import DcaMetadataBuilder
+    from vllm_dca.engine.step import DcaMetadata
 
     llama = checkpoints.write(tmp_path, "LlamaConfig")
     file = tmp_path / "budgets.json"

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_dca.engine.metadata import DcaMetadata
 from vllm_dca.engine.refusals import REFUSED_IN_LAYERS
+from vllm_dca.engine.step import DcaMetadata
 from vllm_dca.method.device import Device
 from vllm_dca.method.kv_cache import split_kv, split_pages
 from vllm_dca.method.lines import Rule

@@ -2,9 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -20,46 +18,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_dca.engine.devices import check_one_plan
 from vllm_dca.engine.recall import collect
 from vllm_dca.engine.settings import settings_of
+from vllm_dca.engine.step import DcaMetadata, SparseStep
 from vllm_dca.method.planning import upload
 from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_planning import Dense, Segment, dense_rest, sparse_segments
-
-
-@dataclass
-class DcaMetadata:
-    """A step's batch, decode rows first; either part may be absent.
-
-    Attributes:
-        num_decode_tokens: how many rows `decode` answers.
-        num_actual_tokens: how many it and `prefill` answer together.
-        decode: a plan of the device's planner.
-        prefill: a plan of the rest, by the device too.
-        sparse: what sparse layers do instead, where a part of the batch is sparse.
-        plan_again: makes `decode` anew, from the lengths that are on the device by then.
-    """
-
-    num_decode_tokens: int
-    num_actual_tokens: int
-    decode: Any
-    prefill: Any
-    sparse: "SparseStep | None" = None
-    plan_again: Callable[[], Any] | None = None
-
-
-class SparseStep(NamedTuple):
-    """A step with sparse segments.
-
-    Attributes:
-        plan: of the segments, as the layers' `SparsePrefill` has it.
-        tokens: [num_tokens] int32, the batch's other tokens.
-        rest: these, as a batch of their own.
-        watched: whether layers show what they keep.
-    """
-
-    plan: Any
-    tokens: torch.Tensor
-    rest: DcaMetadata
-    watched: bool
 
 
 class _Requests(NamedTuple):

@@ -12,8 +12,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 
 from vllm_dca.engine.impl import DcaImpl
-from vllm_dca.engine.metadata import DcaMetadata, SparseStep
 from vllm_dca.engine.settings import settings_of
+from vllm_dca.engine.step import DcaMetadata, SparseStep
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.sparse import SparsePlan
