@@ -283,7 +283,8 @@ def test_layers_of_a_group_want_one_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     with pytest.raises(ValueError, match=r"a by xformers, b by triton\. Ask") as refusal:
         devices.check_one_plan({"a": plain, "b": layer("triton", WALK, 30.0)}, config)
-    assert """--additional-config '{"dca": {"prefill_provider": "triton"}}'.""" in str(refusal.value)
+    advice = """--additional-config '{"dca": {"prefill_provider": "triton"}}'."""
+    assert advice in str(refusal.value)
     # What is advised is no plan of either sort where no provider serves all.
     monkeypatch.setattr(devices, "compute_capability", lambda: (8, 0))
     given = {"a": plain, "b": layer("triton", WALK, None, "fp8_e4m3")}
