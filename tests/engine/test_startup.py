@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from scripts.common.serving import free_port
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate
+from tests.helpers.companions import write_eagle
 from tests.helpers.inprocess import engine
 
 pytestmark = pytest.mark.each_minor
@@ -327,6 +329,23 @@ def test_a_drafter_does_not_shorten_the_context(
     config = settle(llama, max_model_len=1024, speculative_config=draft)
     assert config.model_config.max_model_len == 1024
     assert config.speculative_config.draft_model_config.max_model_len == 1024
+
+
+def test_a_drafter_with_a_shorter_window_is_warned_of(
+    llama: Path, tmp_path: Path, dca_log: list[str]
+) -> None:
+    """vLLM lets an EAGLE head's config tell the model's length."""
+    head = write_eagle(tmp_path, "eagle")
+    config = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    draft = {"method": "eagle", "model": str(head), "num_speculative_tokens": 2}
+    settle(
+        llama,
+        max_model_len=1024,
+        speculative_config=draft,
+        additional_config={"dca": SIZES},
+    )
+    assert sum("over the drafter's window of 64 tokens" in line for line in dca_log) == 1
 
 
 def test_other_platforms_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
-from vllm.transformers_utils.config import iter_rope_parameters
+from vllm.transformers_utils.config import (
+    get_config,
+    get_hf_text_config,
+    iter_rope_parameters,
+)
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from vllm_dca.engine.block_size import block_size_of
@@ -180,6 +184,10 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
         model_config.max_model_len = asked
     _take_checkpoint_config(draft)
     window = _own_window(draft, model_config.max_model_len)
+    if speculative.method in ("eagle", "eagle3"):
+        # vLLM has written the model's length into its config.
+        own = get_config(draft.model, draft.trust_remote_code, draft.revision)
+        window = min(window, get_hf_text_config(own).max_position_embeddings)
     if settings.chunk_size > window:
         logger.warning(
             "DCA: chunk_size %d is over the drafter's window of %d tokens, so few of its "
