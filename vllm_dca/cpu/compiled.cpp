@@ -34,7 +34,9 @@ namespace {
 constexpr int64_t kFew = 16;         // queries of a tile
 constexpr int64_t kQueries = 384;    // at most, those of all heads that share keys
 constexpr int64_t kSplit = 1024;     // keys of a split, at least,
-constexpr int64_t kRowKeys = 32;     // and this many for each row of its tile
+constexpr int64_t kRowKeys = 32;     // and this many for each row of its tile;
+constexpr int64_t kSplits = 8;       // of more keys, no more than these, until one is
+constexpr int64_t kLongest = 4096;   // as long as that: its start costs as much as 50 keys or so
 constexpr float kLog2E = 1.44269504f;
 
 // As vllm_dca/cpu/compiled.py fills it. Strides are in elements; the last axes are dense.
@@ -271,7 +273,8 @@ int64_t plan(const Arguments& a, int64_t size, std::vector<Split>& splits,
     const int64_t panels = lanes == 1 ? queries : (queries + lanes - 1) / lanes;
     // A full tile has others beside it. The more rows, the longer, as their partials are larger.
     const bool full = count > 1 && count == most;
-    const int64_t length = full ? keys : std::max(kSplit, kRowKeys * count);
+    const int64_t share = std::min(keys / (kSplits * kSplit) * kSplit, kLongest);
+    const int64_t length = full ? keys : std::max({kSplit, kRowKeys * count, share});
     for (int64_t begin = 0; begin < keys; begin += length) {
       const int64_t end = std::min(begin + length, keys);
       splits.push_back({first, count, begin, end, lanes, panels, offset});

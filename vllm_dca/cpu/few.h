@@ -97,14 +97,21 @@ struct Few {
     use(std::integral_constant<int, most>());
   }
 
-  // The first half of what comes next is fetched while scores are computed, the second while values
-  // are added: at an even pace, and in memory's order, which the processor's own fetching follows.
+  // A line of what comes next is fetched with each one that is read: with keys its first half, with
+  // values the second. That is memory's order, which the processor's own fetching follows, and an
+  // even pace: of many at once, some would be left out.
   template <typename Stored>
-  void fetch(const Neighbours<Stored>& tokens, int64_t token) const {
-    const Stored* from = tokens.next + token * tokens.row;
-    for (int64_t i = 0; i < 2 * size / kNumbers<Cell>; i += 64 / sizeof(Stored))
-      __builtin_prefetch(from + i);
-  }
+  struct Next {
+    const Stored* from;
+    bool wanted;  // by the first of several queries
+
+    // Called with vector 0, 1, ..., each of some bytes.
+    void with(int vector, int bytes) {
+      if (!wanted || vector % std::max(64 / bytes, 1) != 0) return;
+      __builtin_prefetch(from);
+      from += 64 / sizeof(Stored);
+    }
+  };
 
   // Of some queries with kLanes keys from t, four keys at a time.
   template <int kQueries, typename Stored>
@@ -115,10 +122,9 @@ struct Few {
     for (int four = 0; four < kLanes / 4; ++four) {
       const Cell* query = queries + m * depth;
       const Stored* key[4];
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 4; ++i)
         key[i] = tokens.keys + (t + std::min<int64_t>(4 * four + i, last)) * tokens.row;
-        if (m == 0 && i % 2 == 0) fetch(tokens, (t + 4 * four + i) / 2);
-      }
+      Next<Stored> next{tokens.next + (t + 4 * four) / 2 * tokens.row, m == 0};
       Vector product[kQueries][4] = {};
       // A loop for each part: with AVX2, one for both has too few registers.
       const auto multiply = [&](auto part) {
@@ -127,6 +133,7 @@ struct Few {
           for (int q = 0; q < kQueries; ++q)
             left[q] = in_register(at(query + q * depth + l + part * kLanes));
           for (int i = 0; i < 4; ++i) {
+            if (part == 0) next.with(i, kParts * kLanes * sizeof(Stored));
             const Vector right = in_register(vector_of(key[i] + l, part));
             for (int q = 0; q < kQueries; ++q)
               product[q][i] = add_product<Cell>(product[q][i], left[q], right);
@@ -186,12 +193,13 @@ struct Few {
       for (int j = 0; j < kWide; ++j) sum[i][j] = at(row(m + i) + kHead + d + j * kLanes);
     const Cell* weight = weights + m * kStep;
     const Stored* value = tokens.values + d / N;
+    Next<Stored> next{tokens.next + tokens.count * (tokens.row / 2 + d / N), m == 0};
     for (int64_t t = 0; t < tokens.count; t += N, ++weight, value += N * tokens.row) {
-      if (m == 0 && d == 0 && t % 2 == 0) fetch(tokens, (tokens.count + t) / 2);
       const Stored* beside = t + 1 < tokens.count ? value + tokens.row : value;
       Vector left[kQueries];
       for (int i = 0; i < kQueries; ++i) left[i] = in_register(everywhere(weight + i * kStep));
       for (int j = 0; j < kWide; ++j) {
+        next.with(j, kLanes * sizeof(Stored));
         const Vector right = in_register(value_of(value, beside, j));
         for (int i = 0; i < kQueries; ++i) sum[i][j] = add_product<Cell>(sum[i][j], left[i], right);
       }
