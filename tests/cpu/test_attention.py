@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts.bench.layer import Layer
 from tests.helpers.cases import cases
 from tests.helpers.paged import CPU_OPERATIONS, CPU_PREFILL, Batch, Shape
 from vllm_dca.cpu import compiled, plan_decode
@@ -115,6 +116,24 @@ def test_compiled_split_of_which_a_row_sees_nothing() -> None:
     sizes = {"num_kv_heads": 1, "group": 1, "head_size": 16, "rotary_dim": 16}
     batch = Batch.random(Shape([(4097, 4095)], 2048, 128, block_size=64, **sizes))
     batch.assert_close(batch.compiled())
+
+
+def test_compiled_splits_grow_with_the_keys() -> None:
+    """Eight splits of 2,048 keys and a rest; checked row by row, as what is timed is."""
+    layer = Layer(("long", 3, 1, 16, 2048, 512), 2, 16600, 2, torch.float32, 64, "cpu")
+    layer.output.fill_(torch.nan)
+    plan = compiled.CompiledPlan(
+        layer.starts, layer.seq_lens, layer.block_table, layer.page, layer.geometry
+    )
+    compiled.attention(
+        layer.query,
+        layer.kv_cache,
+        layer.output,
+        plan=plan,
+        rotation=layer.rotation,
+        softmax_scale=layer.scale,
+    )
+    layer.check()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,12 @@ namespace {
 
 constexpr int64_t kFewKeys = 64;       // taken at a time, at most,
 constexpr int64_t kFewBytes = 1 << 14;  // and of these keys and values: two times that is in L1
+// They are read once: where L1 has room beside them, no other cache need keep them.
+#if defined(__AVX512F__)
+constexpr int kLocality = 0;
+#else
+constexpr int kLocality = 3;
+#endif
 
 // Keys and values of neighbouring tokens as they are stored, in rows of `row` of these, and where
 // those that come next are, which are fetched meanwhile, keys and values in one.
@@ -108,7 +114,7 @@ struct Few {
     // Called with vector 0, 1, ..., each of some bytes.
     void with(int vector, int bytes) {
       if (!wanted || vector % std::max(64 / bytes, 1) != 0) return;
-      __builtin_prefetch(from);
+      __builtin_prefetch(from, 0, kLocality);
       from += 64 / sizeof(Stored);
     }
   };
