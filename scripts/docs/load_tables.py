@@ -26,7 +26,7 @@ def soak() -> str:
             *(f"{of['texts']['largest_difference_of_logprob']:.1e}" for of in servers.values()),
         ),
         ("tokens generated for nobody", *(_for_nobody(of) for of in servers.values())),
-        ("peak of memory, MiB, in either half", *(_peaks(of) for of in servers.values())),
+        ("memory of either half, MiB", *(_memory(of) for of in servers.values())),
         ("violations", *(len(of["violations"]) for of in servers.values())),
     )
 
@@ -47,8 +47,9 @@ def _for_nobody(of: dict[str, Any]) -> str:
     return f"{of['tokens_for_clients_that_hung_up']:.0f}"
 
 
-def _peaks(of: dict[str, Any]) -> str:
-    return "{first_peak_mib:,}, then {second_peak_mib:,}".format(**of["memory"])
+def _memory(of: dict[str, Any]) -> str:
+    form = "{first_settled_mib:,} (peak {first_peak_mib:,}), then {second_settled_mib:,} "
+    return (form + "(peak {second_peak_mib:,})").format(**of["memory"])
 
 
 def soak_rounds() -> str:

@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,68 @@ def test_a_prompt_over_the_limit_is_refused_and_the_server_lives_on(
     status, answer = server.complete(prompt="The capital of France is", max_tokens=3)
     assert status == 200
     assert "Paris" in answer["choices"][0]["text"]
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+BAD_COMPLETIONS: dict[str, dict[str, Any]] = {
+    "an empty prompt": {"prompt": ""},
+    "a prompt of no tokens": {"prompt": []},
+    "a prompt of a wrong type": {"prompt": {"text": 5}},
+    "a token that the vocabulary lacks": {"prompt": [5, 10**6]},
+    "a token of more than 64 bits": {"prompt": [5, 10**30]},
+    "a negative token": {"prompt": [5, -5]},
+    "a negative max_tokens": {"max_tokens": -5},
+    "more tokens than the context has": {"max_tokens": 10**9},
+    "min_tokens over max_tokens": {"min_tokens": 9},
+    "a negative temperature": {"temperature": -1},
+    "a temperature that is no number": {"temperature": float("nan")},
+    "top_p over 1": {"top_p": 2},
+    "top_k under -1": {"top_k": -7},
+    "no answers": {"n": 0},
+    "a negative n": {"n": -3},
+    "a huge n": {"n": 10**9},
+    "several greedy answers": {"n": 2},
+    "negative logprobs": {"logprobs": -3},
+    "huge logprobs": {"logprobs": 10**6},
+    "huge prompt_logprobs": {"prompt_logprobs": 10**6},
+    "a penalty that is too large": {"presence_penalty": 100},
+    "a repetition_penalty of 0": {"repetition_penalty": 0},
+    "a bias of a token that the vocabulary lacks": {"logit_bias": {"1000000": 5}},
+    "an adapter that is not there": {"model": "no-such-adapter"},
+    "a regular expression that is none": {"structured_outputs": {"regex": "("}},
+    "a schema that is none": {"structured_outputs": {"json": {"type": "nonsense"}}},
+    "an empty salt": {"cache_salt": ""},
+    "an unknown format": {"response_format": {"type": "nonsense"}},
+}
+BAD_CHATS: dict[str, Any] = {
+    "no messages": [],
+    "a picture": [{"role": "user", "content": [PICTURE]}],
+    "a message of a wrong type": ["hello"],
+    "a message without a role": [{"content": "hello"}],
+}
+BAD_BODIES = {
+    "cut-off JSON": b'{"prompt": [5, 6',
+    "no JSON": b"\x00\xff" * 100,
+    "a list": b"[1, 2]",
+    "nothing": b"",
+}
+
+
+def test_bad_requests_are_refused_and_change_nothing(server: Server, prose: list[int]) -> None:
+    question = {"prompt": prose[:7000], "max_tokens": 8, "return_token_ids": True}
+    _, before = server.complete(**question)
+    found = {
+        what: server.complete(**{"prompt": [5, 6, 7], "max_tokens": 2, **body})
+        for what, body in BAD_COMPLETIONS.items()
+    }
+    found |= {what: server.chat(messages) for what, messages in BAD_CHATS.items()}
+    found |= {what: server.post("/v1/completions", body) for what, body in BAD_BODIES.items()}
+    for what, (status, answer) in found.items():
+        assert 400 <= status < 500, (what, status, answer)
+        assert answer["error"]["message"], what
+    status, after = server.complete(**question)
+    assert status == 200
+    assert after["choices"][0]["token_ids"] == before["choices"][0]["token_ids"]
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -47,15 +47,16 @@ def test_another_answer_is_seen(choices: list[dict[str, Any]], right: bool) -> N
     assert traffic.is_expected([EXPECTED] * 2, found) == right
 
 
-def test_peaks_of_two_halves() -> None:
+def test_memory_of_two_halves() -> None:
     memory = Memory.__new__(Memory)
-    memory.samples = [
-        (float(t), [100.0, float(mib)]) for t, mib in enumerate((1, 9, 3, 4, 5, 2))
-    ]
-    memory.ends_of_passes = [1, 3, 5]
-    halves = memory.of_halves()
+    first, second = (1, 9, 3, 4), (9, 5, 8, 1, 1, 1, 20, 7)
+    curve = enumerate((*first, *second))
+    memory.samples = [(float(t), [100.0, float(mib)]) for t, mib in curve]
     # The first of three passes is the first half.
-    assert (halves["first_peak_mib"], halves["second_peak_mib"]) == (101, 109)
+    memory.ends_of_passes = [4, 7, 11]
+    halves = memory.of_halves()
+    assert (halves["first_peak_mib"], halves["second_peak_mib"]) == (109, 120)
+    assert (halves["first_settled_mib"], halves["second_settled_mib"]) == (104, 107)
 
 
 def test_a_record_grows_with_each_pass(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ JSON and the name of no model. Fails unless
 - prefixes were found in the cache, and drafts of the speculation were taken;
 - the bench's requests are all served, and the bad ones refused with the right status;
 - no more than a tenth of the answers that nobody waits for is generated;
-- the processes need at most 64 MiB more in the second half of the passes than in the first;
+- the processes settle at most 64 MiB higher in the second half of the passes than in the first;
 - in the end nothing runs or waits, no block of the KV cache is held, and it answers as before.
 
 The record is on disk after each pass. Unknown arguments go to `vllm serve`. (With --dtype
@@ -151,8 +151,9 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     for what, count in result["requests"].items():
         console.print(f"{count:6} {what}")
-    peaks = (result["memory"][f"{time}_peak_mib"] for time in ("first", "second"))
-    console.print("peak of memory: {} MiB, the second time {} MiB".format(*peaks))
+    memory = "memory: {first_settled_mib} MiB, up to {first_peak_mib}; in the second half "
+    memory += "{second_settled_mib}, up to {second_peak_mib}"
+    console.print(memory.format(**result["memory"]))
     console.print(f"{result['requests_in_all']} requests, {len(result['violations'])} wrong")
 
 

@@ -10,7 +10,7 @@ import psutil
 
 from scripts.load.soak.traffic import LEFT, Traffic
 
-GROWTH_MIB = 64  # of the peak from the first half of the passes to the second
+GROWTH_MIB = 64  # of the settled level from the first half of the passes to the second
 HELD = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 PREFIXES_FOUND = "vllm:prefix_cache_hits_total"
 DRAFTS_TAKEN = "vllm:spec_decode_num_accepted_tokens_total"
@@ -43,18 +43,28 @@ class Memory:
             await asyncio.sleep(1)
 
     def of_halves(self) -> dict[str, Any]:
-        """Peaks of all processes together, in the first half of the passes and in the rest."""
+        """Of all processes together, in the first half of the passes and in the rest.
+
+        A peak hangs on which requests met. A settled level is the lowest of the last quarter.
+        """
         middle = self.ends_of_passes[len(self.ends_of_passes) // 2 - 1]
         curve = [sum(mib) for _, mib in self.samples]
+        first, second = curve[:middle], curve[middle:]
         return {
             "bound_of_growth_mib": GROWTH_MIB,
-            "first_peak_mib": round(max(curve[:middle])),
-            "second_peak_mib": round(max(curve[middle:])),
+            "first_peak_mib": round(max(first)),
+            "second_peak_mib": round(max(second)),
+            "first_settled_mib": round(_settled(first)),
+            "second_settled_mib": round(_settled(second)),
             "curve_s_mib_of_each_process": [
                 [round(t), *map(round, mib)]
                 for t, mib in self.samples[:: len(self.samples) // 60 + 1]
             ],
         }
+
+
+def _settled(curve: list[float]) -> float:
+    return min(curve[len(curve) * 3 // 4 :])
 
 
 async def drained(traffic: Traffic) -> Counter[str]:
@@ -90,7 +100,7 @@ async def check_end(traffic: Traffic, memory: Memory, speculating: bool) -> dict
     health = await traffic.client.health()
     traffic.expect(health == 200, f"/health is {health} in the end")
     halves = memory.of_halves()
-    growth = halves["second_peak_mib"] - halves["first_peak_mib"]
+    growth = halves["second_settled_mib"] - halves["first_settled_mib"]
     traffic.expect(growth <= GROWTH_MIB, f"the processes grew by {growth} MiB")
     return {
         "tokens_for_clients_that_hung_up": for_nobody,
