@@ -12,8 +12,8 @@ def faults() -> str:
     return markdown(head, *([of[key] for key in head] for of in found))
 
 
-def soak() -> str:
-    servers = load("soak")["servers"]
+def soak(record: str = "soak") -> str:
+    servers = load(record)["servers"]
     counted = {name: _by_kind(of["requests"]) for name, of in servers.items()}
     kinds = dict.fromkeys(kind for of in counted.values() for kind in of)
     return markdown(
@@ -36,6 +36,7 @@ def _by_kind(requests: dict[str, int]) -> dict[str, str]:
     sums: dict[str, Counter[str]] = {}
     for what, number in requests.items():
         kind, _, how = what.rpartition(": ")
+        how = f"with status {how}" if how.isdigit() else how
         sums.setdefault(kind.partition(",")[0], Counter())[how] += number
     return {
         kind: ", ".join(f"{number} {how}" for how, number in of.items())
@@ -52,10 +53,14 @@ def _memory(of: dict[str, Any]) -> str:
     return (form + "(peak {second_peak_mib:,})").format(**of["memory"])
 
 
-def soak_rounds() -> str:
+def soak_quick() -> str:
+    return soak("soak-quick")
+
+
+def soak_rounds(record: str = "soak") -> str:
     """Each kind of round in the first half of the passes and in the second."""
     rows = []
-    for name, of in load("soak")["servers"].items():
+    for name, of in load(record)["servers"].items():
         a_pass = len(of["bench"]) // of["passes"]
         half = of["passes"] // 2 * a_pass
         for number in range(a_pass):
@@ -76,6 +81,10 @@ def soak_rounds() -> str:
             )
     head = ("server", "at once", "prompts", "tokens/s", "first token", "between tokens")
     return markdown(head, *rows)
+
+
+def soak_quick_rounds() -> str:
+    return soak_rounds("soak-quick")
 
 
 def _halves(
