@@ -309,11 +309,12 @@ def test_a_batch_whose_driver_dies_is_gone_on_with(model: Path, tmp_path: Path) 
         time.sleep(0.1)
     left = psutil.Process(batch.process.pid).children(recursive=True)
     batch.process.kill()
-    # Ray ends what the driver had started.
+    # Ray ends the engines; its own small agents it may leave (`ray stop` ends them).
     _, alive = psutil.wait_procs(left, 60)
+    names = [process.name() for process in alive]
     for process in alive:
         process.kill()
-    assert not alive
+    assert not [name for name in names if "Map" in name or "VLLM" in name], names
     found = 0
     for path in output.glob("*.parquet"):
         # What was being written has no footer yet.

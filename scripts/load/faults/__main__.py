@@ -44,7 +44,7 @@ def main(
     facts = record.provenance("vllm", "vllm-dca")
     del facts["command"]  # some of them, or all
     command = "python -m scripts.load.faults --output docs/results/faults.json"
-    kept = record.Growing(output, {"command": command, **facts})
+    kept = record.Growing(output, {"command": command})
     failures = {}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -65,7 +65,7 @@ def main(
                 continue
             fault = (scenario.__doc__ or name).split(". ")[0].rstrip(".")
             seconds = round(time.monotonic() - start)
-            kept.add(name, "found", {"fault": fault, **found, "seconds": seconds})
+            kept.add(name, "found", {"fault": fault, **found, "seconds": seconds, **facts})
     table = Table("fault", "clients", "server", "afterwards")
     for of in kept.results.values():
         found = of["found"]
