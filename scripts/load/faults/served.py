@@ -72,9 +72,9 @@ class Served:
         deadline = time.monotonic() + STARTED_S
         while not is_up(self.url):
             ended = self.process.poll() is not None
-            require(
-                not ended and time.monotonic() < deadline, f"no start:\n{self.log()[-4000:]}"
-            )
+            errors = [line for line in self.log().splitlines() if "Error" in line]
+            why = "\n".join(["no start:", *errors])
+            require(not ended and time.monotonic() < deadline, why)
             time.sleep(0.5)
 
     def wait_for_the_end(self) -> int:
