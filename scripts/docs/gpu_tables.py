@@ -115,7 +115,7 @@ def compiled_kernels() -> str:
     """What is on record, and what of it spills; a row has all of its cards and dtypes."""
     cases: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in load("kernels")["kernels"]:
-        dtypes = f"{row['dtype']}, {row['kv_cache']}"
+        dtypes = f"{row['dtype']} over {row['kv_cache']}"
         if row["kv_cache"] == row["dtype"]:
             dtypes = row["dtype"]
         key = (row["shape"], row.get("part", "dense"), row["commit"][:10])
@@ -131,6 +131,6 @@ def compiled_kernels() -> str:
         for named, those in groups.items():
             kernels = [row for dtypes in those for row in of_dtypes[dtypes]]
             spilled = sum(bool(row["spilled_bytes"]) for row in kernels)
-            rows.append((shape, part, named, "; ".join(those), len(kernels), spilled, commit))
-    head = ("shape", "prefill", "compute capability", "dtype, KV cache if another")
+            rows.append((shape, part, named, ", ".join(those), len(kernels), spilled, commit))
+    head = ("shape", "part", "compute capability", "dtype (over another's KV cache)")
     return markdown((*head, "kernels", "that spill", "of commit"), *rows)
