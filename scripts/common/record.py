@@ -126,8 +126,20 @@ class Journal:
             write(self.output, {**self.facts, **found})
 
 
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Other commands that write this record wait meanwhile."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 class Growing:
-    """A record of results by two names, on disk after each, by several commands at once.
+    """A record of results by one name or two, on disk after each, by several commands at once.
 
     Raises:
         ValueError: the file is of another run.
@@ -138,19 +150,15 @@ class Growing:
         self.results: dict[str, dict[str, Any]] = {}
         self._read()
 
-    def add(self, row: str, column: str, result: dict[str, Any]) -> None:
-        if not self.output:
-            self.results.setdefault(row, {})[column] = result
-            return
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.output.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+    def add(self, row: str, column: str | None, result: dict[str, Any]) -> None:
+        with alone(self.output) if self.output else contextlib.nullcontext():
             self._read()
-            self.results.setdefault(row, {})[column] = result
-            write(self.output, {**self.asked, "results": self.results})
-        finally:
-            os.close(folder)
+            if column is None:
+                self.results[row] = result
+            else:
+                self.results.setdefault(row, {})[column] = result
+            if self.output:
+                write(self.output, {**self.asked, "results": self.results})
 
     def _read(self) -> None:
         if not self.output or not self.output.exists():

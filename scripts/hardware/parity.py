@@ -1,8 +1,9 @@
-"""A tiny model through vLLM's engine in bf16, held against the fp64 reference.
+"""Tiny models through vLLM's engine in bf16, held against the fp64 reference.
 
 Usage: python -m scripts.hardware.parity [--dry-run] [--output FILE]
 
-On a GPU with torch.compile and CUDA graphs. Prompts end at, before and after chunk borders, are
+A Llama, and models with windows, soft caps (Gemma 2) and sinks (gpt-oss). On a GPU with
+torch.compile and CUDA graphs. Prompts end at, before and after chunk borders, are
 prefilled in odd pieces, and their answers cross further borders. The engine may be twice as far
 from fp64 as the reference run in bf16. --dry-run is the same on the CPU, eager.
 """
@@ -21,23 +22,49 @@ from scripts.common import backends, record
 # Chunks of 64 tokens; heads that flash-attention takes.
 SIZES = {"chunk_size": 96, "local_size": 32}
 SHAPE = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 128}
+WINDOWS = {
+    "num_hidden_layers": 3,
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", {}),
+    # A cap that matters to scores as small as these.
+    "Gemma 2": (
+        "Gemma2Config",
+        {
+            **WINDOWS,
+            "query_pre_attn_scalar": 64,
+            "attn_logit_softcapping": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # With wider weights bf16 alone would choose other experts.
+    "gpt-oss": (
+        "GptOssConfig",
+        {**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1},
+    ),
+}
 LENGTHS = (63, 64, 65, 100, 190, 250)
 ANSWERED = 70
 
 
-def checkpoint(directory: Path) -> Path:
+def checkpoint(directory: Path, name: str) -> Path:
     """Its weights are bf16 numbers, so that every dtype has the same."""
     from transformers import AutoModelForCausalLM
 
     from tests.helpers import checkpoints
 
-    exact = checkpoints.write(directory / "fp32", "LlamaConfig", **SHAPE)
+    config, changes = MODELS[name]
+    exact = checkpoints.write(directory / "fp32", config, **{**SHAPE, **changes})
     rounded = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.bfloat16)
     rounded.save_pretrained(directory / "bf16")
     return directory / "bf16"
 
 
-def by_engine(model: Path, dry_run: bool) -> tuple[dict[str, Any], list[Any]]:
+def by_engine(
+    model: Path, has_windows: bool, dry_run: bool
+) -> tuple[dict[str, Any], list[Any]]:
     """What ran, and the answers with the log-probabilities of all tokens."""
     # Of a CPU's memory vLLM would take nearly all.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -50,6 +77,7 @@ def by_engine(model: Path, dry_run: bool) -> tuple[dict[str, Any], list[Any]]:
 
     options = {
         "dtype": "bfloat16",
+        "block_size": 32,  # what vLLM's layers with a window take on a CPU
         "enforce_eager": dry_run,
         "max_model_len": 384,
         "max_num_batched_tokens": 117,
@@ -63,9 +91,9 @@ def by_engine(model: Path, dry_run: bool) -> tuple[dict[str, Any], list[Any]]:
             "cudagraph_mode": compilation.cudagraph_mode.name,
             "compilation_mode": compilation.mode.name,
         }
-        assert all(
-            len(names) == 1 and names[0].startswith("DCA (") for names in ran["backends"]
-        )
+        for names in ran["backends"]:
+            of_dca = [name for name in names if name.startswith("DCA (")]
+            assert (len(of_dca), len(names)) == (1, 1 + has_windows), names
         if current_platform.is_cuda() and not dry_run:
             # Decode as one graph; else full graphs were given up on the way.
             assert compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL, ran
@@ -105,17 +133,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     journal = record.Journal(args.output, record.provenance("transformers"))
-    with tempfile.TemporaryDirectory() as directory:
-        model = checkpoint(Path(directory))
-        ran, answers = by_engine(model, args.dry_run)
-        distances = compare(model, answers)
-    journal.add({"ran": ran, "rms_from_fp64": distances})
-    print(ran, distances)
-    allowed = 2 * distances["bf16 reference"]
-    with journal.attempt("parity"):
-        assert distances["engine"] <= allowed, f"{distances['engine']} > {allowed}"
-        # Else this could not tell DCA from no DCA.
-        assert distances["without DCA"] > 2 * allowed, distances
+    for name, (_, changes) in MODELS.items():
+        with journal.attempt(name), tempfile.TemporaryDirectory() as directory:
+            model = checkpoint(Path(directory), name)
+            ran, answers = by_engine(model, "sliding_window" in changes, args.dry_run)
+            distances = compare(model, answers)
+            journal.add({"model": name, "ran": ran, "rms_from_fp64": distances})
+            print(name, ran, distances, flush=True)
+            allowed = 2 * distances["bf16 reference"]
+            assert distances["engine"] <= allowed, f"{distances['engine']} > {allowed}"
+            # Else this could not tell DCA from no DCA.
+            assert distances["without DCA"] > 2 * allowed, distances
     journal.end()
 
 

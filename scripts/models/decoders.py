@@ -76,8 +76,6 @@ DECODERS: dict[str, dict[str, Any]] = {
     ),
     "Ministral3ForCausalLM": of("Ministral3Config"),
     "MistralForCausalLM": of("MistralConfig", sliding_window=None),
-    # Its layers are Qwen2's, and transformers has no name for the rest.
-    "MiMoForCausalLM": of("Qwen2Config", architecture="MiMoForCausalLM"),
     "MixtralForCausalLM": of("MixtralConfig", num_local_experts=4, sliding_window=None),
     "NemotronForCausalLM": of("NemotronConfig"),
     "OlmoForCausalLM": of("OlmoConfig"),
@@ -103,4 +101,36 @@ DECODERS: dict[str, dict[str, Any]] = {
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
     ),
     "Qwen3VLForConditionalGeneration": of("Qwen3VLConfig", options=TEXT_ONLY),
+}
+
+# By the numbers of a model that computes the same: scripts/models/renamed.py.
+DECODERS |= {
+    "ChatGLMForConditionalGeneration": of(
+        "GlmConfig", architecture="ChatGLMForConditionalGeneration", attention_bias=True
+    ),
+    "ChatGLMModel": of("GlmConfig", architecture="ChatGLMModel", attention_bias=True),
+    "ExaoneForCausalLM": of("LlamaConfig", architecture="ExaoneForCausalLM"),
+    "InternLM2ForCausalLM": of("LlamaConfig", architecture="InternLM2ForCausalLM"),
+    "MiMoForCausalLM": of("Qwen2Config", architecture="MiMoForCausalLM"),
+    "MiniCPMForCausalLM": of(
+        "GraniteConfig",
+        architecture="MiniCPMForCausalLM",
+        embedding_multiplier=12.0,
+        attention_multiplier=0.25,  # of heads of 16
+        residual_multiplier=0.9,
+        logits_scaling=2.0,
+    ),
+    "OrionForCausalLM": of(
+        "StableLmConfig", architecture="OrionForCausalLM", partial_rotary_factor=1.0
+    ),
+    "PanguEmbeddedForCausalLM": of(
+        "LlamaConfig", architecture="PanguEmbeddedForCausalLM", attention_bias=True
+    ),
+    "TeleChat2ForCausalLM": of(
+        "LlamaConfig",
+        architecture="TeleChat2ForCausalLM",
+        num_key_value_heads=4,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
 }

@@ -101,8 +101,16 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         **FEW,
         **EXPERTS,
         shared_intermediate_size=32,
+        attention_multiplier=0.2,
     ),
-    "GraniteSWAForCausalLM": of("GraniteSWAConfig", options=HYBRID_PAGES, **HYBRID, **FEW),
+    "GraniteSWAForCausalLM": of(
+        # The default is 1: scores so large that fp32's rounding shows.
+        "GraniteSWAConfig",
+        options=HYBRID_PAGES,
+        **HYBRID,
+        **FEW,
+        attention_multiplier=0.2,
+    ),
     "LagunaForCausalLM": of(
         # vLLM's router on a CPU knows softmax only.
         "LagunaConfig",
@@ -174,6 +182,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         shared_expert_intermediate_size=32,
         **LINEAR,
         **MOE,
+    ),
+    "Rnj1ForCausalLM": of(
+        "Gemma3TextConfig",
+        architecture="Rnj1ForCausalLM",
+        options=HYBRID_PAGES,
+        **{**WIDE, "initializer_range": 0.5},
     ),
     "VaultGemmaForCausalLM": of(
         "VaultGemmaConfig",

@@ -8,7 +8,6 @@ code: so a sweep that was broken off goes on where it was. Parts may run at the 
 """
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common import sources
-from scripts.common.record import ROOT, provenance, write
+from scripts.common.record import ROOT, alone, provenance, write
 from scripts.models import proof
 from scripts.models.recipes import RECIPES, architectures
 from scripts.models.verdicts import verdicts
@@ -95,6 +94,8 @@ def code_of(name: str) -> str:
     apart = (folder, "vllm_dca/engine/support")
     code = {path: of for path, of in digests.items() if not path.startswith(apart)}
     code["proof"] = digests[f"{folder}proof.py"]
+    if RECIPES[name]["architecture"]:
+        code["renamed"] = digests[f"{folder}renamed.py"]
     told = json.dumps([code, RECIPES[name]], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
@@ -111,10 +112,7 @@ def found_in(output: Path) -> dict[str, dict[str, Any]]:
 
 def keep_record(output: Path, found: dict[str, dict[str, Any]]) -> Counter[str]:
     """Write what was found into the record; how many models have which verdict."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(output.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # Another part may be writing.
+    with alone(output):  # Another part may be writing.
         found = {**found_in(output), **found}
         judged = verdicts(found)
         ordered = {each: found[each] for each in architectures() if each in found}
@@ -122,8 +120,6 @@ def keep_record(output: Path, found: dict[str, dict[str, Any]]) -> Counter[str]:
         if any(of.get("code") != code_of(each) for each, of in ordered.items()):
             facts.pop("sources", None)  # Not all of it is of this code.
         write(output, {**facts, "found": ordered, "verdicts": judged})
-    finally:
-        os.close(folder)
     return Counter(of["verdict"] for of in judged.values())
 
 

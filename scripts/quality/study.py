@@ -1,13 +1,11 @@
 """A measurement of several methods through the engine, kept as one JSON record."""
 
-import json
 import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
 from scripts.common import corpus, record
@@ -61,13 +59,9 @@ def compare(
         For each method in the record what `measure` returned.
     """
     chosen = [Method.parse(label) for label in shlex.split(labels)]
-    asked = {"model": model.name, "engine": engine_options, **json.loads(json.dumps(asked))}
-    kept = json.loads(output.read_text()) if output and output.exists() else {}
-    if kept and {key: kept[key] for key in kept if key != "results"} != asked:
-        raise typer.BadParameter(f"{output} is of another run: name another file")
-    results: dict[str, Any] = kept.get("results", {})
+    growing = record.Growing(output, {"model": model.name, "engine": engine_options, **asked})
     for method in chosen:
-        if method.label in results:
+        if method.label in growing.results:
             continue
         facts = record.provenance("vllm", "vllm-dca", "transformers")
         started = time.perf_counter()
@@ -75,7 +69,5 @@ def compare(
             found = measure(method.label, llm)
         seconds = round(time.perf_counter() - started)
         run = {**facts, "backend": backend, "seconds": seconds}
-        results[method.label] = {**found, "run": run}
-        if output:
-            record.write(output, {**asked, "results": results})
-    return results
+        growing.add(method.label, None, {**found, "run": run})
+    return growing.results

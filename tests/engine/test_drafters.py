@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.helpers import checkpoints
-from tests.helpers.answers import drafted, generate, of_answer
-from tests.helpers.inprocess import engine
+from tests.helpers import checkpoints, vision
+from tests.helpers.answers import accepted, drafted, generate, of_answer
+from tests.helpers.inprocess import engine, in_a_child, runner_of
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 ATOL = 1e-3
@@ -30,6 +30,9 @@ class Family(NamedTuple):
         of_tokens: its norm over the next token's embedding; `of_hidden`, over what the model
             left; `projection`, of both to one; `last`, its last norm, and `head`, if it has.
         tokens_first: whether the projection's first half is of the embedding.
+        neutral: the weight of a norm that only divides by the mean square.
+        count: its attribute of the config that says how many layers the drafter has.
+        pairs: whether the model rotates pairs of entries where the drafter rotates halves.
     """
 
     config: str
@@ -40,10 +43,23 @@ class Family(NamedTuple):
     of_hidden: str
     projection: str
     tokens_first: bool
-    last: str
+    last: str = ""
     head: str = ""
+    neutral: float = 1.0
+    count: str = "num_nextn_predict_layers"
+    pairs: bool = False
 
 
+QWEN = {
+    "layer": "mtp.layers.0.",
+    "of_tokens": "mtp.pre_fc_norm_embedding",
+    "of_hidden": "mtp.pre_fc_norm_hidden",
+    "projection": "mtp.fc",
+    "tokens_first": True,
+    "last": "mtp.norm",
+    "neutral": 0.0,
+}
+FULL = {"layer_types": ["full_attention"], "head_dim": 64}
 EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 FAMILIES = {
     "MiMo": Family(
@@ -69,6 +85,31 @@ FAMILIES = {
         last="model.layers.1.shared_head.norm",
         head="model.layers.1.shared_head.head",
     ),
+    "Qwen3-Next": Family(
+        "Qwen3NextConfig",
+        {**FULL, **checkpoints.MOE, "shared_expert_intermediate_size": 32},
+        "Qwen3NextForCausalLM",
+        **QWEN,
+    ),
+    "Qwen3.5": Family(
+        "Qwen3_5TextConfig",
+        FULL,
+        "Qwen3_5ForCausalLM",
+        **QWEN,
+        count="mtp_num_hidden_layers",
+    ),
+    # The drafter's layer has no experts and no norm after it.
+    "Ernie 4.5": Family(
+        "Ernie4_5_MoeConfig",
+        {"moe_layer_start_index": 1, "moe_num_experts": 4, "moe_k": 2},
+        "Ernie4_5_MoeForCausalLM",
+        "model.mtp_block.0.",
+        "model.mtp_emb_norm.0",
+        "model.mtp_hidden_norm.0",
+        "model.mtp_linear_proj.0",
+        tokens_first=True,
+        pairs=True,
+    ),
 }
 
 
@@ -80,7 +121,7 @@ def write_with_drafter(directory: Path, family: Family) -> Path:
     """
     import safetensors.torch
 
-    changes = {**family.changes, "num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    changes = {**family.changes, "num_hidden_layers": 1, family.count: 1}
     checkpoints.write(directory, family.config, **changes)
     path = directory / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -94,9 +135,17 @@ def write_with_drafter(directory: Path, family: Family) -> Path:
         for name, tensor in tensors.items()
         if name.startswith("model.layers.0.")
     }
-    copies[f"{family.of_tokens}.weight"] = torch.ones(size)
-    copies[f"{family.of_hidden}.weight"] = torch.ones(size)
-    copies[f"{family.last}.weight"] = tensors["model.norm.weight"].clone()
+    copies[f"{family.of_tokens}.weight"] = torch.full((size,), family.neutral)
+    copies[f"{family.of_hidden}.weight"] = torch.full((size,), family.neutral)
+    if family.last:
+        copies[f"{family.last}.weight"] = tensors["model.norm.weight"].clone()
+    else:
+        # Which token is likeliest does not hang on a norm of one weight.
+        tensors["model.norm.weight"][:] = family.neutral
+    if family.pairs:
+        for name in (f"{family.layer}self_attn.{each}_proj.weight" for each in "qk"):
+            rows = copies[name].unflatten(0, (-1, checkpoints.SHAPE["head_dim"] // 2, 2))
+            copies[name] = rows.transpose(1, 2).flatten(0, 2).contiguous()
     if family.head:
         copies[f"{family.head}.weight"] = tensors["lm_head.weight"].clone()
     halves = [torch.zeros(size, size), torch.eye(size)]
@@ -105,7 +154,7 @@ def write_with_drafter(directory: Path, family: Family) -> Path:
     copies[f"{family.projection}.weight"] = torch.cat(halves, dim=1)
     safetensors.torch.save_file({**tensors, **copies}, path, metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
-    config |= {"architectures": [family.architecture], "num_nextn_predict_layers": 1}
+    config |= {"architectures": [family.architecture], family.count: 1}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -113,11 +162,6 @@ def write_with_drafter(directory: Path, family: Family) -> Path:
 @pytest.fixture(scope="module")
 def mimo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_with_drafter(tmp_path_factory.mktemp("mimo"), FAMILIES["MiMo"])
-
-
-def metric(llm: Any, name: str) -> int:
-    found = [each.value for each in llm.get_metrics() if each.name == f"vllm:{name}"]
-    return int(sum(found))
 
 
 def by_reference(
@@ -130,33 +174,47 @@ def by_reference(
     place, made, right = len(prompt) + 1, 0, 0
     while place < len(text):
         made += 1
-        accepted = drafts[place] == text[place]
-        right += accepted
-        place += 2 if accepted else 1
+        is_accepted = drafts[place] == text[place]
+        right += is_accepted
+        place += 2 if is_accepted else 1
     return made, right
 
 
 @pytest.mark.parametrize(
     ("name", "length"),
-    [("MiMo", 20), ("MiMo", 300), ("GLM-4.5", 300)],
-    ids=["inside", "past", "GLM-4.5, past"],
+    [("MiMo", 20), *((name, 300) for name in FAMILIES if name != "Qwen3.5")],
+    ids=lambda value: str(value),
 )
 def test_what_is_drafted_is_what_the_layer_says_with_dca(
     name: str, length: int, mimo: Path, tmp_path: Path
 ) -> None:
     model = mimo if name == "MiMo" else write_with_drafter(tmp_path, FAMILIES[name])
+    assert_drafts_are_the_layer_s(model, length)
+
+
+def test_a_predictor_of_a_module_that_knows_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3.5, whose positions have three axes."""
+    vision.for_children_of(monkeypatch)
+    in_a_child(_drafts_of_qwen3_5, tmp_path)
+
+
+def _drafts_of_qwen3_5(directory: Path) -> None:
+    assert_drafts_are_the_layer_s(write_with_drafter(directory, FAMILIES["Qwen3.5"]), 300)
+
+
+def assert_drafts_are_the_layer_s(model: Path, length: int) -> None:
+    """As many are accepted as the reference says, and past the window without DCA others."""
     options = {"additional_config": {"dca": SIZES}, "speculative_config": SPECULATIVE}
-    prompts = [checkpoints.tokens(length, seed) for seed in range(4)]
+    # A predictor that reads the first token's embedding, too, meets nothing there.
+    prompts = [[3, NOTHING, *checkpoints.tokens(length, seed)] for seed in range(4)]
     with engine(model, **options) as llm:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
-        [layer] = [
-            module
-            for module in worker.model_runner.drafter.model.modules()
-            if hasattr(module, "attn_backend")
-        ]
+        modules = runner_of(llm).drafter.model.modules()
+        [layer] = [module for module in modules if hasattr(module, "attn_backend")]
         assert layer.attn_backend.get_name() == "DCA"
         outputs = generate(llm, prompts, max_tokens=ANSWER)
-        accepted = metric(llm, "spec_decode_num_accepted_tokens")
+        right = accepted(llm)
         assert drafted(llm) > 0
     with_dca, without = 0, 0
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -166,10 +224,10 @@ def test_what_is_drafted_is_what_the_layer_says_with_dca(
         with_dca += by_reference(model, prompt, tokens, **SIZES)[1]
         without += by_reference(model, prompt, tokens)[1]
     # A request's last draft may not be needed any more.
-    assert abs(accepted - with_dca) <= len(prompts), (accepted, with_dca)
+    assert abs(right - with_dca) <= len(prompts), (right, with_dca)
     assert with_dca > 2 * len(prompts)
     if length > SIZES["chunk_size"]:
-        assert abs(accepted - without) > 2 * len(prompts), (accepted, without)
+        assert abs(right - without) > 2 * len(prompts), (right, without)
 
 
 def test_medusa_heads_draft_from_what_dca_left(mimo: Path, tmp_path: Path) -> None:

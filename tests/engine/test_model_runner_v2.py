@@ -17,6 +17,7 @@ from tests.helpers.answers import (
     accepted,
     drafted,
     generate,
+    of_answer,
     of_prompt,
     preemptions,
 )
@@ -209,8 +210,9 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert_agrees(llama, PROMPT, output)
 
 
-@under("V2")
+@under("V1", "V2")
 def test_sliding_layers(tmp_path: Path) -> None:
+    """In pieces, decoded, after a prefix hit."""
     model = checkpoints.write(
         tmp_path,
         "Gemma3TextConfig",
@@ -220,9 +222,22 @@ def test_sliding_layers(tmp_path: Path) -> None:
         layer_types=["sliding_attention", "full_attention"],
         initializer_range=0.5,
     )
-    with engine(model, block_size=32, **OPTIONS) as llm:
-        [output] = generate(llm, [PROMPT], max_tokens=3)
-    assert_agrees(model, PROMPT, output)
+    assert_agrees_fresh_and_cached(model, block_size=32)
+
+
+@under("V1", "V2")
+def test_longrope(tmp_path: Path) -> None:
+    """Its long factors, whose table has a period of its own."""
+    rope = checkpoints.SCALINGS["LongRoPE"]
+    assert_agrees_fresh_and_cached(write(tmp_path, rope_parameters=rope))
+
+
+def assert_agrees_fresh_and_cached(model: Path, **options: Any) -> None:
+    with engine(model, **options, **OPTIONS) as llm:
+        outputs = [generate(llm, [PROMPT], max_tokens=3)[0] for _ in range(2)]
+    assert [output.num_cached_tokens for output in outputs] == [0, 96]
+    for output in outputs:
+        assert_agrees(model, PROMPT, output)
 
 
 @pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "GptOssForCausalLM"])
@@ -246,17 +261,32 @@ def test_caps_and_sinks(architecture: str, tmp_path: Path) -> None:
         assert_agrees(model, prompt, output)
 
 
-@under("V2")
+@under("V1", "V2")
 def test_linear_attention_layers(tmp_path: Path) -> None:
     """Qwen3-Next: pages of 144 tokens, cut into some that divide a chunk; vLLM wants bf16.
 
-    No further from fp64, on average, than twice the reference in bf16, as in test_models.
+    States are kept where a page ends, so a prefix is hit up to there. No further from fp64, on
+    average, than twice the reference in bf16, as in test_models.
     """
     model = checkpoints.write(tmp_path, "Qwen3NextConfig", **checkpoints.QWEN3_NEXT)
-    exact = prompt_logprobs(model, PROMPT, **SIZES)
-    half = prompt_logprobs(model, PROMPT, **SIZES, dtype=torch.bfloat16).double()
-    ordinary = (half - exact).abs().mean()
-    with engine(model, dtype="bfloat16", **OPTIONS) as llm:
-        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
-    assert (of_prompt(output) - exact).abs().mean() <= 2 * ordinary
-    assert (prompt_logprobs(model, PROMPT) - exact).abs().mean() > 2 * ordinary
+    prompt = checkpoints.tokens(160)
+    with engine(model, dtype="bfloat16", **{**OPTIONS, "max_model_len": 192}) as llm:
+        page = llm.llm_engine.vllm_config.cache_config.block_size
+        [read] = generate(llm, [prompt], prompt_logprobs=0)
+        answers = [generate(llm, [prompt], max_tokens=8)[0] for _ in range(2)]
+    assert answers[1].num_cached_tokens == 160 // page * page > 0
+    expected, half, plain = (
+        prompt_logprobs(model, prompt, **sizes, dtype=dtype).double()
+        for sizes, dtype in (
+            (SIZES, torch.float64),
+            (SIZES, torch.bfloat16),
+            ({}, torch.float64),
+        )
+    )
+    ordinary = (half - expected).abs().mean()
+    assert (of_prompt(read) - expected).abs().mean() <= 2 * ordinary
+    assert (plain - expected).abs().mean() > 2 * ordinary
+    for answer in answers:
+        tokens, logprobs = of_answer(answer)
+        expected = prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
+        assert (logprobs - expected).abs().mean() <= 2 * ordinary

@@ -161,8 +161,7 @@ def test_sliding_layers_keep_their_attention_and_positions(
 
 def test_linear_attention_layers_stay_as_they_are(tmp_path: Path) -> None:
     """Qwen3-Next; vLLM's kernels want bf16, and pages that do not divide a chunk."""
-    model = checkpoints.write(tmp_path, "Qwen3NextConfig", **checkpoints.QWEN3_NEXT)
-    assert_agrees_in_half_precision(model, torch.bfloat16, signal=2)
+    prove(tmp_path, RECIPES["Qwen3NextForCausalLM"])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,12 @@ import pytest
 
 from scripts.docs import tables
 from tests.helpers import checkpoints
-from vllm_dca.engine.refusals import REFUSALS, REFUSED_BY_VLLM, REFUSED_IN_LAYERS
+from vllm_dca.engine.refusals import (
+    REFUSALS,
+    REFUSED_AS_BUILT,
+    REFUSED_BY_VLLM,
+    REFUSED_IN_LAYERS,
+)
 from vllm_dca.engine.support import ROPE_TYPES
 from vllm_dca.engine.support_table import FEATURES, SUPPORTED
 
@@ -74,6 +79,10 @@ INTERPRETED = {
         "[sparse prefill]": "test_cuda_sparse::test_a_checkpoint_s_budgets",
         "speculative decoding by ngram": "test_model_runner_v2::test_ngram",
         "speculative decoding by a draft model": "test_model_runner_v2::test_a_draft_model",
+        "linear-attention layers": "test_model_runner_v2::test_linear_attention_layers",
+        "sliding-window layers": "test_model_runner_v2::test_sliding_layers",
+        "prefix caching": "test_model_runner_v2::test_sliding_layers",
+        "M-RoPE for text": "test_mrope::test_text_by_the_gpu_s_code",
     },
     "V2": {
         "chunked prefill": AGREES,
@@ -102,11 +111,13 @@ INTERPRETED = {
         "sliding-window layers": "test_model_runner_v2::test_sliding_layers",
         "soft caps": "test_model_runner_v2::test_caps_and_sinks",
         "attention sinks": "test_model_runner_v2::test_caps_and_sinks",
+        "M-RoPE for text": "test_mrope::test_text_by_the_gpu_s_code",
     },
 }
 # ... and each that it calls refused.
 BY_CONFIG = "test_startup::test_models_that_are_refused_by_their_config"
 BY_OPTION = "test_startup::test_options_that_are_refused"
+AS_BUILT = "test_startup::test_models_that_are_refused_as_they_are_built"
 REFUSED = {
     "others": "test_startup::test_other_platforms_are_refused",
     "no RoPE": BY_CONFIG,
@@ -127,6 +138,12 @@ REFUSED = {
     "decode context": BY_OPTION,
     "prefill context": "test_startup::test_what_only_gpus_have_is_refused",
     "dual-batch overlap": "test_startup::test_what_only_gpus_have_is_refused",
+    "no rotary positions": AS_BUILT,
+    "keys and values of unequal": AS_BUILT,
+    "rotations that cannot": "test_following::test_what_is_half_understood_is_refused",
+    "what other rotary modules": AS_BUILT,
+    "on CUDA, fp32": "test_startup::test_what_a_card_has_no_room_for_is_refused",
+    "sparse prefill with soft": "test_startup::test_where_soft_caps_are_refused",
     **dict.fromkeys(REFUSED_IN_LAYERS.values(), "test_startup::test_layers_that_are_refused"),
     **dict.fromkeys(REFUSED_BY_VLLM, "test_startup::test_what_vllm_is_told_that_dca_cannot"),
 }
@@ -177,6 +194,7 @@ def test_what_the_interpreter_showed_has_a_test(runner: str) -> None:
 
 def test_every_refusal_has_a_test() -> None:
     claims = [refusal.what for refusal in REFUSALS]
+    claims += [claim for several in REFUSED_AS_BUILT.values() for claim in several]
     assert_proved([*claims, *REFUSED_IN_LAYERS.values(), *REFUSED_BY_VLLM], REFUSED)
 
 

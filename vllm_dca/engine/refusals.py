@@ -1,8 +1,7 @@
 """What is refused at start-up, in words that say what was given and what would work.
 
 What only a layer can tell is refused by `vllm_dca.engine.impl`, in the words of
-REFUSED_IN_LAYERS. `vllm_dca.engine.remap` refuses positions that cannot be remapped, and sparse
-prefill of layers with a soft cap or sinks.
+REFUSED_IN_LAYERS, or by `vllm_dca.engine.remap`: REFUSED_AS_BUILT.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -212,6 +211,17 @@ REFUSED_IN_LAYERS = {
     "sliding_window": "sliding-window attention",
     "kv_sharing_target_layer_name": "KV sharing between layers",
     "attention_chunk_size": "chunked-local attention",
+}
+# What `remap` and the backend refuse as a model is built, by its row in the table.
+REFUSED_AS_BUILT = {
+    "models": (
+        "no rotary positions in the layers that see the whole text",
+        "keys and values of unequal sizes",
+        "rotations that cannot be followed",
+    ),
+    "RoPE scaling": ("what other rotary modules compute",),
+    "dtypes": ("on CUDA, fp32 with heads over 256 where a block may have 99 KiB",),
+    "engine": ("sparse prefill with soft caps or attention sinks",),
 }
 # What vLLM asks a backend for, and gets the answer no.
 REFUSED_BY_VLLM = ("batch invariance",)

@@ -82,14 +82,14 @@ def remap_layers(
     KERNELS.register_warmup()
     if attended:
         providers = sorted({each.impl.device.provider for each in attended.values()})
-        _say(list(attended), list(kept), len(attended) - len(rotating), providers)
+        _log_attended(list(attended), list(kept), len(attended) - len(rotating), providers)
 
 
 def _rotation(
     layer_name: str, model: torch.nn.Module, vllm_config: VllmConfig
 ) -> Rotation | None:
     """What rotates a layer, of a model as it was built."""
-    with _told(layer_name), set_current_vllm_config(vllm_config):
+    with _naming(layer_name), set_current_vllm_config(vllm_config):
         return rotation_of(layer_name, model)
 
 
@@ -108,7 +108,7 @@ def _periodic(
         return QueryRotation(nothing.repeat(geometry.chunk_size + 1, 1), True)
     parent = model.get_submodule(layer_name.rpartition(".")[0])
     rotation = tables.remap(layer_name, found, parent)
-    with _told(layer_name), set_current_vllm_config(vllm_config):
+    with _naming(layer_name), set_current_vllm_config(vllm_config):
         check_turns(layer_name, model, rotation, geometry.chunk_len)
     return rotation
 
@@ -157,7 +157,9 @@ def _sparse(
     return make_ready(sizes)
 
 
-def _say(attended: list[str], kept: list[str], unrotated: int, providers: list[str]) -> None:
+def _log_attended(
+    attended: list[str], kept: list[str], unrotated: int, providers: list[str]
+) -> None:
     logger.info_once(
         "DCA attends %d layers: %s .. %s%s%s; prefill by %s",
         len(attended),
@@ -170,7 +172,8 @@ def _say(attended: list[str], kept: list[str], unrotated: int, providers: list[s
 
 
 @contextlib.contextmanager
-def _told(layer_name: str) -> Iterator[None]:
+def _naming(layer_name: str) -> Iterator[None]:
+    """What is not understood in here is refused, with the layer's name."""
     try:
         yield
     except NotUnderstoodError as error:

@@ -2,7 +2,12 @@
 
 from typing import NamedTuple
 
-from vllm_dca.engine.refusals import REFUSALS, REFUSED_BY_VLLM, REFUSED_IN_LAYERS
+from vllm_dca.engine.refusals import (
+    REFUSALS,
+    REFUSED_AS_BUILT,
+    REFUSED_BY_VLLM,
+    REFUSED_IN_LAYERS,
+)
 from vllm_dca.engine.shims import TESTED_VLLM
 from vllm_dca.engine.support import PROVED_MODELS, ROPE_TYPES
 
@@ -30,7 +35,7 @@ FEATURES: dict[str, Shown] = {
     "chunked prefill": Shown(v1=True),
     "mixed batches": Shown(v1=True),
     "log-probabilities of prompts and answers": Shown(v1=True),
-    "prefix caching": Shown(),
+    "prefix caching": Shown(v1=True),
     "preemption": Shown(),
     "`--enforce-eager`": Shown(v1=True),
     "torch.compile": Shown(v2=False),
@@ -51,11 +56,11 @@ FEATURES: dict[str, Shown] = {
     "speculative decoding by a draft model": Shown(v1=True),
     "speculative decoding by multi-token predictors (MTP)": Shown(v2=False),
     "speculative decoding by Medusa heads": Shown(v2=False),
-    "sliding-window layers beside full ones": Shown(),
-    "linear-attention layers beside full ones": Shown(),
+    "sliding-window layers beside full ones": Shown(v1=True),
+    "linear-attention layers beside full ones": Shown(v1=True),
     "soft caps": Shown(),
     "attention sinks": Shown(),
-    "M-RoPE for text": Shown(v2=False),
+    "M-RoPE for text": Shown(v1=True),
     "tensor parallel": Shown(),
     "pipeline parallel": Shown(v2=False),
     "data parallel for dense models": Shown(v2=False),
@@ -78,6 +83,8 @@ def table() -> str:
     for refusal in REFUSALS:
         refused[refusal.area].append(refusal.what)
     refused["models"] += REFUSED_IN_LAYERS.values()
+    for area, several in REFUSED_AS_BUILT.items():
+        refused[area] += several
     refused["engine"] += REFUSED_BY_VLLM
     refused["vLLM"].append("other minors")
     refused["block size"].append("on CUDA, what is no multiple of 16")
