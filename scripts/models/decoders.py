@@ -126,6 +126,13 @@ DECODERS |= {
     "PanguEmbeddedForCausalLM": of(
         "LlamaConfig", architecture="PanguEmbeddedForCausalLM", attention_bias=True
     ),
+    "Rnj1ForCausalLM": of(
+        "Gemma3TextConfig",
+        architecture="Rnj1ForCausalLM",
+        sliding_window=None,
+        layer_types=["full_attention"] * 2,
+        initializer_range=0.5,
+    ),
     "TeleChat2ForCausalLM": of(
         "LlamaConfig",
         architecture="TeleChat2ForCausalLM",

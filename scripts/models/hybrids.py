@@ -183,12 +183,6 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         **LINEAR,
         **MOE,
     ),
-    "Rnj1ForCausalLM": of(
-        "Gemma3TextConfig",
-        architecture="Rnj1ForCausalLM",
-        options=HYBRID_PAGES,
-        **{**WIDE, "initializer_range": 0.5},
-    ),
     "VaultGemmaForCausalLM": of(
         "VaultGemmaConfig",
         options=HYBRID_PAGES,

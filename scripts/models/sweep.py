@@ -92,6 +92,8 @@ def code_of(name: str) -> str:
     folder = "scripts/models/"
     # The list of proved models follows from the record.
     apart = (folder, "vllm_dca/engine/support")
+    if RECIPES[name]["refused"]:
+        apart = (*apart, "vllm_dca/cpu/")  # It ends before anything is computed.
     code = {path: of for path, of in digests.items() if not path.startswith(apart)}
     code["proof"] = digests[f"{folder}proof.py"]
     if RECIPES[name]["architecture"]:

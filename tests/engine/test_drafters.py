@@ -18,6 +18,7 @@ SPECULATIVE = {"method": "mtp", "num_speculative_tokens": 1}
 # A token whose embedding is zero, as the drafter takes the first one to be.
 NOTHING = 2
 ANSWER = 40
+STEP = 100  # tokens of a prompt that are read at once
 
 
 class Family(NamedTuple):
@@ -209,11 +210,16 @@ def assert_drafts_are_the_layer_s(model: Path, length: int) -> None:
     options = {"additional_config": {"dca": SIZES}, "speculative_config": SPECULATIVE}
     # A predictor that reads the first token's embedding, too, meets nothing there.
     prompts = [[3, NOTHING, *checkpoints.tokens(length, seed)] for seed in range(4)]
-    with engine(model, **options) as llm:
+    for prompt in prompts:
+        # Where a prefill is cut, vLLM's drafter reads the prompt's last token for the next one.
+        for cut in range(STEP, len(prompt), STEP):
+            prompt[cut] = prompt[-1]
+    with engine(model, max_num_batched_tokens=STEP, **options) as llm:
         modules = runner_of(llm).drafter.model.modules()
         [layer] = [module for module in modules if hasattr(module, "attn_backend")]
         assert layer.attn_backend.get_name() == "DCA"
-        outputs = generate(llm, prompts, max_tokens=ANSWER)
+        # One after the other, so that it is known where they are cut.
+        outputs = [generate(llm, [prompt], max_tokens=ANSWER)[0] for prompt in prompts]
         right = accepted(llm)
         assert drafted(llm) > 0
     with_dca, without = 0, 0

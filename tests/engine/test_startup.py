@@ -557,6 +557,7 @@ def test_what_a_card_has_no_room_for_is_refused(
         ({"sliding_window": 8}, "sliding-window attention"),
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
         ({"attention_chunk_size": 8}, "chunked-local attention"),
+        ({"chunk_lookback": 1}, "attention to a chunk and some before it"),
         ({"unheard_of": 8}, "the attention argument 'unheard_of'"),
     ],
 )

@@ -40,11 +40,13 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
+        chunk_lookback: int = -1,
         **extra: Any,
     ) -> None:
         given = {
             "alibi_slopes": alibi_slopes,
             "sliding_window": sliding_window,
+            "chunk_lookback": None if chunk_lookback == -1 else chunk_lookback,
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             **extra,
         }

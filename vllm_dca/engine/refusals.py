@@ -211,6 +211,7 @@ REFUSED_IN_LAYERS = {
     "sliding_window": "sliding-window attention",
     "kv_sharing_target_layer_name": "KV sharing between layers",
     "attention_chunk_size": "chunked-local attention",
+    "chunk_lookback": "attention to a chunk and some before it",
 }
 # What `remap` and the backend refuse as a model is built, by its row in the table.
 REFUSED_AS_BUILT = {
