@@ -47,4 +47,4 @@ def test_how_what_was_found_is_judged() -> None:
     # By the class of what is refused.
     assert judged["FalconMambaForCausalLM"]["verdict"] == REFUSED
     assert judged["Qwen3ForCausalLM"]["verdict"] == UNKNOWN
-    assert judged["OrionForCausalLM"]["verdict"] == UNTESTABLE
+    assert judged["SolarForCausalLM"]["verdict"] == UNTESTABLE

@@ -129,7 +129,6 @@ DECODERS |= {
     "Rnj1ForCausalLM": of(
         "Gemma3TextConfig",
         architecture="Rnj1ForCausalLM",
-        sliding_window=None,
         layer_types=["full_attention"] * 2,
         initializer_range=0.5,
     ),
