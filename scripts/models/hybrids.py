@@ -102,6 +102,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         **EXPERTS,
         shared_intermediate_size=32,
         attention_multiplier=0.2,
+        initializer_range=0.2,
     ),
     "GraniteSWAForCausalLM": of(
         # The default is 1: scores so large that fp32's rounding shows.
