@@ -45,6 +45,7 @@ KINDS = {
     "experts": "MixtralForCausalLM",
     # Its pages are of 48 tokens, a chunk is of 64.
     "Mamba layers, and pages that do not divide a chunk": "GraniteMoeHybridForCausalLM",
+    "the numbers of a Llama under other names": "InternLM2ForCausalLM",
 }
 
 
