@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from scripts.common.serving import free_port
-from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate
 from tests.helpers.companions import write_eagle
@@ -159,12 +158,6 @@ def test_models_that_are_refused_by_their_config(
             "Llama4ForCausalLM",
             {"no_rope_layers": [1, 0]},
             "layers.1.self_attn.attn: it has no rotary positions, nor has any other layer",
-        ),
-        (
-            "MiMoV2FlashConfig",
-            "MiMoV2FlashForCausalLM",
-            {**RECIPES["MiMoV2FlashForCausalLM"]["changes"], "v_head_dim": 16},
-            "layers.1.self_attn.attn: its keys have 32 entries, its values 16",
         ),
     ],
 )

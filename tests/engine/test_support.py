@@ -139,7 +139,6 @@ REFUSED = {
     "prefill context": "test_startup::test_what_only_gpus_have_is_refused",
     "dual-batch overlap": "test_startup::test_what_only_gpus_have_is_refused",
     "no rotary positions": AS_BUILT,
-    "keys and values of unequal": AS_BUILT,
     "rotations that cannot": "test_following::test_what_is_half_understood_is_refused",
     "what other rotary modules": AS_BUILT,
     "on CUDA, fp32": "test_startup::test_what_a_card_has_no_room_for_is_refused",

@@ -217,7 +217,6 @@ REFUSED_IN_LAYERS = {
 REFUSED_AS_BUILT = {
     "models": (
         "no rotary positions in the layers that see the whole text",
-        "keys and values of unequal sizes",
         "rotations that cannot be followed",
     ),
     "RoPE scaling": ("what other rotary modules compute",),
