@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 # Whose answers were checked against Hugging Face's own code, by model_type: docs/models.md.
 PROVED_MODELS = (
+    "PanguEmbedded",
     "apertus",
     "arcee",
+    "chatglm",
     "cohere",
     "ernie4_5",
     "ernie4_5_moe",
+    "exaone",
     "exaone4",
     "falcon_h1",
     "flex_olmo",
@@ -32,15 +35,19 @@ PROVED_MODELS = (
     "gpt_neox",
     "gpt_oss",
     "granite",
+    "granite_swa",
     "granitemoe",
     "granitemoehybrid",
     "granitemoeshared",
     "hy_v3",
     "hyperclovax",
+    "internlm2",
     "jais2",
     "laguna",
     "llama",
     "mellum",
+    "mimo",
+    "minicpm",
     "ministral3",
     "mistral",
     "mixtral",
@@ -49,6 +56,7 @@ PROVED_MODELS = (
     "olmo2",
     "olmo3",
     "olmoe",
+    "orion",
     "phi",
     "phi3",
     "qwen2",
@@ -64,6 +72,7 @@ PROVED_MODELS = (
     "smollm3",
     "stablelm",
     "starcoder2",
+    "telechat",
 )
 ROPE_TYPES = ("none", "linear", "dynamic NTK", "YaRN", "llama3", "LongRoPE")
 # By name; the backend refuses those that do not go with the model's dtype or the device.
