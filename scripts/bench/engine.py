@@ -5,7 +5,7 @@ of each length: time to the first token, afresh, with the prompt cached, and wit
 last tokens cached, and the time between tokens; then tokens a second of a batch. What is
 printed first is the ratio of the medians, DCA over plain. Each prompt hides a number and asks
 for it. An engine that should know it and does not ends the run (plain RoPE is not asked past
-the trained window).
+the trained window, and past KNOWN tokens neither is DCA). The record is written after each turn.
 """
 
 import json
@@ -25,6 +25,8 @@ from scripts.quality.study import K
 DECODED = 32  # tokens after the first
 NEW = 256  # tokens of the next turn of a conversation
 BATCH = 8  # requests
+KNOWN = 16 * K  # tokens; past it the demo model is not asked by DCA either
+SECONDS = 60  # of the turns of a row, after which no more begin
 
 
 class Engine:
@@ -72,7 +74,27 @@ def measure(
 
 def summary(seconds: list[float]) -> dict[str, float]:
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
-    return {"low": low, "median": median, "high": high}
+    return {"low": low, "median": median, "high": high, "turns": len(seconds)}
+
+
+def results_of(engines: dict[str, Engine], lengths: list[int]) -> dict[str, Any]:
+    """The rows for which both engines have times, by what was timed."""
+    rows = {name: dict(engine.times) for name, engine in engines.items()}
+    for times in rows.values():
+        for length in lengths:
+            wholes = times.pop(f"answer, {length}", [])
+            # A turn that was cut short has no answer.
+            pairs = zip(wholes, times.get(f"first token, {length} cached", []), strict=False)
+            between = [(whole - first) / DECODED for whole, first in pairs]
+            if between:
+                times[f"between tokens, {length}"] = between
+    results = {}
+    for what in rows["DCA"]:
+        if what in rows["plain"]:
+            found = {name: summary(times[what]) for name, times in rows.items()}
+            ratio = found["DCA"]["median"] / found["plain"]["median"]
+            results[what] = {"ratio": ratio, "seconds": found}
+    return results
 
 
 def main(
@@ -105,59 +127,44 @@ def main(
         methods.engine(model, Method.parse("plain"), longest, **options) as plain,
     ):
         engines = {"DCA": Engine(*dca), "plain": Engine(*plain)}
-        for turn in range(-1, repeats):  # the first one warms up, by the shortest prompt
-            for name, engine in engines.items():
-                for length in ends if turn >= 0 else [min(ends)]:
-                    prompt, number = prompts[length]
-                    knows = name == "DCA" or length <= window
-                    measure(engine, length, prompt, number if knows else None, f"{turn}")
-                engine.time(f"batch of {BATCH}", batch, DECODED, f"{turn}, batch")
-                if turn < 0:
-                    engine.times.clear()
-
-    table = Table("", "DCA / plain", "DCA", "plain")
-    results: dict[str, Any] = {}
-
-    def add(what: str, seconds: dict[str, list[float]]) -> None:
-        found = {name: summary(of_name) for name, of_name in seconds.items()}
-        ratio = found["DCA"]["median"] / found["plain"]["median"]
-        results[what] = {"ratio": ratio, "seconds": found}
-        medians = (f"{found[name]['median'] * 1e3:.1f} ms" for name in found)
-        table.add_row(what, f"{ratio:.2f}", *medians)
-
-    times = {name: engine.times for name, engine in engines.items()}
-    for length in ends:
-        for what in (
-            f"first token, {length}",
-            f"first token, {length} cached",
-            f"first token, {length}, {NEW} of them new",
-        ):
-            add(what, {name: of_name[what] for name, of_name in times.items()})
-        between = {
-            name: [
-                (whole - first) / DECODED
-                for whole, first in zip(
-                    of_name[f"answer, {length}"],
-                    of_name[f"first token, {length} cached"],
-                    strict=True,
-                )
-            ]
-            for name, of_name in times.items()
-        }
-        add(f"between tokens, {length}", between)
-    what = f"batch of {BATCH}"
-    add(what, {name: of_name[what] for name, of_name in times.items()})
-    study.console.print(table)
-    if output:
-        found = {
+        about = {
             "model": model.name,
             "engine": options,
             "backends": {name: engine.backend for name, engine in engines.items()},
             "batch": f"{BATCH} prompts of {K} tokens, {DECODED} answered",
             "repeats": repeats,
-            "results": results,
         }
-        record.write(output, {**facts, **found})
+
+        def take(name: str, length: int | None, turn: int) -> None:
+            engine = engines[name]
+            if length is None:
+                engine.time(f"batch of {BATCH}", batch, DECODED, f"{turn}, batch")
+                return
+            prompt, number = prompts[length]
+            knows = length <= (max(KNOWN, window) if name == "DCA" else window)
+            measure(engine, length, prompt, number if knows else None, f"{turn}")
+
+        for length in (None, min(ends)):
+            for name in engines:
+                take(name, length, -1)
+        for engine in engines.values():
+            engine.times.clear()  # so far they warmed up
+        for length in (min(ends), None, *sorted(ends)[1:]):
+            began = time.perf_counter()
+            for turn in range(repeats):
+                if turn and time.perf_counter() - began > SECONDS:
+                    break
+                for name in engines:
+                    take(name, length, turn)
+                results = results_of(engines, ends)
+                if output:
+                    record.write(output, {**facts, **about, "results": results})
+
+    table = Table("", "DCA / plain", *engines)
+    for what, row in results.items():
+        medians = (f"{found['median'] * 1e3:.1f} ms" for found in row["seconds"].values())
+        table.add_row(what, f"{row['ratio']:.2f}", *medians)
+    study.console.print(table)
 
 
 if __name__ == "__main__":

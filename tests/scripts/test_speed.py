@@ -9,12 +9,16 @@ from scripts.bench.cpu import measure
 from vllm_dca.cpu import compiled
 
 pytestmark = pytest.mark.alone
-# The records, docs/results/cpu.json for a processor with AVX-512 and cpu-avx2.json for one
-# without, have about 1 or less for this shape: a kernel half as fast would be above the limit,
-# and a busy machine's noise is below it.
-LIMIT = 1.4
+# Of CPU_ATTN's time, by the instructions for which the kernel was compiled. The records
+# (docs/results/cpu.json, cpu-avx2.json) have for this shape, in this order, 0.95, 0.49, 0.88 and 0.57
+# on AVX512_BF16, 0.39, 0.40, 0.63 and 0.50 on AVX2. The limits are a third above these or more, for
+# a busy machine and half the context, and a kernel half as fast is above each.
+ALL = [(step, dtype) for step in ("prefill", "decode") for dtype in ("float32", "bfloat16")]
+LIMITS = {"AVX512_BF16": (1.3, 0.75, 1.3, 0.85), "AVX2": (0.65, 0.65, 0.95, 0.85)}
+NOT_MEASURED = (1.4,) * 4  # other instructions
+TRIES = 3  # what else runs seldom slows DCA alone three times
 # vLLM's own has half precision's tiles where the processor has AMX; DCA's kernel has not.
-DTYPES = ["float32"] if torch.cpu._is_amx_tile_supported() else ["float32", "bfloat16"]
+TIMED = ALL[::2] if torch.cpu._is_amx_tile_supported() else ALL
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +29,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("step", "dtype"), TIMED)
 def test_attention_keeps_up_with_vllms(step: str, dtype: str) -> None:
-    row = measure(step, "SmolLM2-135M", dtype, batch=1, context=8192, repeats=9)
-    assert row["ratio"] <= LIMIT, (compiled.instructions(), row)
-    if step == "prefill":
-        # Of torch.mm in the same run; the records have 0.8 and more.
-        assert row["share"] >= 0.5, (compiled.instructions(), row)
+    instructions = compiled.instructions()
+    limits = dict(zip(ALL, LIMITS.get(instructions, NOT_MEASURED), strict=True))
+    found = []
+    for _ in range(TRIES):
+        row = measure(step, "SmolLM2-135M", dtype, batch=1, context=8192, repeats=9)
+        found.append((row["ratio"], row["share"]))
+        # A prefill's share is of torch.mm in the same run; the records have 0.87 and more.
+        if row["ratio"] <= limits[step, dtype] and (step == "decode" or row["share"] >= 0.5):
+            return
+    pytest.fail(f"{instructions}: {found}, DCA / CPU_ATTN and the share of the machine")
