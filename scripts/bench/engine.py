@@ -5,7 +5,8 @@ of each length: time to the first token, afresh, with the prompt cached, and wit
 last tokens cached, and the time between tokens; then tokens a second of a batch. What is
 printed first is the ratio of the medians, DCA over plain. Each prompt hides a number and asks
 for it. An engine that should know it and does not ends the run (plain RoPE is not asked past
-the trained window, and past KNOWN tokens neither is DCA). The record is written after each turn.
+the trained window, and past KNOWN tokens neither is DCA). The record is written after each
+turn.
 """
 
 import json

@@ -10,9 +10,9 @@ from vllm_dca.cpu import compiled
 
 pytestmark = pytest.mark.alone
 # Of CPU_ATTN's time, by the instructions for which the kernel was compiled. The records
-# (docs/results/cpu.json, cpu-avx2.json) have for this shape, in this order, 0.95, 0.49, 0.88 and 0.57
-# on AVX512_BF16, 0.39, 0.40, 0.63 and 0.50 on AVX2. The limits are a third above these or more, for
-# a busy machine and half the context, and a kernel half as fast is above each.
+# (docs/results/cpu.json, cpu-avx2.json) have for this shape, in this order, 0.95, 0.47, 0.88
+# and 0.57 on AVX512_BF16, 0.39, 0.40, 0.63 and 0.50 on AVX2. The limits are a third above these
+# or more, for a busy machine and half the context; a kernel half as fast is above each.
 ALL = [(step, dtype) for step in ("prefill", "decode") for dtype in ("float32", "bfloat16")]
 LIMITS = {"AVX512_BF16": (1.3, 0.75, 1.3, 0.85), "AVX2": (0.65, 0.65, 0.95, 0.85)}
 NOT_MEASURED = (1.4,) * 4  # other instructions
