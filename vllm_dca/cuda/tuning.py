@@ -7,7 +7,8 @@ import triton
 
 from vllm_dca.cuda.plan_decode import MAX_QUERIES
 
-MIN_DOT_SIZE = 16  # of any side of Triton's matrix product
+# Of any side of a product by tensor cores; in fp32 only of the side that is summed.
+MIN_DOT_SIZE = 16
 MAX_TILE = 64
 # Bytes of keys and values that a program has on their way while it multiplies others. Bandwidth
 # times latency asks for 13 to 27 KiB a multiprocessor, by the bandwidths of data sheets and an
