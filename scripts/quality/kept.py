@@ -17,7 +17,7 @@ from vllm_dca.method.sparse import Attended, SparseOperations
 from vllm_dca.method.sparse_config import TILE
 from vllm_dca.method.sparse_planning import Segment
 
-SINKS = 64  # the first keys, which a window keeps too
+FIRST = 64  # keys, which a window keeps beside the nearest ones
 
 
 class Selection(NamedTuple):
@@ -75,8 +75,8 @@ class SinkAndWindow:
         near = lines.distances[:, 1 : middle + 1].flip(1)
         count = (lines.verticals[:, :middle] | near).sum(1, keepdim=True)
         distance = torch.arange(lines.distances.shape[1])
-        first = torch.arange(lines.verticals.shape[1]) < SINKS
-        return Lines(first.repeat(len(count), 1), (distance > 0) & (distance <= count - SINKS))
+        first = torch.arange(lines.verticals.shape[1]) < FIRST
+        return Lines(first.repeat(len(count), 1), (distance > 0) & (distance <= count - FIRST))
 
 
 class Watched:

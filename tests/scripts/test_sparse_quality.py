@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scripts.common.record import Growing
-from scripts.quality.kept import SINKS, Selection, SinkAndWindow
+from scripts.quality.kept import FIRST, Selection, SinkAndWindow
 from scripts.quality.loss import losses
 from vllm_dca.method import lines
 from vllm_dca.method.sparse import SparseOperations
@@ -39,7 +39,7 @@ def test_a_window_has_as_many_keys_in_the_middle_of_a_segment() -> None:
 
     assert torch.equal(seen(window).sum(1), seen(auto).sum(1))
     for row in seen(window).tolist():
-        assert all(row[:SINKS])
+        assert all(row[:FIRST])
         # One run of keys that are not seen.
         assert sum(a != b for a, b in itertools.pairwise(row)) == 2
         assert row[-1]
