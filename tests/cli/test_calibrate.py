@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tests.helpers import checkpoints
 from tests.helpers.inprocess import in_a_child
+from tests.helpers.ranks import one_core_each
 from vllm_dca.cli import app
 from vllm_dca.method.sparse_config import read_budgets
 
@@ -50,16 +51,11 @@ def _calibrate(folder: Path) -> None:
 
 def _on_two_ranks(folder: Path) -> Any:
     """Each has two of the heads."""
-    cores = sorted(os.sched_getaffinity(0))
-    ranks = {
-        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
     output = folder / "two.json"
     command = [sys.executable, "-m", "vllm_dca", *arguments(folder, output)]
     done = subprocess.run(
         [*command, "--tensor-parallel-size", "2"],
-        env={**os.environ, **ranks},
+        env={**os.environ, **one_core_each()},
         capture_output=True,
         text=True,
     )

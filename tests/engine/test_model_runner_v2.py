@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from scripts.models.recipes import RECIPES
-from tests.engine.test_parallel import ONE_CORE_EACH
 from tests.helpers import checkpoints
 from tests.helpers.answers import (
     accepted,
@@ -23,6 +22,7 @@ from tests.helpers.answers import (
 )
 from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, runner_of
+from tests.helpers.ranks import one_core_each
 from tests.helpers.rehearsal import OPTIONS, SIZES, assert_agrees, assert_close
 from tests.helpers.runners import under
 from vllm_dca.reference.model import forward, prompt_logprobs
@@ -202,7 +202,7 @@ def test_a_draft_model(tmp_path: Path) -> None:
 def test_two_ranks(tmp_path: Path) -> None:
     llama = write(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ONE_CORE_EACH.items():
+        for name, value in one_core_each().items():
             patch.setenv(name, value)
         with engine(llama, tensor_parallel_size=2, **OPTIONS) as llm:
             [output] = generate(llm, [PROMPT], max_tokens=3, prompt_logprobs=0)

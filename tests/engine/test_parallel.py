@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import json
-import os
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,11 @@ import torch
 
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.ranks import one_core_each
 from tests.helpers.server import Server
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 ATOL = 1e-3
-CORES = sorted(os.sched_getaffinity(0))
-ONE_CORE_EACH = {
-    "VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
 SIZES = {"chunk_size": 96, "local_size": 32}
 
 
@@ -43,11 +39,9 @@ def test_ranks_agree_with_reference(
 ) -> None:
     from vllm import LLM
 
-    for name, value in ONE_CORE_EACH.items():
+    ranks = math.prod(size for name, size in options.items() if "parallel" in name)
+    for name, value in one_core_each(ranks).items():
         monkeypatch.setenv(name, value)
-    if len(options) > 1 and "pipeline_parallel_size" in options:
-        cores = ONE_CORE_EACH["VLLM_CPU_OMP_THREADS_BIND"]
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores}|{cores}")
     model = checkpoints.write(tmp_path, "LlamaConfig", **changes)
     prompt = checkpoints.tokens(300)
     llm = LLM(
@@ -84,7 +78,7 @@ def test_data_parallel_engines_answer_alike(tmp_path: Path) -> None:
         *("--data-parallel-size", "2", "--enforce-eager"),
         # vLLM 0.33 gives each engine a memory node of its own, unless told that there is one.
         VLLM_CPU_SIM_MULTI_NUMA="0",
-        **ONE_CORE_EACH,
+        **one_core_each(),
     )
     try:
         server.wait()

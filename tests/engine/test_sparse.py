@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.helpers.answers import (
 )
 from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, in_a_child, runner_of
+from tests.helpers.ranks import one_core_each
 from vllm_dca.cpu import compiled
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
@@ -330,36 +330,31 @@ def test_a_checkpoint_s_budgets(form: Any, tmp_path: Path) -> None:
     assert_close(of_prompt(output), right)
 
 
-def test_each_rank_has_its_heads_budgets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"tensor_parallel_size": 2},
+        # vLLM has no eager pipelines on the CPU.
+        pytest.param(
+            {"pipeline_parallel_size": 2, "enforce_eager": False}, marks=pytest.mark.nightly
+        ),
+    ],
+    ids=["TP", "PP"],
+)
+def test_each_rank_has_its_own_budgets(
+    ranks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One KV head, replicated; the second rank's query heads are the third and fourth."""
-    from vllm import LLM
-
-    cores = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
-    monkeypatch.setenv(
-        "VLLM_CPU_OMP_THREADS_BIND", cores if "|" in cores else f"{cores}|{cores}"
-    )
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    """One KV head, replicated: a second rank's query heads are the third and fourth. Or its
+    layer is the second.
+    """
+    for name, value in one_core_each().items():
+        monkeypatch.setenv(name, value)
     model = checkpoints.write(tmp_path, "LlamaConfig", num_key_value_heads=1)
     file = tmp_path / "budgets.json"
     file.write_text(json.dumps(as_list(BUDGETS)))
     given = options(sparse="checkpoint", sparse_budgets=str(file))
-    llm = LLM(
-        str(model),
-        attention_backend="dca",
-        dtype="float32",
-        skip_tokenizer_init=True,
-        block_size=16,
-        num_gpu_blocks_override=200,
-        tensor_parallel_size=2,
-        enforce_eager=True,
-        **given,
-    )
-    try:
+    with engine(model, **ranks, **given) as llm:
         [output] = generate(llm, [PROMPT], prompt_logprobs=0)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
     right = expected(model, rules_of(BUDGETS))
     assert_close(of_prompt(output), right)
     by_head = [[*layer[2:], *layer[:2]] for layer in BUDGETS]
