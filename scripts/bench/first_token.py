@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from scripts.common import corpus
 from scripts.quality import methods, study
@@ -81,11 +80,9 @@ def main(
         output,
         measure,
     )
-    table = Table("tokens", *results)
-    for length in map(str, ends):
-        medians = (statistics.median(of["seconds"][length]) for of in results.values())
-        table.add_row(length, *(f"{median:.1f} s" for median in medians))
-    study.console.print(table)
+    study.show(
+        results, ends, lambda of, length: f"{statistics.median(of['seconds'][length]):.1f} s"
+    )
 
 
 if __name__ == "__main__":

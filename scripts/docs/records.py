@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.common import sources
+from scripts.docs.page import RESULTS
 
-RESULTS = sources.ROOT / "docs/results"
 # Kept as they are: what a later one is compared with, and what tells its commit in its text.
 OF_THE_PAST = ("kernels-before", "nightly")
 

@@ -1,13 +1,12 @@
 """The table of RULER's tasks, from its record."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
 from statistics import NormalDist
 from typing import Any
 
-from scripts.common.record import ROOT
+from scripts.docs.page import load
 from scripts.quality.methods import name_of
 
 
@@ -36,8 +35,8 @@ def counts(columns: dict[str, Any]) -> dict[tuple[int, str], tuple[int, int]]:
 
 def rows(name: str = "ruler") -> Iterable[tuple[str, ...]]:
     """The head, each task, and all of them: what was found of what was asked for."""
-    record = json.loads((ROOT / f"docs/results/{name}.json").read_text())
-    by_method = {label: counts(columns) for label, columns in record["results"].items()}
+    results = load(name)["results"]
+    by_method = {label: counts(columns) for label, columns in results.items()}
     places = sorted({(key[0], label) for label, of in by_method.items() for key in of})
     order = list(by_method)
     places.sort(key=lambda place: (place[0], order.index(place[1])))

@@ -52,7 +52,7 @@ def losses(results: dict[str, dict[str, Any]]) -> dict[str, Loss]:
         found[label] = Loss(
             len(texts),
             *map(perplexity, (own, dense)),
-            *map(right, (own, dense)),
+            *map(right_answers, (own, dense)),
             sum(len(of["answers"]) for of in own),
             **shares,
             time=seconds(own) / seconds(dense),
@@ -64,7 +64,7 @@ def perplexity(of_texts: list[dict[str, Any]]) -> float:
     return math.exp(fmean([score for of in of_texts for score in of["nll"]]))
 
 
-def right(of_texts: list[dict[str, Any]]) -> int:
+def right_answers(of_texts: list[dict[str, Any]]) -> int:
     return sum(answer["right"] for of in of_texts for answer in of["answers"])
 
 

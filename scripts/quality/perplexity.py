@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import track
-from rich.table import Table
 
 from scripts.common import corpus
 from scripts.quality import methods, study
@@ -124,10 +123,7 @@ def main(
         output,
         measure,
     )
-    table = Table("tokens", *results)
-    for end in map(str, ends):
-        table.add_row(end, *(f"{found['perplexity'][end]:.2f}" for found in results.values()))
-    study.console.print(table)
+    study.show(results, ends, lambda found, end: f"{found['perplexity'][end]:.2f}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import track
-from rich.table import Table
 
 from scripts.common import corpus
 from scripts.quality import methods, study
@@ -159,11 +158,7 @@ def main(
         output,
         measure,
     )
-    table = Table("tokens", *results)
-    for length in map(str, ends):
-        shares = (found["accuracy"][length] for found in results.values())
-        table.add_row(length, *(f"{share:.0%}" for share in shares))
-    study.console.print(table)
+    study.show(results, ends, lambda found, length: f"{found['accuracy'][length]:.0%}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from scripts.common import corpus, record
 from scripts.quality import methods
@@ -71,3 +72,19 @@ def compare(
         run = {**facts, "backend": backend, "seconds": seconds}
         growing.add(method.label, None, {**found, "run": run})
     return growing.results
+
+
+def show(
+    results: dict[str, Any], lengths: Iterable[int], cell: Callable[[dict[str, Any], str], str]
+) -> None:
+    """A table with a row for each length and a column for each method.
+
+    Args:
+        results: as `compare` returns them.
+        lengths: tokens.
+        cell: given what a method's `measure` returned and a length, what to show.
+    """
+    table = Table("tokens", *results)
+    for length in map(str, lengths):
+        table.add_row(length, *(cell(found, length) for found in results.values()))
+    console.print(table)

@@ -200,32 +200,10 @@ def test_weighs_lines(path: str, shape: Shape, rule: Rule) -> None:
 
 @PATHS
 @settings(max_examples=cases(60), deadline=None)
-@given(
-    st.integers(64, 500),
-    st.one_of(
-        st.builds(
-            lambda v, s: Rule(torch.tensor(v), torch.tensor(s), 1.0, 0),
-            *[st.lists(st.integers(1, 600), min_size=2, max_size=2)] * 2,
-        ),
-        st.builds(
-            lambda share, least: Rule(None, None, share, least),
-            st.floats(0.1, 1.0),
-            st.sampled_from([0, 100, 1000]),
-        ),
-    ),
-    st.integers(0, 99),
-)
+@given(st.integers(64, 500), helper.RULES, st.integers(0, 99))
 def test_selects_as_specified(path: str, end: int, rule: Rule, seed: int) -> None:
-    """Whole numbers of 2^-20 add up exactly; few different ones, so that many are equal."""
-    generator = torch.Generator().manual_seed(seed)
-    i = torch.arange(end - 64, end)[:, None]
-    steps = torch.randint(0, 1 << (1 + seed % 12), (2, 64, end), generator=generator)
-    weights = (steps * 2.0**-20).masked_fill(torch.arange(end) > i, 0.0)
-    line = (i // rule.line_width - torch.arange(end) // rule.line_width).clamp(min=0)
-    slash = torch.zeros(2, (end - 1) // rule.line_width + 1)
-    slash.index_add_(1, line.flatten(), weights.flatten(1))
-    found = OPERATIONS[path].select(weights.sum(1), slash, rule)
-    right = reference.select(weights.double(), i[:, 0], helper.reference_rule(rule))
+    weights, right = helper.tied_weights(end, rule, seed)
+    found = OPERATIONS[path].select(*weights, rule)
     assert torch.equal(found.verticals, right.verticals)
     assert torch.equal(found.distances, right.distances)
 

@@ -23,7 +23,6 @@ from vllm_dca.cuda.sparse_probe import Weights
 from vllm_dca.cuda.tuning import Tuning
 from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.sparse import Attended, SparsePlan, SparseSizes
-from vllm_dca.reference import sparse as reference
 
 interpreter.repair()
 
@@ -219,35 +218,11 @@ def choose(weights: list[tuple[torch.Tensor, torch.Tensor]], rule: Rule) -> list
     ]
 
 
-RULES = st.one_of(
-    st.builds(
-        lambda v, s: Rule(torch.tensor(v), torch.tensor(s), 1.0, 0),
-        *[st.lists(st.integers(0, 600), min_size=2, max_size=2)] * 2,
-    ),
-    st.builds(
-        lambda share, least: Rule(None, None, share, least),
-        st.floats(0.1, 1.0),
-        st.sampled_from([0, 100, 1000]),
-    ),
-)
-
-
 @settings(max_examples=cases(12), deadline=None)
-@given(st.lists(st.integers(64, 500), min_size=1, max_size=2), RULES, st.integers(0, 99))
+@given(st.lists(st.integers(64, 500), min_size=1, max_size=2), helper.RULES, st.integers(0, 99))
 def test_selects_as_specified(ends: list[int], rule: Rule, seed: int) -> None:
-    """Whole numbers of 2^-20 add up exactly; few different ones, so that many are equal."""
-    weights, right = [], []
-    for end in ends:
-        generator = torch.Generator().manual_seed(seed)
-        i = torch.arange(end - 64, end)[:, None]
-        steps = torch.randint(0, 1 << (1 + seed % 12), (2, 64, end), generator=generator)
-        of_rows = (steps * 2.0**-20).masked_fill(torch.arange(end) > i, 0.0)
-        line = (i // rule.line_width - torch.arange(end) // rule.line_width).clamp(min=0)
-        slash = torch.zeros(2, (end - 1) // rule.line_width + 1)
-        slash.index_add_(1, line.flatten(), of_rows.flatten(1))
-        weights.append((of_rows.sum(1), slash))
-        right.append(reference.select(of_rows.double(), i[:, 0], helper.reference_rule(rule)))
-    for found, expected in zip(choose(weights, rule), right, strict=True):
+    weights, right = zip(*(helper.tied_weights(end, rule, seed) for end in ends), strict=True)
+    for found, expected in zip(choose([*weights], rule), right, strict=True):
         assert torch.equal(found.verticals, expected.verticals)
         assert torch.equal(found.distances, expected.distances)
 

@@ -9,7 +9,7 @@ import torch
 
 from scripts.models.proof import prove
 from scripts.models.recipes import RECIPES
-from tests.helpers import checkpoints
+from tests.helpers import checkpoints, rounding
 from tests.helpers.answers import (
     assert_same_answer,
     drafted,
@@ -199,16 +199,8 @@ def test_half_precision(dtype: torch.dtype, llama: Path) -> None:
 
 
 def assert_agrees_in_half_precision(model: Path, dtype: torch.dtype, signal: int) -> None:
-    """No further from fp64, on average, than the reference itself in that dtype, twice.
-
-    Twice because the engine rounds a turned query and a partial output once more. Ordinary
-    attention is further than `signal` times that away.
-    """
     prompt = checkpoints.tokens(LENGTH)
-    exact = prompt_logprobs(model, prompt, **SIZES)
-    half = (prompt_logprobs(model, prompt, **SIZES, dtype=dtype).double() - exact).abs()
-    tolerance = 2 * half.mean()
-    assert (prompt_logprobs(model, prompt) - exact).abs().mean() > signal * half.mean()
+    exact, tolerance = rounding.allowed(model, prompt, dtype, signal, **SIZES)
     name = str(dtype).removeprefix("torch.")
     with engine(model, additional_config={"dca": SIZES}, dtype=name) as llm:
         [output] = generate(llm, [prompt], prompt_logprobs=0)

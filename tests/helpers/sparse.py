@@ -7,12 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from tests.helpers.paged import Batch, query_start_loc
 from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_planning import Segment, sparse_segments
 from vllm_dca.reference import sparse as reference
+
+# Of two heads.
+RULES = st.one_of(
+    st.builds(
+        lambda v, s: Rule(torch.tensor(v), torch.tensor(s), 1.0, 0),
+        *[st.lists(st.integers(0, 600), min_size=2, max_size=2)] * 2,
+    ),
+    st.builds(
+        lambda share, least: Rule(None, None, share, least),
+        st.floats(0.1, 1.0),
+        st.sampled_from([0, 100, 1000]),
+    ),
+)
 
 
 def plan(batch: Batch, threshold: int = 0) -> SparsePlan:
@@ -79,6 +93,25 @@ def random_lines(batch: Batch, segment: Segment, share: float, seed: int = 0) ->
     distances = torch.rand(heads, segment.end + 65, generator=generator) < share
     distances[:, 1:65] = True
     return Lines(verticals, distances)
+
+
+def tied_weights(
+    end: int, rule: Rule, seed: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], reference.Lines]:
+    """Sums along the lines of two heads, and which lines the reference takes by them.
+
+    They are of whole numbers of 2^-20, which add up exactly, and of few different ones, so that
+    many are equal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    i = torch.arange(end - 64, end)[:, None]
+    steps = torch.randint(0, 1 << (1 + seed % 12), (2, 64, end), generator=generator)
+    weights = (steps * 2.0**-20).masked_fill(torch.arange(end) > i, 0.0)
+    line = (i // rule.line_width - torch.arange(end) // rule.line_width).clamp(min=0)
+    slash = torch.zeros(2, (end - 1) // rule.line_width + 1)
+    slash.index_add_(1, line.flatten(), weights.flatten(1))
+    right = reference.select(weights.double(), i[:, 0], reference_rule(rule))
+    return (weights.sum(1), slash), right
 
 
 def prompt_logprobs(
