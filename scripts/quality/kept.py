@@ -4,6 +4,7 @@ keeps, and what attention takes.
 A module of its own, because vLLM passes its functions on by name.
 """
 
+import functools
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -84,10 +85,9 @@ class Watched:
 
     def __init__(self, impl: DcaImpl) -> None:
         assert impl.rule is not None
-        assert impl.device is not None
-        assert impl.device.sparse is not None
-        self.impl, self.rule, self.device = impl, impl.rule, impl.device
-        self.sparse, self.forward = impl.device.sparse, impl.forward
+        assert impl.sparse is not None
+        self.impl, self.rule = impl, impl.rule
+        self.sparse, self.forward = impl.sparse, impl.forward
         self.seconds = 0.0
         self.segments: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         impl.forward = self._timed  # type: ignore[method-assign]
@@ -100,8 +100,13 @@ class Watched:
             self.impl.rule = None
             return
         self.impl.rule = self.rule._replace(coverage=selection.coverage)
-        sparse = SinkAndWindow(self.sparse).operations() if selection.window else self.sparse
-        self.impl.device = self.device._replace(sparse=sparse)
+        self.impl.sparse = self.sparse
+        if selection.window:
+            # As `vllm_dca.method.sparse.by_segment` made it.
+            attend: Any = self.sparse.attend
+            operations = SinkAndWindow(attend.keywords["operations"]).operations()
+            by_window = functools.partial(attend.func, operations=operations)
+            self.impl.sparse = self.sparse._replace(attend=by_window)
 
     def _timed(self, *args: Any, **kwargs: Any) -> Any:
         start = time.process_time()

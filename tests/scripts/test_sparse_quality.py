@@ -1,5 +1,6 @@
 """What the record of sparse prefill's quality rests on: the window, the sums, and the file."""
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -8,11 +9,16 @@ import pytest
 import torch
 
 from scripts.common.record import Growing
+from scripts.quality import kept
 from scripts.quality.kept import FIRST, Selection, SinkAndWindow
 from scripts.quality.loss import losses
+from tests.helpers import checkpoints
+from tests.helpers.answers import generate, of_prompt
+from tests.helpers.inprocess import engine
 from vllm_dca.method import lines
 from vllm_dca.method.sparse import SparseOperations
 from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.reference.model import prompt_logprobs
 
 
 def test_a_window_has_as_many_keys_in_the_middle_of_a_segment() -> None:
@@ -78,3 +84,41 @@ def test_commands_may_write_one_record(tmp_path: Path) -> None:
     assert Growing(file, {"length": 1}).results == {"dense": {"a": {"n": 1}, "b": {"n": 2}}}
     with pytest.raises(ValueError, match="of another run"):
         Growing(file, {"length": 2})
+
+
+def test_an_engine_selects_as_it_is_told(tmp_path: Path) -> None:
+    """Each way from the same prompt; as many keys by a window as by lines, and other ones."""
+    model = checkpoints.write(tmp_path, "LlamaConfig")
+    sparse = {"sparse": "auto", "sparse_threshold": 150, "sparse_min_keys": 64}
+    options = {
+        "additional_config": {"dca": {"chunk_size": 512, "local_size": 64, **sparse}},
+        "max_num_batched_tokens": 512,
+    }
+    prompt = checkpoints.tokens(900)
+    answers, found = {}, {}
+    with engine(model, **options) as llm:
+        for label in ("auto 0.5", "window 0.5", "auto 0.9", "dense", "auto 0.5"):
+            llm.apply_model(functools.partial(kept.use, label=label))
+            llm.reset_prefix_cache()
+            [output] = generate(llm, [prompt], prompt_logprobs=0)
+            [own] = llm.apply_model(kept.kept)
+            own.pop("attention_seconds")
+            if label in found:  # What came between has left nothing behind.
+                assert own == found[label]
+                assert torch.equal(of_prompt(output), answers[label])
+            found[label], answers[label] = own, of_prompt(output)
+    assert found["dense"] == {}
+    torch.testing.assert_close(
+        answers["dense"].double(),
+        prompt_logprobs(model, prompt, chunk_size=512, local_size=64),
+        rtol=0,
+        atol=1e-3,
+    )
+    # The first layer's queries are the same in all ways; keys are counted in one tile.
+    auto, window, most = (
+        {what: of[0] for what, of in found[label]["layers"].items()}
+        for label in ("auto 0.5", "window 0.5", "auto 0.9")
+    )
+    assert auto["keys"] == window["keys"] < most["keys"]
+    assert window["recall"] < auto["recall"] < most["recall"]
+    assert (answers["window 0.5"] - answers["auto 0.5"]).abs().max() > 0.1
