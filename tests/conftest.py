@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -48,22 +47,6 @@ def prose() -> list[int]:
     from scripts.common.corpus import load
 
     return AutoTokenizer.from_pretrained(DEMO_MODEL)(load())["input_ids"]
-
-
-@pytest.fixture(scope="session")
-def demo_llm() -> Any:
-    """The demo model in fp32, with vLLM's defaults: torch.compile, prefix caching."""
-    from vllm import LLM
-
-    return LLM(
-        str(DEMO_MODEL),
-        dtype="float32",
-        attention_backend="dca",
-        additional_config={"dca": DEMO_SIZES},
-        max_model_len=32768,
-        max_num_batched_tokens=1000,  # prefills are cut at odd places
-        max_num_seqs=16,
-    )
 
 
 @pytest.fixture(scope="module")

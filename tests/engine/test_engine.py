@@ -4,16 +4,37 @@ fp32 on both sides. 1e-3 in log-probability is what the project promises; matrix
 other batch shapes alone move it by some 1e-5.
 """
 
+import json
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from vllm import LLM
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.conftest import DEMO_MODEL, DEMO_SIZES
 from tests.helpers.answers import assert_same_answer, generate, of_answer, of_prompt
-from vllm_dca.reference.model import prompt_logprobs
+from vllm_dca.reference.model import forward, prompt_logprobs
 
 ATOL = 1e-3
 CHUNK_LEN = DEMO_SIZES["chunk_size"] - DEMO_SIZES["local_size"]
+
+
+@pytest.fixture(scope="module")
+def demo_llm() -> Iterator[LLM]:
+    """The demo model in fp32, with vLLM's defaults: torch.compile, prefix caching."""
+    llm = LLM(
+        str(DEMO_MODEL),
+        dtype="float32",
+        attention_backend="dca",
+        additional_config={"dca": DEMO_SIZES},
+        max_model_len=32768,
+        max_num_batched_tokens=1000,  # prefills are cut at odd places
+        max_num_seqs=16,
+    )
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.mark.each_minor
@@ -71,3 +92,35 @@ def test_decode_rows_equal_prefill_rows(demo_llm: LLM, prose: list[int]) -> None
         demo_llm.reset_prefix_cache()
         [again] = generate(demo_llm, [prompt + tokens], prompt_logprobs=0)
         torch.testing.assert_close(of_prompt(again)[-16:], logprobs, rtol=0, atol=ATOL)
+
+
+@pytest.mark.each_minor
+def test_structured_output(demo_llm: LLM, prose: list[int]) -> None:
+    def answer(**structure: Any) -> str:
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=40,
+            structured_outputs=StructuredOutputsParams(**structure),
+        )
+        [output] = demo_llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        return output.outputs[0].text
+
+    tokenizer = demo_llm.get_tokenizer()
+    # An example, as by its own choice the model would fill JSON with line ends.
+    example = '\n\n{"about": "war", "good": false} {"about": "war", "good": false}'
+    prompt = prose[:1500] + tokenizer.encode(example)
+    schema = {
+        "type": "object",
+        "properties": {"about": {"enum": ["marriage", "war"]}, "good": {"type": "boolean"}},
+        "required": ["about", "good"],
+        "additionalProperties": False,
+    }
+    found = json.loads(answer(json=schema))
+    assert found["about"] in ("marriage", "war")
+    assert isinstance(found["good"], bool)
+
+    # Of single letters it takes the one that DCA finds likeliest.
+    letters = "ABCDEFGH"
+    logits, _ = forward(DEMO_MODEL, prompt, **DEMO_SIZES, dtype=torch.float32)
+    likelihood = {letter: logits[-1, tokenizer.encode(letter)[0]] for letter in letters}
+    assert answer(choice=list(letters)) == max(likelihood, key=likelihood.get)

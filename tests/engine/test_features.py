@@ -3,12 +3,10 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import DEMO_MODEL, DEMO_SIZES
 from tests.helpers import checkpoints, rounding
 from tests.helpers.answers import accepted, drafted, generate, of_answer, of_prompt
 from tests.helpers.companions import write_adapter, write_eagle
@@ -64,40 +62,6 @@ def test_beam_search(llama: Path) -> None:
     for beam, tokens in zip(output.sequences, beams, strict=True):
         expected = answered(llama, PROMPT, tokens).sum()
         assert math.isclose(beam.cum_logprob, expected, abs_tol=len(tokens) * ATOL)
-
-
-def test_structured_output(demo_llm: Any, prose: list[int]) -> None:
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
-    def answer(**structure: Any) -> str:
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=40,
-            structured_outputs=StructuredOutputsParams(**structure),
-        )
-        [output] = demo_llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        return output.outputs[0].text
-
-    tokenizer = demo_llm.get_tokenizer()
-    # An example, as by its own choice the model would fill JSON with line ends.
-    example = '\n\n{"about": "war", "good": false} {"about": "war", "good": false}'
-    prompt = prose[:1500] + tokenizer.encode(example)
-    schema = {
-        "type": "object",
-        "properties": {"about": {"enum": ["marriage", "war"]}, "good": {"type": "boolean"}},
-        "required": ["about", "good"],
-        "additionalProperties": False,
-    }
-    found = json.loads(answer(json=schema))
-    assert found["about"] in ("marriage", "war")
-    assert isinstance(found["good"], bool)
-
-    # Of single letters it takes the one that DCA finds likeliest.
-    letters = "ABCDEFGH"
-    logits, _ = forward(DEMO_MODEL, prompt, **DEMO_SIZES, dtype=torch.float32)
-    likelihood = {letter: logits[-1, tokenizer.encode(letter)[0]] for letter in letters}
-    assert answer(choice=list(letters)) == max(likelihood, key=likelihood.get)
 
 
 def test_lora_adapters_beside_the_model(llama: Path, tmp_path: Path) -> None:

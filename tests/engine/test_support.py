@@ -35,7 +35,7 @@ PROOFS = {
     "`n` samples": "test_features::test_samples_share_a_prompt",
     "beam search": "test_features::test_beam_search",
     "log-probabilities": "test_engine::test_prompt_logprobs_agree_with_the_reference",
-    "structured output": "test_features::test_structured_output",
+    "structured output": "test_engine::test_structured_output",
     "LoRA": "test_features::test_lora_adapters_beside_the_model",
     "quantised weights": "test_features::test_quantised_weights",
     "embeddings and pooling": "test_features::test_embeddings_and_pooling",
