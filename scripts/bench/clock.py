@@ -4,10 +4,12 @@ Without a GPU this is a rehearsal: everything is called with the same arguments,
 Triton's interpreter, and what comes out is no time of a card. Import it before Triton.
 """
 
+import argparse
 import inspect
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,16 @@ if REHEARSAL:
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 QUANTILES = {"low": 0.2, "median": 0.5, "high": 0.8}
 GIB = 1 << 30
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """A benchmark's: `dry_run`, without which a GPU is needed, and `output`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--dry-run", action="store_true", help="small, and without a GPU")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    assert given.dry_run or not REHEARSAL, "needs a GPU; --dry-run does not"
+    return given
 
 
 def prepare() -> dict[str, Any]:

@@ -15,8 +15,6 @@ Bytes are worked out, not measured, by `scripts.bench.moves`: floor_MB has every
 query and answer once; moved_MB what the launches move besides.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 from scripts.bench import cases, clock, moves, providers
@@ -154,11 +152,7 @@ def printed(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="small, and without a GPU")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    assert args.dry_run or not clock.REHEARSAL, "needs a GPU; --dry-run does not"
+    args = clock.arguments(__doc__.splitlines()[0])
     facts = {**record.provenance("triton"), **clock.prepare()}
     # The package takes large pages only; vLLM's build takes those that vLLM chooses.
     pages = providers.SMALL_PAGE, providers.PAGE

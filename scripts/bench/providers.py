@@ -7,9 +7,7 @@ flash-attention's, and this project's own in one launch and by three passes and 
 of the others it says why they cannot. Each answer is checked against the fp64 reference first.
 """
 
-import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
 from scripts.bench import cases, clock
@@ -59,11 +57,7 @@ def row(case: Case, can: dict[str, AttentionProvider | Prefill], page: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="small, and without a GPU")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    assert args.dry_run or not clock.REHEARSAL, "needs a GPU; --dry-run does not"
+    args = clock.arguments(__doc__.splitlines()[0])
     page = SMALL_PAGE if args.dry_run else PAGE
     can, cannot = usable(page)
     for name, reason in cannot.items():

@@ -11,6 +11,7 @@ from typing import Any
 from scripts.common.record import ROOT
 from scripts.docs import gpu_tables, load_tables, records
 from scripts.docs.page import RESULTS, load, markdown
+from scripts.docs.ruler import rows as ruler_rows
 from scripts.quality import loss
 from scripts.quality.methods import name_of
 from vllm_dca.engine import support_table
@@ -44,6 +45,10 @@ def retrieval() -> str:
         ),
         ("questions", *asked),
     )
+
+
+def ruler() -> str:
+    return markdown(*ruler_rows())
 
 
 def sizes() -> str:
@@ -232,6 +237,7 @@ MADE_BY = (
     demo,
     perplexity,
     retrieval,
+    ruler,
     sizes,
     cpu,
     cpu_avx2,
@@ -258,6 +264,7 @@ DATED = {
     "demo": ("demo",),
     "perplexity": ("perplexity",),
     "retrieval": ("retrieval",),
+    "ruler": ("ruler",),
     "sizes": ("sizes-perplexity", "sizes-retrieval"),
     "sparse_quality": ("sparse-quality-16k",),
     "evaluation": ("perplexity", "retrieval"),

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers.inprocess import inspect_models_here
+
 
 @pytest.fixture(scope="session", autouse=True)
 def models_are_inspected_here() -> Iterator[None]:
-    """Not each in a process of its own, for seconds: tests import the model in any case."""
-    from vllm.model_executor.models import registry
-
+    """For configs that a test makes without an engine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        inspect_models_here(patch)
         yield

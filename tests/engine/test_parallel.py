@@ -22,7 +22,10 @@ SIZES = {"chunk_size": 96, "local_size": 32}
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
-        ({"tensor_parallel_size": 2, "enforce_eager": True}, {}),
+        # The last of these has it too, with a pipeline.
+        pytest.param(
+            {"tensor_parallel_size": 2, "enforce_eager": True}, {}, marks=pytest.mark.nightly
+        ),
         # One KV head, replicated; each rank has its own query heads.
         ({"tensor_parallel_size": 2, "enforce_eager": True}, {"num_key_value_heads": 1}),
         # vLLM 0.32 has no eager pipelines on the CPU.

@@ -15,6 +15,16 @@ if torch.cuda.is_available():
     EXECUTION = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
+def inspect_models_here(patch: pytest.MonkeyPatch) -> None:
+    """vLLM then asks no process of its own, for seconds each, what a model can do.
+
+    It does so to keep CUDA out of its own process; a test imports the model in any case.
+    """
+    from vllm.model_executor.models import registry
+
+    patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+
+
 @contextlib.contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
     """An LLM with DCA, gone at the end; prefills are cut at odd places."""
@@ -34,6 +44,7 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        inspect_models_here(patch)
         try:
             llm = LLM(str(model), **{**defaults, **options})
             try:
