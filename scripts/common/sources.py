@@ -20,10 +20,12 @@ _STEP = (
     "backend",
     "devices",
     "impl",
+    "layers",
     "metadata",
     "remap",
     "rotary_tables",
     "settings",
+    "step",
     "turning",
 )
 METHOD = ("vllm_dca/method/*.py",)
