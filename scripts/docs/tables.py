@@ -4,6 +4,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a func
 """
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -173,6 +174,25 @@ def sparse() -> str:
     )
 
 
+def first_token() -> str:
+    record = load("first-token-32k")
+    seconds = {
+        label: statistics.median(of["seconds"][str(record["lengths"][-1])])
+        for label, of in record["results"].items()
+    }
+    return markdown(
+        (f"{record['lengths'][-1]:,} tokens", "first token, s", "of dense"),
+        *(
+            (
+                label.partition(":")[2].replace(",", ", ") or "dense",
+                f"{took:.0f}",
+                f"{took / seconds['dca']:.2f}",
+            )
+            for label, took in seconds.items()
+        ),
+    )
+
+
 def sparse_quality() -> str:
     rows = [
         (length, label, of)
@@ -251,6 +271,7 @@ MADE_BY = (
     load_tables.soak_quick_rounds,
     gpu_tables.turing,
     sparse,
+    first_token,
     sparse_quality,
     model_counts,
     models,
