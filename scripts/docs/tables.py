@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from scripts.common.record import ROOT
-from scripts.docs import gpu_tables, load_tables, records
+from scripts.docs import gpu_tables, load_tables, records, support_table
 from scripts.docs.page import RESULTS, load, markdown
 from scripts.docs.ruler import rows as ruler_rows
 from scripts.quality import loss
 from scripts.quality.methods import name_of
-from vllm_dca.engine import support_table
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE = re.compile(r"(?<=<!-- table: )(\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)

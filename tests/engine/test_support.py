@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.docs import tables
+from scripts.docs.support_table import FEATURES, SUPPORTED
 from tests.helpers import checkpoints
 from vllm_dca.engine.refusals import (
     REFUSALS,
@@ -14,7 +15,6 @@ from vllm_dca.engine.refusals import (
     REFUSED_IN_LAYERS,
 )
 from vllm_dca.engine.support import ROPE_TYPES
-from vllm_dca.engine.support_table import FEATURES, SUPPORTED
 
 TESTS = Path(__file__).parent
 # Which test shows each thing that the table calls supported ...
