@@ -37,6 +37,7 @@ PROVED_MODELS = (
     "granite",
     "granite_swa",
     "granitemoe",
+    "granitemoe_swa",
     "granitemoehybrid",
     "granitemoeshared",
     "hy_v3",
