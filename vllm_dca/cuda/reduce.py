@@ -143,4 +143,6 @@ def reduce_pieces(
         ALL_PIECES=triton.next_power_of_2(plan.num_programs),
         PIECES=min(PIECES_PER_STEP, ENTRIES_PER_STEP // head_padded),
         num_warps=4,
+        # Left to itself, the compiler spills to fit a program more.
+        maxnreg=255,
     )
