@@ -97,7 +97,6 @@ class Watched:
         """From now on; what was seen before is forgotten."""
         self.seconds, self.segments = 0.0, []
         if selection.coverage is None:
-            self.impl.rule = None
             return
         self.impl.rule = self.rule._replace(coverage=selection.coverage)
         self.impl.sparse = self.sparse
@@ -131,6 +130,13 @@ class Watched:
         return float(keys / pairs), recall.tolist()
 
 
+_SPLIT = DcaMetadataBuilder._split
+
+
+def _nothing(*_: Any) -> None:
+    """No sparse segments."""
+
+
 def _layers(model: torch.nn.Module) -> list[Watched]:
     """Each of DCA's, watched from the first time on."""
     found = []
@@ -144,9 +150,13 @@ def _layers(model: torch.nn.Module) -> list[Watched]:
 
 def use(model: torch.nn.Module, label: str) -> None:
     """Select in this way from now on, and look at every step."""
+    selection = Selection.parse(label)
     DcaMetadataBuilder.watched_steps = 1
+    # The builder plans a step densely if nothing of it is split off.
+    split = _SPLIT if selection.coverage is not None else _nothing
+    DcaMetadataBuilder._split = split  # type: ignore[method-assign, assignment]
     for layer in _layers(model):
-        layer.use(Selection.parse(label))
+        layer.use(selection)
 
 
 def kept(model: torch.nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from scripts.quality.loss import losses
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate, of_prompt
 from tests.helpers.inprocess import engine
+from vllm_dca.engine.metadata import DcaMetadataBuilder
 from vllm_dca.method import lines
 from vllm_dca.method.sparse import SparseOperations
 from vllm_dca.method.sparse_planning import Segment
@@ -86,8 +87,13 @@ def test_commands_may_write_one_record(tmp_path: Path) -> None:
         Growing(file, {"length": 2})
 
 
-def test_an_engine_selects_as_it_is_told(tmp_path: Path) -> None:
+def test_an_engine_selects_as_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each way from the same prompt; as many keys by a window as by lines, and other ones."""
+    # What it is told holds for every engine of the process.
+    for name in ("watched_steps", "_split"):
+        monkeypatch.setattr(DcaMetadataBuilder, name, getattr(DcaMetadataBuilder, name))
     model = checkpoints.write(tmp_path, "LlamaConfig")
     sparse = {"sparse": "auto", "sparse_threshold": 150, "sparse_min_keys": 64}
     options = {
