@@ -100,25 +100,25 @@ struct Panel {
 
   void weigh(Tile& tile, int64_t t) {
     for (int j = 0; j < kWide; ++j) {
-      Vector total = at(weight_sums + j * kLanes);
+      Vector total{};
       for (int i = 0; i < kTall; ++i) total += tile[i][j] = power_of_two<Cell>(tile[i][j]);
-      at(weight_sums + j * kLanes) = total;
+      at(weight_sums + j * kLanes) += total;
       Cell* to = weights + t / kNumbers<Cell> * kWidth + j * kLanes;
       for (int i = 0; i < kTall; i += kNumbers<Cell>, to += kWidth)
         store_rows(tile[i][j], tile[i + kNumbers<Cell> - 1][j], to);
     }
   }
 
+  // Keys that are taken at a time are summed by themselves: one sum over tens of thousands would
+  // round that much more.
   void add_values(const Cell* values, int64_t begin, int64_t end) {
     begin /= kNumbers<Cell>, end /= kNumbers<Cell>;
     for (int64_t d = 0; begin < end && d < size; d += kTall) {
-      Tile tile;
+      Tile tile{};
       float* to = sums + d * kWidth;
-      for (int i = 0; i < kTall; ++i)
-        for (int j = 0; j < kWide; ++j) tile[i][j] = at(to + i * kWidth + j * kLanes);
       multiply(tile, values + begin * size + d, 1, size, weights + begin * kWidth, end - begin);
       for (int i = 0; i < kTall; ++i)
-        for (int j = 0; j < kWide; ++j) at(to + i * kWidth + j * kLanes) = tile[i][j];
+        for (int j = 0; j < kWide; ++j) at(to + i * kWidth + j * kLanes) += tile[i][j];
     }
   }
 };
