@@ -14,7 +14,7 @@ pytestmark = pytest.mark.alone
 # and 0.57 on AVX512_BF16, 0.39, 0.40, 0.63 and 0.50 on AVX2. The limits are a third above these
 # or more, for a busy machine and half the context; a kernel half as fast is above each.
 ALL = [(step, dtype) for step in ("prefill", "decode") for dtype in ("float32", "bfloat16")]
-LIMITS = {"AVX512_BF16": (1.3, 0.75, 1.3, 0.85), "AVX2": (0.65, 0.65, 0.95, 0.85)}
+LIMITS = {"AVX512_BF16": (1.3, 0.75, 1.3, 0.85), "AVX2": (0.65, 0.65, 1.1, 0.85)}
 NOT_MEASURED = (1.4,) * 4  # other instructions
 TRIES = 3  # what else runs seldom slows DCA alone three times
 # vLLM's own has half precision's tiles where the processor has AMX; DCA's kernel has not.
