@@ -82,7 +82,10 @@ def test_a_damaged_one_is_not_loaded_but_compiled_again(
 
 def test_a_compiler_that_is_killed_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     """It writes half of a library first."""
-    script = f"head -c 9000 {GXX} > ../library.so; kill -9 $$"
+    script = (
+        f'[ "$1" = --version ] && exec {GXX} --version\n'
+        f"head -c 9000 {GXX} > ../library.so; kill -9 $$"
+    )
     with pytest.MonkeyPatch.context() as patch:
         compiler(tmp_path / "killed", script, patch)
         with pytest.raises(build.BuildError, match=r"g\+\+ failed: it said nothing"):

@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.inprocess import inspect_models_here
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def models_are_inspected_here() -> Iterator[None]:
     """For configs that a test makes without an engine."""
     with pytest.MonkeyPatch.context() as patch:

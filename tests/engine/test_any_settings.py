@@ -90,8 +90,8 @@ GIVEN = st.fixed_dictionaries(
 )
 # What a refusal may name instead of the key: what people type, and what DCA worked out from it.
 WORDS = {
-    "dca": ('"dca"', "DCA"),
-    "checkpoint": ("DCA",),
+    "dca": ('"dca"', *OPTION_KEYS, "chunk_len"),
+    "checkpoint": ("dual_chunk_attention_config", *OPTION_KEYS, "sparse_attention_threshold"),
     "block_size": ("block size", "--block-size", "block_size"),
     "max_model_len": ("max_model_len", "max-model-len"),
     "kv_cache_dtype": ("--kv-cache-dtype", "cache_dtype"),

@@ -116,6 +116,9 @@ BAD_BODIES = {
 def test_bad_requests_are_refused_and_change_nothing(server: Server, prose: list[int]) -> None:
     question = {"prompt": prose[:1500], "max_tokens": 8, "return_token_ids": True}
     _, before = server.complete(**question)
+    # What is spoilt below is good as it is.
+    assert server.complete(prompt=[5, 6, 7], max_tokens=2)[0] == 200
+    assert server.chat([{"role": "user", "content": "hello"}], max_tokens=2)[0] == 200
     found = {
         what: server.complete(**{"prompt": [5, 6, 7], "max_tokens": 2, **body})
         for what, body in BAD_COMPLETIONS.items()

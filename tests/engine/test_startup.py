@@ -189,18 +189,25 @@ def test_chunked_local_layers_are_refused_beside_any_others(
         pass
 
 
-def test_layers_that_bring_their_own_backend_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("attn_backend", "it attends by CPU_ATTN. DCA needs layers that see"),
+        ("head_size_v", "its keys have 32 entries, its values 16. DCA needs as many"),
+    ],
+)
+def test_layers_whose_model_gives_them_more_than_vllm_selected_are_refused(
+    given: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM gives a layer the backend that its model names, whatever was selected."""
+    """A backend that a model names is a layer's, whatever was selected."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models import llama as code
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    own = functools.partial(Attention, attn_backend=CPUAttentionBackend)
-    monkeypatch.setattr(code, "Attention", own)
+    more = {"attn_backend": CPUAttentionBackend, "head_size_v": 16}
+    monkeypatch.setattr(code, "Attention", functools.partial(Attention, **{given: more[given]}))
     model = checkpoints.write_config(tmp_path, "LlamaConfig", "LlamaForCausalLM", head_dim=32)
-    message = "layers.0.self_attn.attn: it attends by CPU_ATTN. DCA needs layers that see"
+    message = f"layers.0.self_attn.attn: {reason}"
     with pytest.raises(NotImplementedError, match=message), engine(model, block_size=32):
         pass
 

@@ -138,6 +138,12 @@ REFUSED = {
     "decode context": BY_OPTION,
     "prefill context": "test_startup::test_what_only_gpus_have_is_refused",
     "dual-batch overlap": "test_startup::test_what_only_gpus_have_is_refused",
+    "layers that bring an attention": (
+        "test_startup::test_layers_with_an_attention_of_their_own_are_refused"
+    ),
+    "values of another size": (
+        "test_startup::test_layers_whose_model_gives_them_more_than_vllm_selected_are_refused"
+    ),
     "no rotary positions": AS_BUILT,
     "rotations that cannot": "test_following::test_what_is_half_understood_is_refused",
     "what other rotary modules": AS_BUILT,

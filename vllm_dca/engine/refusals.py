@@ -218,6 +218,8 @@ REFUSED_AS_BUILT = {
     "models": (
         "no rotary positions in the layers that see the whole text",
         "rotations that cannot be followed",
+        "layers that bring an attention of their own",
+        "values of another size than keys",
     ),
     "RoPE scaling": ("what other rotary modules compute",),
     "dtypes": ("on CUDA, fp32 with heads over 256 where a block may have 99 KiB",),
