@@ -94,6 +94,30 @@ def test_a_compiler_that_is_killed_leaves_nothing(folder: Path, tmp_path: Path) 
     assert build.library(CODE, ()).answer() == 42
 
 
+def test_one_that_others_keep_needs_no_lock(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is read only, where not even a lock can be made."""
+    from torch.utils import _filelock
+
+    assert build.library(CODE, ()).answer() == 42
+    monkeypatch.setattr(_filelock, "FileLock", None)
+    assert build.library(CODE, ()).answer() == 42
+
+
+def test_a_compiler_that_cannot_be_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch asks it for its name, and lets the system's error through."""
+    (tmp_path / "g++").write_text("no program")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    cpp_builder.is_gcc.cache_clear()
+    assert not build.is_gcc()
+    with pytest.raises(build.BuildError, match="Permission denied"):
+        build.library(CODE, ())
+
+
 def test_another_version_is_another_file(folder: Path) -> None:
     """And the flags say the processor."""
     assert build.library(CODE, ()).answer() == 42

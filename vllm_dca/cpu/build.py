@@ -6,6 +6,7 @@ stays, and a process that loads it may die. Here a library gets its name when it
 its name says what must be in it.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import shutil
@@ -49,6 +50,8 @@ def library(source: str, flags: Sequence[str]) -> ctypes.CDLL:
         why = f"{error.cmd[0]} failed: {_said(error.output)}"
     except OSError as error:
         why = str(error)
+    except Exception as error:  # torch's builder is its own: another torch may raise anything
+        why = f"{type(error).__name__}: {error}"
     raise BuildError(
         f"{why}; it takes g++ or clang++, which CXX may name, and a folder with room that may "
         f"be written and run from, which TORCHINDUCTOR_CACHE_DIR may name and is {folder}"
@@ -62,7 +65,7 @@ def is_gcc() -> bool:
 
     try:
         return bool(cpp_builder.is_gcc())
-    except InvalidCxxCompiler:
+    except (InvalidCxxCompiler, OSError):
         return False
 
 
@@ -74,12 +77,15 @@ def _kept(folder: Path, source: str, flags: Sequence[str]) -> Path:
     options = CppTorchDeviceOptions(device_type="cpu", extra_flags=flags)
     command = CppBuilder("library", "source.cpp", options).get_command_line()
     key = hashlib.sha256(f"{command}\n{source}".encode()).hexdigest()[:16]
+    # Without the lock first: the folder may be one that others write.
+    if (path := _found(folder, key)) is not None:
+        return path
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock", timeout=LOCK_S):
-        for path in folder.glob(f"{key}-*.so"):
-            if path.name == _name(key, path):
-                return path
-            path.unlink()
+        if (path := _found(folder, key)) is not None:
+            return path
+        for damaged in folder.glob(f"{key}-*.so"):
+            damaged.unlink()
         for left in folder.glob(f"{key}-*.part"):  # of a process that was killed
             shutil.rmtree(left)
         # On the same disk, so that it gets its name in one step.
@@ -90,6 +96,14 @@ def _kept(folder: Path, source: str, flags: Sequence[str]) -> Path:
             builder.build()
             made = Path(builder.get_target_file_path())
             return made.replace(folder / _name(key, made))
+
+
+def _found(folder: Path, key: str) -> Path | None:
+    for path in folder.glob(f"{key}-*.so"):
+        with contextlib.suppress(OSError):  # deleted meanwhile, or not ours to read
+            if path.name == _name(key, path):
+                return path
+    return None
 
 
 def _name(key: str, path: Path) -> str:

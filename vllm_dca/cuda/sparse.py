@@ -150,7 +150,8 @@ class Sparse:
 def prefill(sizes: SparseSizes, device: torch.device) -> SparsePrefill:
     """Ready, with its buffers."""
     sparse = Sparse(sizes, device)
-    return SparsePrefill(sparse.plan, sparse.attend)
+    # Queries turned three ways, the dense rest and its answer.
+    return SparsePrefill(sparse.plan, sparse.attend, room=5)
 
 
 def weigh(

@@ -132,12 +132,11 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             output_scale: must be None.
             output_block_scale: must be None.
         """
-        assert self.device is not None
         if attn_metadata is None:
             # vLLM sizes the KV cache by what this run takes at its peak.
-            if self.device.prefill is not None:
-                query.new_empty(self.device.prefill.room, *query.shape)
+            query.new_empty(self._room(), *query.shape)
             return output.zero_()
+        assert self.device is not None
         assert self.rotation is not None
         assert output_scale is None
         assert output_block_scale is None
@@ -171,6 +170,15 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             self._attend(rest, kv_cache, attended, step.rest, scales)
             output[step.tokens] = attended
         return output
+
+    def _room(self) -> int:
+        """Tensors of the queries' size that a step needs, at most.
+
+        A layer that was not prepared is refused when steps are planned, which is later.
+        """
+        prefill = None if self.device is None else self.device.prefill
+        dense = 0 if prefill is None else prefill.room
+        return dense if self.sparse is None else max(dense, self.sparse.room)
 
     def _attend(
         self,

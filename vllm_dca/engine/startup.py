@@ -186,8 +186,14 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
     window = _own_window(draft, model_config.max_model_len)
     if speculative.method in ("eagle", "eagle3"):
         # vLLM has written the model's length into its config.
-        own = get_config(draft.model, draft.trust_remote_code, draft.revision)
-        window = min(window, get_hf_text_config(own).max_position_embeddings)
+        own = get_config(
+            draft.model,
+            draft.trust_remote_code,
+            draft.revision,
+            config_format=draft.config_format,
+        )
+        own_window = getattr(get_hf_text_config(own), "max_position_embeddings", window)
+        window = min(window, own_window)
     if settings.chunk_size > window:
         logger.warning(
             "DCA: chunk_size %d is over the drafter's window of %d tokens, so few of its "

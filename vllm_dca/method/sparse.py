@@ -71,10 +71,12 @@ class SparsePrefill(NamedTuple):
     Attributes:
         plan: what `attend` wants to know of a step, made once for all layers.
         attend: `sparse_attention` without its operations, or a function like it.
+        room: as `vllm_dca.method.device.Prefill` has it, with a step's dense rest.
     """
 
     plan: Callable[[SparsePlan], Any]
     attend: Callable[..., None]
+    room: int = 0
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,11 @@ def resolve_sparse(
             )
         budgets = read_budgets(config, attended, num_heads)
     name = "sparse_attention_threshold"
-    threshold = _tokens(name, (checkpoint or {}).get(name, THRESHOLD))
+    threshold = options.get(THRESHOLD_KEY)
+    if threshold is None:
+        threshold = _tokens(name, (checkpoint or {}).get(name, THRESHOLD))
     return SparseSettings(
-        options.get(THRESHOLD_KEY, threshold),
+        threshold,
         options.get(COVERAGE_KEY, COVERAGE),
         options.get(MIN_KEYS_KEY, MIN_KEYS),
         budgets,
