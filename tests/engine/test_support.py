@@ -147,7 +147,6 @@ REFUSED = {
     "no rotary positions": AS_BUILT,
     "rotations that cannot": "test_following::test_what_is_half_understood_is_refused",
     "what other rotary modules": AS_BUILT,
-    "on CUDA, fp32": "test_startup::test_what_a_card_has_no_room_for_is_refused",
     "sparse prefill with soft": "test_startup::test_where_soft_caps_are_refused",
     **dict.fromkeys(REFUSED_IN_LAYERS.values(), "test_startup::test_layers_that_are_refused"),
     **dict.fromkeys(REFUSED_BY_VLLM, "test_startup::test_what_vllm_is_told_that_dca_cannot"),

@@ -135,7 +135,8 @@ def test_kernels_compile_and_fit(tmp_path: Path) -> None:
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
     )
     kernels = json.loads(output.read_text())["kernels"]
-    shared = {80: 166_912, 90: 232_448}
+    # What 8.0 runs must fit 8.6, 8.9 and 12.0 too, where a block may have 99 KiB.
+    shared = {80: 99 << 10, 90: 227 << 10}
     assert {kernel["capability"] for kernel in kernels} == set(shared)
     assert {kernel["shape"] for kernel in kernels} == {
         "Llama-3-8B",

@@ -14,7 +14,7 @@ from vllm_dca.engine.metadata import DcaMetadataBuilder
 from vllm_dca.engine.remap import remap_layers
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.startup import configure
-from vllm_dca.engine.support import KV_CACHE_DTYPES, SMALL_SHARED_MEMORY, cache_dtype_of
+from vllm_dca.engine.support import KV_CACHE_DTYPES, cache_dtype_of
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -60,22 +60,11 @@ class DcaBackend(AttentionBackend):
         use_mm_prefix: bool,
         device_capability: "DeviceCapability",
     ) -> str | None:
-        """Refuse what a card has no room for, and a cache of another dtype but for FP8."""
+        """Refuse cards without what is needed, and a cache of another dtype but for FP8."""
         if not cls.supports_compute_capability(device_capability):
             return (
                 f"compute capability {device_capability.as_version_str()}: below 8.0 Triton "
                 "compiles DCA's products without tensor cores; a card of 8.0 or higher works"
-            )
-        if (
-            device_capability is not None
-            and tuple(device_capability) in SMALL_SHARED_MEMORY
-            and dtype == torch.float32
-            and head_size > 256
-        ):
-            return (
-                f"{dtype} with heads of {head_size} on compute capability "
-                f"{device_capability.as_version_str()}: a block may have 99 KiB of shared "
-                "memory there, and DCA's kernels want more; --dtype bfloat16 works"
             )
         cache_dtype = cache_dtype_of(kv_cache_dtype or "auto", dtype)
         if cache_dtype == dtype:

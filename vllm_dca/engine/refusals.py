@@ -222,7 +222,6 @@ REFUSED_AS_BUILT = {
         "values of another size than keys",
     ),
     "RoPE scaling": ("what other rotary modules compute",),
-    "dtypes": ("on CUDA, fp32 with heads over 256 where a block may have 99 KiB",),
     "engine": ("sparse prefill with soft caps or attention sinks",),
 }
 # What vLLM asks a backend for, and gets the answer no.

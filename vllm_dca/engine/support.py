@@ -85,8 +85,6 @@ KV_CACHE_DTYPES: dict["CacheDType", torch.dtype | None] = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-# Compute capabilities whose blocks may have 99 KiB of shared memory (CUDA programming guide).
-SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 # Speculation whose drafts come from no attention layers of their own.
 DRAFTERS_WITHOUT_LAYERS = ("ngram", "medusa")
 # Speculation whose drafters' attention layers are DCA's too, with the model's chunk sizes.
