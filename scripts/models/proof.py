@@ -58,14 +58,20 @@ def prove(directory: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         served = renamed.write(directory.with_name("renamed"), model, architecture)
     prompt = checkpoints.tokens(LENGTH)
     # In another process: vLLM changes the classes that it takes from transformers.
-    # With one thread: OpenMP's are not there after a fork.
-    context = multiprocessing.get_context("fork")
-    with context.Pool(1, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("fork").Pool(1, _with_one_thread) as pool:
         reference = functools.partial(pool.apply, prompt_logprobs)
         found = _compared(served, model, prompt, dtype, options, reference)
     if architecture:
         found["model_type"] = renamed.RENAMED[architecture].model_type
     return found
+
+
+def _with_one_thread() -> None:
+    """After a fork OpenMP's are not there, and torch's pool is made anew by whoever is first:
+    of several threads that load weights one may find none ("Invalid thread pool").
+    """
+    torch.set_num_threads(1)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
 
 def _compared(

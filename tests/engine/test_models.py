@@ -20,6 +20,7 @@ from tests.helpers.answers import (
 )
 from tests.helpers.inprocess import engine, in_a_child
 from vllm_dca.cpu import compiled
+from vllm_dca.cpu.build import BuildError
 from vllm_dca.reference.model import prompt_logprobs
 
 # What the project promises for fp32.
@@ -121,7 +122,7 @@ def test_without_a_compiler(
 
 
 def no_compiler() -> None:
-    raise RuntimeError("no C++ compiler")
+    raise BuildError("no C++ compiler")
 
 
 @pytest.mark.parametrize("architecture", KINDS.values(), ids=list(KINDS))

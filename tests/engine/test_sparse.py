@@ -25,6 +25,7 @@ from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, in_a_child, runner_of
 from tests.helpers.ranks import one_core_each
 from vllm_dca.cpu import compiled
+from vllm_dca.cpu.build import BuildError
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
 
@@ -279,7 +280,7 @@ def test_torch_agrees_with_the_reference(
     llama: Path, by_reference: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_compiler() -> None:
-        raise RuntimeError("no C++ compiler")
+        raise BuildError("no C++ compiler")
 
     monkeypatch.setattr(compiled, "library", no_compiler)
     with engine(llama, **options(**AUTO)) as llm:
