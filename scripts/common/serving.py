@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from scripts.common.record import ROOT
 
+VLLM = str(Path(sys.executable).with_name("vllm"))
 CACHE = ROOT / ".cache"
 # More than any machine should take.
 STARTING_S = 1800

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from scripts.common.serving import VLLM
 from scripts.quality.methods import Method
 from scripts.quality.ruler.__main__ import ask
 from scripts.quality.ruler.served import Served
 from scripts.quality.ruler.tasks import QUESTION, TASKS
 from tests.conftest import DEMO_MODEL
-from tests.helpers.server import STARTED, VLLM, Server
+from tests.helpers.server import STARTED, Server
 
 OPTIONS = ["--max-model-len", "32768", "--enforce-eager"]
 OPTIONS += ["--dtype", "float32"]  # in bf16 the model's first choice is often a tie
@@ -162,7 +163,7 @@ def test_run_batch(tmp_path: Path) -> None:
     }
     line = {"custom_id": "one", "method": "POST", "url": "/v1/chat/completions", "body": body}
     requests.write_text(json.dumps(line) + "\n")
-    command = [*VLLM, "run-batch", "-i", str(requests), "-o", str(answers)]
+    command = [VLLM, "run-batch", "-i", str(requests), "-o", str(answers)]
     run = subprocess.run(
         [*command, "--model", str(DEMO_MODEL), "--attention-backend", "dca", *OPTIONS],
         capture_output=True,

@@ -5,7 +5,6 @@ import gc
 import json
 import re
 import subprocess
-import sys
 import types
 import weakref
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.common.serving import free_port
+from scripts.common.serving import VLLM, free_port
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate
 from tests.helpers.companions import write_eagle
@@ -487,7 +486,7 @@ def test_a_rotary_module_goes_when_nobody_uses_it(llama: Path) -> None:
 
 
 def test_a_server_that_cannot_start_says_why_and_exits(llama: Path) -> None:
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(llama)]
+    command = [VLLM, "serve", str(llama)]
     command += ["--port", str(free_port())]
     command += ["--attention-backend", "dca", "--skip-tokenizer-init", "--block-size", "48"]
     command += ["--additional-config", '{"dca": {"chunk_size": 96, "local_size": 32}}']

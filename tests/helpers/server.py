@@ -4,16 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from scripts.common.serving import free_port
+from scripts.common.serving import VLLM, free_port
 
-VLLM = [str(Path(sys.executable).with_name("vllm"))]
 STARTED = 300  # seconds
 
 
@@ -25,7 +23,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.model = str(model)
-        command = [*VLLM, "serve", self.model, "--port", port, "--host", "127.0.0.1"]
+        command = [VLLM, "serve", self.model, "--port", port, "--host", "127.0.0.1"]
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [*command, "--attention-backend", "dca", *options],

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from scripts.common.record import ROOT
+from scripts.common.serving import VLLM
 from scripts.minors import overlay, report
 from tests.helpers import checkpoints
-from tests.helpers.server import VLLM
 from vllm_dca.engine.shims import TESTED_VLLM
 
 PATCHES = ROOT / "patches"
@@ -106,7 +106,7 @@ def test_vllm_serve_on_an_untested_minor_says_what_works(tmp_path: Path) -> None
         "__version__ = '0.99.0'\n__version_tuple__ = (0, 99, 0)\n"
     )
     run = subprocess.run(
-        [*VLLM, "serve", str(model), "--attention-backend", "dca"],
+        [VLLM, "serve", str(model), "--attention-backend", "dca"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(later), *sys.path[:1]])},

@@ -13,7 +13,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from vllm_dca.engine.settings import settings_of
-from vllm_dca.engine.shims import NAME
+from vllm_dca.engine.shims import names_dca
 
 LABELS = ["model_name", "engine"]
 
@@ -58,9 +58,7 @@ class DcaStatLogger(StatLoggerBase):
     """Counts finished requests of one engine; without DCA it does nothing."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        selected = vllm_config.attention_config
-        backends = [selected.backend, *selected.backend_per_kind.values()]
-        self.active = any(getattr(backend, "name", None) == NAME for backend in backends)
+        self.active = names_dca(vllm_config.attention_config)
         if not self.active:
             return
         model_config = vllm_config.model_config

@@ -16,6 +16,7 @@ import vllm
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 if TYPE_CHECKING:
+    from vllm.config import AttentionConfig
     from vllm.engine.arg_utils import EngineArgs
 
 # The minors that the tests cover, and how; pyproject.toml says the same.
@@ -63,11 +64,15 @@ def apply() -> list[str]:
     return [shim.name for shim in needed]
 
 
+def names_dca(config: "AttentionConfig", *others: Any) -> bool:
+    """Whether DCA is selected, for all layers or those of a kind, or is among the others."""
+    selected = (config.backend, *config.backend_per_kind.values(), *others)
+    return any(str(getattr(each, "name", each)).upper() == NAME for each in selected)
+
+
 def selects_dca(args: "EngineArgs") -> bool:
-    """Whether the user asked for DCA, for all layers or for some."""
-    config = args.attention_config
-    asked = [args.attention_backend, config.backend, *config.backend_per_kind.values()]
-    return any(str(getattr(b, "name", b)).upper() == NAME for b in asked)
+    """Whether the user asked for DCA."""
+    return names_dca(args.attention_config, args.attention_backend)
 
 
 def pickle_by_name() -> None:
@@ -186,12 +191,8 @@ def prepare_model() -> None:
         self: BaseModelLoader, vllm_config: Any, model_config: Any, prefix: str = ""
     ) -> Any:
         model = original(self, vllm_config, model_config, prefix)
-        selected = vllm_config.attention_config
-        # Not those in use: of a model whose layers bring their own, DCA must know too.
-        if any(
-            getattr(each, "name", None) == NAME
-            for each in (selected.backend, *selected.backend_per_kind.values())
-        ):
+        # Selected, not in use: of a model whose layers bring their own, DCA must know too.
+        if names_dca(vllm_config.attention_config):
             AttentionBackendEnum[NAME].get_class().prepare_model(model, vllm_config)
         return model
 

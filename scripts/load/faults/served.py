@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -16,10 +15,9 @@ from typing import Any
 
 import psutil
 
-from scripts.common.serving import free_port, is_up
+from scripts.common.serving import VLLM, free_port, is_up
 from tests.helpers import checkpoints
 
-VLLM = str(Path(sys.executable).with_name("vllm"))
 STARTED_S = 600
 ENDED_S = 120
 # Past the model's window of 128 tokens, and past its chunks.

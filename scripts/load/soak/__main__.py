@@ -40,10 +40,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from scripts.common import adapter, corpus, demo_model, record
-from scripts.common.serving import CACHE, console, server, working
+from scripts.common.serving import CACHE, VLLM, console, server, working
 from scripts.load.soak.client import Client
 from scripts.load.soak.plan import ADAPTER, FULL, QUICK, SERVED, SERVERS, Size, questions
-from scripts.load.soak.traffic import VLLM, Traffic, arguments
+from scripts.load.soak.traffic import Traffic, arguments
 from scripts.load.soak.watch import Memory, check_end
 
 

@@ -7,18 +7,16 @@ import json
 import random
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scripts.common.serving import console
+from scripts.common.serving import VLLM, console
 from scripts.load.soak.client import Client, request
 from scripts.load.soak.plan import SERVED, Question, Round, Size
 
-VLLM = str(Path(sys.executable).with_name("vllm"))
 ATOL = 1e-3  # of log-probabilities
 LEFT = 500  # tokens of an answer that its client does not wait for
 STATISTICS = (

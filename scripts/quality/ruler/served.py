@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ import httpx
 from openai import OpenAI
 
 from scripts.common import record
-from scripts.common.serving import CACHE, server
+from scripts.common.serving import CACHE, VLLM, server
 from scripts.quality.methods import Method
 from scripts.quality.ruler.sample import Question, Sample
-
-VLLM = Path(sys.executable).with_name("vllm")
 
 
 class Served:
