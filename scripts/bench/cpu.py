@@ -31,10 +31,10 @@ from scripts.common import record
 from vllm_dca.cpu import compiled, decode, paged_pass
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.processor import processor
-from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.method.device import PrefillOperations
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.prefill import by_passes
+from vllm_dca.method.rotary import turn_queries
 
 # Query heads, KV heads, head size.
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}

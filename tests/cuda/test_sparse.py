@@ -16,12 +16,12 @@ from tests.helpers import interpreter
 from tests.helpers import sparse as helper
 from tests.helpers.cases import cases
 from tests.helpers.paged import DEVICE, Batch, Shape
-from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.cuda import sparse_attend, sparse_lists, sparse_plan, sparse_probe, sparse_select
 from vllm_dca.cuda.sparse import Buffers, Sparse
 from vllm_dca.cuda.sparse_probe import Weights
 from vllm_dca.cuda.tuning import Tuning
 from vllm_dca.method.lines import Lines, Rule
+from vllm_dca.method.rotary import turn_queries
 from vllm_dca.method.sparse import Attended, SparsePlan, SparseSizes
 
 interpreter.repair()

@@ -18,7 +18,6 @@ from tests.cpu.test_attention import shapes
 from tests.helpers.paged import Batch, Shape, query_start_loc
 from tests.helpers.xformers_on_cuda import card, fmha
 from vllm_dca.cpu.merge import merge_parts
-from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.cuda import xformers_pass
 from vllm_dca.engine.support import KV_CACHE_DTYPES
 from vllm_dca.method.device import PrefillOperations
@@ -26,6 +25,7 @@ from vllm_dca.method.kv_cache import split_kv
 from vllm_dca.method.planning import PrefillPlan, plan_prefill
 from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.provider import Needs, PagedSegments, UnusableProviderError
+from vllm_dca.method.rotary import turn_queries
 
 CUDA = torch.device("cuda")
 

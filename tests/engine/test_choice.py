@@ -18,7 +18,6 @@ from tests.helpers.paged import Batch, Shape
 from vllm_dca.cpu import compiled, paged_pass
 from vllm_dca.cpu.build import BuildError
 from vllm_dca.cpu.merge import merge_parts
-from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.cuda import flash_attn
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.device import WALK
@@ -31,6 +30,7 @@ from vllm_dca.method.provider import (
     PagedSegments,
     UnusableProviderError,
 )
+from vllm_dca.method.rotary import turn_queries
 
 NEEDS = Needs(128, torch.bfloat16, torch.bfloat16, 256, (9, 0))
 

@@ -36,9 +36,9 @@ def options(**sparse: Any) -> dict[str, Any]:
 
 def patched(patch: pytest.MonkeyPatch) -> None:
     """The interpreter takes its time by the program. Dense passes turn queries as ever."""
-    from vllm_dca.cpu.turn import turn_queries
     from vllm_dca.cuda import paged_pass, sparse_attend, sparse_probe
     from vllm_dca.cuda.tuning import Tuning
+    from vllm_dca.method.rotary import turn_queries
 
     for module in (paged_pass, sparse_attend):
         patch.setattr(module, "prefill_tuning", lambda *_: Tuning(64, 64, 4, 3, 255))

@@ -11,12 +11,11 @@ from vllm_dca.cpu import compiled, paged_pass
 from vllm_dca.cpu.decode import decode_attention
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.plan_decode import DecodePlan
-from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.method.device import Prefill, PrefillOperations
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.kv_cache import split_kv, write_kv
 from vllm_dca.method.prefill import by_passes
-from vllm_dca.method.rotary import QueryRotation, unit_table
+from vllm_dca.method.rotary import QueryRotation, turn_queries, unit_table
 from vllm_dca.reference.attention import dual_chunk_attention, key_positions, rotate
 
 # Where Triton's kernels run.

@@ -10,10 +10,11 @@ import torch
 from vllm_dca.cpu.compiled import arguments_of, library
 from vllm_dca.cpu.rows import Rows
 from vllm_dca.method.lines import BAND, PROBE, SINKS, Lines, Rule
+from vllm_dca.method.planning import turns_of
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_config import TILE
-from vllm_dca.method.sparse_planning import Segment, turns_of
+from vllm_dca.method.sparse_planning import Segment
 
 
 class _Lines(ctypes.Structure):
@@ -140,11 +141,10 @@ def _call(
     continuous: bool = False,
 ) -> None:
     """The kernel's function for these rows, those of a segment."""
-    begin, end = segment.begin, segment.end
+    position = torch.arange(segment.begin, segment.end)
     length = plan.original_max_position_embeddings
-    turn, temperature = turns_of(begin, end, plan.geometry, length, continuous)
-    position = torch.arange(begin, end)
-    rows = Rows(torch.zeros_like(position), position, turn, temperature)
+    turns = turns_of(position.numpy(), plan.geometry, length, continuous)
+    rows = Rows(torch.zeros_like(position), position, *turns)
     arguments = arguments_of(
         query,
         kv_cache,

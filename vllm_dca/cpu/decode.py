@@ -7,8 +7,7 @@ pages, whosever they are, go through one matrix product with the query of their 
 import torch
 
 from vllm_dca.cpu.plan_decode import DecodePlan
-from vllm_dca.cpu.turn import turn_queries
-from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.rotary import QueryRotation, turn_queries
 
 
 def decode_attention(

@@ -10,12 +10,12 @@ from vllm_dca.cpu import compiled, compiled_sparse, decode, sparse
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.paged_pass import attention
 from vllm_dca.cpu.plan_decode import DecodePlan
-from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.method import kv_cache
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import DecodePlanner, Device, PrefillOperations
 from vllm_dca.method.lines import select
 from vllm_dca.method.prefill import by_passes
+from vllm_dca.method.rotary import turn_queries
 from vllm_dca.method.sparse import SparseOperations, by_segment
 
 

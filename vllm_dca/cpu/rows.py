@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from vllm_dca.method.geometry import ChunkGeometry
-from vllm_dca.method.planning import query_temperature
+from vllm_dca.method.planning import turns_of
 
 
 class Rows(NamedTuple):
@@ -37,12 +36,5 @@ class Rows(NamedTuple):
         request = torch.arange(len(seq_lens)).repeat_interleave(starts.diff())
         row = torch.arange(len(request))
         position = seq_lens.long()[request] - (starts[request + 1] - row)
-        offset = (position % geometry.chunk_len).numpy()
-        further = geometry.succ_turn(offset), geometry.inter_turn(offset)
-        turn = torch.from_numpy(np.stack([np.zeros_like(offset), *further]))
-        temperature = None
-        if original_max_position_embeddings is not None:
-            temperature = torch.from_numpy(
-                query_temperature(position.numpy(), original_max_position_embeddings)
-            )
-        return cls(request, position, turn, temperature)
+        length = original_max_position_embeddings
+        return cls(request, position, *turns_of(position.numpy(), geometry, length))

@@ -3,14 +3,15 @@
 Scores are computed with every key, and masked.
 """
 
+import numpy as np
 import torch
 
-from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.method.lines import PROBE, Lines, Rule
-from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.planning import turns_of
+from vllm_dca.method.rotary import QueryRotation, turn_queries
 from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_config import TILE
-from vllm_dca.method.sparse_planning import Segment, turns_of
+from vllm_dca.method.sparse_planning import Segment
 
 
 def weigh(
@@ -105,7 +106,7 @@ class _Scores:
     def of(self, query: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """[num_heads, end - begin, end] fp32 for the rows there, -inf for later keys."""
         length = self.plan.original_max_position_embeddings
-        turns = turns_of(begin, end, self.plan.geometry, length, self.continuous)
+        turns = turns_of(np.arange(begin, end), self.plan.geometry, length, self.continuous)
         tokens = torch.arange(end - begin)
         grouped = (len(self.key), -1)
         inter_end, succ_end = self.borders

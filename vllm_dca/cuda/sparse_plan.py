@@ -10,10 +10,10 @@ import torch
 
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.lines import PROBE
-from vllm_dca.method.planning import upload
+from vllm_dca.method.planning import turns_of, upload
 from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_config import TILE
-from vllm_dca.method.sparse_planning import Segment, turns_of
+from vllm_dca.method.sparse_planning import Segment
 
 # Of a segment's row in `Probe.segments`: where its keys end, its row of the block table, its
 # first place in the buffers, its first position, its first row among the round's.
@@ -155,8 +155,9 @@ def _turns(
 ) -> list[npt.NDArray[np.generic]]:
     """[3, num_rows] of tokens, turns and, where there is one, the temperature."""
     length = plan.original_max_position_embeddings
-    turn, temperature = turns_of(begin, end, plan.geometry, length, continuous)
-    token = np.arange(begin, end) + segment.first - segment.begin
+    position = np.arange(begin, end)
+    turn, temperature = turns_of(position, plan.geometry, length, continuous)
+    token = position + segment.first - segment.begin
     found: list[npt.NDArray[np.generic]] = [np.tile(token, (3, 1)), turn.numpy()]
     if temperature is not None:
         found.append(np.tile(temperature.numpy().view(np.int32), (3, 1)))

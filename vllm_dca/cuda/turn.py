@@ -128,7 +128,7 @@ def turn_queries(
     turn: torch.Tensor,
     temperature: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `vllm_dca.cpu.turn.turn_queries`, in one launch; needs query's last axis dense."""
+    """As `vllm_dca.method.rotary` has it, in one launch; needs query's last axis dense."""
     num_heads, head_size = query.shape[1:]
     turned = query.new_empty(len(tokens), num_heads, head_size)
     if len(tokens):

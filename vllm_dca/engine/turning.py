@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 
-from vllm_dca.cpu.turn import turn_queries
 from vllm_dca.engine import transformers_rotary
 from vllm_dca.engine.following import (
     NotUnderstoodError,
@@ -18,7 +17,7 @@ from vllm_dca.engine.following import (
     arguments_of,
     standing_in,
 )
-from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.rotary import QueryRotation, turn_queries
 
 # Of the largest entry. Rounding in bf16 is a tenth of that, another turn ten times as much.
 _TOLERANCE = 0.05

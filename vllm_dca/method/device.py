@@ -34,7 +34,7 @@ class PrefillOperations(NamedTuple):
     """What a prefill is put together from.
 
     Attributes:
-        turn: `vllm_dca.cpu.turn.turn_queries` or a function like it.
+        turn: `vllm_dca.method.rotary.turn_queries` or a function like it.
         attend: computes each pass.
         merge: `vllm_dca.cpu.merge.merge_parts` or a function like it. It adds the sinks, so
             that no pass has to know them.

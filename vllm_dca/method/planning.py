@@ -34,6 +34,18 @@ class QueryTurns:
     sizes: list[int]
 
 
+class Turns(NamedTuple):
+    """How far the queries of some rows turn, for intra, succ and inter.
+
+    Attributes:
+        turn: [3, num_rows] int64, positions.
+        temperature: [num_rows] fp32, factor to scale each by; None where there is none.
+    """
+
+    turn: torch.Tensor
+    temperature: torch.Tensor | None
+
+
 class Part(NamedTuple):
     """Which of a batch's tokens a pass answers; see `vllm_dca.method.device.Partial`."""
 
@@ -209,6 +221,30 @@ def _slice_rows(
     columns = first_page[:, None] + torch.arange(pages, device=block_table.device)
     columns.clamp_(max=block_table.shape[1] - 1)
     return block_table[request[:, None], columns]
+
+
+def turns_of(
+    position: IntArray,
+    geometry: ChunkGeometry,
+    original_max_position_embeddings: int | None,
+    continuous: bool = False,
+) -> Turns:
+    """Of rows at these positions, [num_rows] int64.
+
+    `continuous`: to positions that DCA does not clamp, with which Qwen's budgets select.
+    """
+    offset = position % geometry.chunk_len
+    further = [np.zeros_like(offset), geometry.succ_turn(offset), geometry.inter_turn(offset)]
+    if continuous:
+        further[1:] = (
+            np.full_like(offset, size) for size in (geometry.chunk_len, geometry.chunk_size)
+        )
+    temperature = None
+    if original_max_position_embeddings is not None:
+        temperature = torch.from_numpy(
+            query_temperature(position, original_max_position_embeddings)
+        )
+    return Turns(torch.from_numpy(np.stack(further)), temperature)
 
 
 def query_temperature(

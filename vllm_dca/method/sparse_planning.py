@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_dca.method.geometry import ChunkGeometry, ranges, split_at_chunk_borders
-from vllm_dca.method.planning import query_temperature
+from vllm_dca.method.geometry import ranges, split_at_chunk_borders
 
 LEAST_ROWS = 256  # segments with fewer rows are dense
 
@@ -98,41 +97,3 @@ def dense_rest(
         torch.from_numpy((ends[request] - (starts[request + 1] - stop)).astype(np.int32)),
         torch.from_numpy(request),
     )
-
-
-class Turns(NamedTuple):
-    """How far the queries of some rows turn, for intra, succ and inter.
-
-    Attributes:
-        turn: [3, num_rows] int64, positions.
-        temperature: [num_rows] fp32, factor to scale each by; None where there is none.
-    """
-
-    turn: torch.Tensor
-    temperature: torch.Tensor | None
-
-
-def turns_of(
-    begin: int,
-    end: int,
-    geometry: ChunkGeometry,
-    original_max_position_embeddings: int | None,
-    continuous: bool = False,
-) -> Turns:
-    """Of the rows at positions begin .. end - 1, which lie in one chunk.
-
-    `continuous`: to positions that DCA does not clamp, with which Qwen's budgets select.
-    """
-    position = np.arange(begin, end)
-    offset = position % geometry.chunk_len
-    further = [np.zeros_like(offset), geometry.succ_turn(offset), geometry.inter_turn(offset)]
-    if continuous:
-        further[1:] = (
-            np.full_like(offset, size) for size in (geometry.chunk_len, geometry.chunk_size)
-        )
-    temperature = None
-    if original_max_position_embeddings is not None:
-        temperature = torch.from_numpy(
-            query_temperature(position, original_max_position_embeddings)
-        )
-    return Turns(torch.from_numpy(np.stack(further)), temperature)
