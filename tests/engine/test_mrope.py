@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from scripts.common.server import Server
 from tests.helpers import checkpoints, rehearsal, vision
 from tests.helpers.answers import generate, of_answer, of_prompt
 from tests.helpers.command_line import served
 from tests.helpers.inprocess import engine, in_a_child
 from tests.helpers.runners import under
-from tests.helpers.server import Server
 from vllm_dca.reference.model import prompt_logprobs
 
 SIZES = {"chunk_size": 96, "local_size": 32}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.common.server import Server
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate, of_answer, of_prompt
 from tests.helpers.ranks import one_core_each
-from tests.helpers.server import Server
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 ATOL = 1e-3

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from scripts.common.server import STARTING_S, Server
 from scripts.common.serving import VLLM
 from scripts.quality.methods import Method
 from scripts.quality.ruler.__main__ import ask
 from scripts.quality.ruler.served import Served
 from scripts.quality.ruler.tasks import QUESTION, TASKS
 from tests.conftest import DEMO_MODEL
-from tests.helpers.server import STARTED, Server
 
 OPTIONS = ["--max-model-len", "32768", "--enforce-eager"]
 OPTIONS += ["--dtype", "float32"]  # in bf16 the model's first choice is often a tie
@@ -168,7 +168,7 @@ def test_run_batch(tmp_path: Path) -> None:
         [*command, "--model", str(DEMO_MODEL), "--attention-backend", "dca", *OPTIONS],
         capture_output=True,
         text=True,
-        timeout=STARTED,
+        timeout=STARTING_S,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "DCA attends 30 layers" in run.stdout + run.stderr

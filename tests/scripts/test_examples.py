@@ -21,12 +21,12 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from scripts.common.corpus import load
+from scripts.common.server import Server
 from scripts.common.serving import free_port
 from tests.conftest import DEMO_MODEL
 from tests.helpers import checkpoints
 from tests.helpers.command_line import served
 from tests.helpers.inprocess import engine
-from tests.helpers.server import Server
 from vllm_dca.cli import app
 
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"

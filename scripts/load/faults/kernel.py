@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.load.faults.served import Facts, refused, require, serving, serving_two
+from scripts.load.faults.served import Facts, answers, refused, require, serving, serving_two
 from vllm_dca.cpu.build import FOLDER
 
 COMPILED, TORCH = "prefill by compiled", "DCA attends by torch, which takes up to 22 times"
@@ -20,8 +20,8 @@ def two_compile(model: Path, expected: list[list[int]]) -> Facts:
     with tempfile.TemporaryDirectory() as cache:
         with serving_two(model, TORCHINDUCTOR_CACHE_DIR=cache) as both:
             for served in both:
-                require(COMPILED in served.log(), "one does not attend by its kernel")
-                require(served.answers() == expected, "one answers otherwise")
+                require(COMPILED in served.log.read_text(), "one does not attend by its kernel")
+                require(answers(served) == expected, "one answers otherwise")
         kept = libraries(cache)
         require(len(kept) == 1, f"{len(kept)} libraries are kept")
     return {"clients": "", "server": "both serve by the one library", "afterwards": ""}
@@ -36,8 +36,8 @@ def library_damaged(model: Path, expected: list[list[int]]) -> Facts:
         whole = kept.read_bytes()
         kept.write_bytes(whole[: len(whole) // 2])
         with serving(model, TORCHINDUCTOR_CACHE_DIR=cache) as served:
-            require(COMPILED in served.log(), "it does not attend by its kernel")
-            require(served.answers() == expected, "it answers otherwise")
+            require(COMPILED in served.log.read_text(), "it does not attend by its kernel")
+            require(answers(served) == expected, "it answers otherwise")
         [again] = libraries(cache)
         require(len(again.read_bytes()) > len(whole) // 2, "it is as it was")
     return {"clients": "", "server": "compiles it again", "afterwards": "answers as before"}
@@ -79,11 +79,11 @@ def disk_full(model: Path, expected: list[list[int]]) -> Facts:
 
 def uncompiled(model: Path, expected: list[list[int]], why: str, **environment: str) -> Facts:
     with serving(model, **environment) as served:
-        log = served.log()
+        log = served.log.read_text()
         for words in (TORCH, why, REMEDY):
             require(words in log, f"the log does not say {words!r}")
         require(COMPILED not in log, "it attends by a kernel nevertheless")
-        require(served.answers() == expected, "it answers otherwise")
+        require(answers(served) == expected, "it answers otherwise")
     with refused(model, "compiled", **environment) as log:
         for words in (why, REMEDY):
             require(words in log, f"the refusal does not say {words!r}")

@@ -8,24 +8,38 @@ from pathlib import Path
 
 import psutil
 
-from scripts.load.faults.served import PROMPTS, Facts, Served, require, serving
+from scripts.common.server import Server
+from scripts.load.faults.served import (
+    ANSWER,
+    PROMPTS,
+    Facts,
+    answers,
+    ask,
+    require,
+    serving,
+    status_at_the_end,
+)
 
 LONG = 6000  # tokens of an answer that a kill cuts off
 DEADLINE_S = 60
-# 16 tokens each; all prompts with their answers need twice as many.
-FEW_BLOCKS = 60
+BLOCK = 16
+# All prompts need 113 blocks. vLLM lets in those that fit, whatever their answers will need, so
+# these must outgrow the cache: the longest prompt takes 25 blocks, so those in the cache take
+# more than 59 - 25 when the next one finds no room, and they are two at least.
+FEW_BLOCKS = 60  # one is vLLM's own
+GROWING = 15 * BLOCK  # tokens of an answer
 
 
 def alone(model: Path) -> list[list[int]]:
     """What a server answers that nothing happens to."""
     with serving(model) as served:
-        return served.answers()
+        return answers(served)
 
 
-def kill_under_load(served: Served, name: str) -> Facts:
+def kill_under_load(served: Server, name: str) -> Facts:
     """Kill its process of this name as all clients wait, and see what comes of it."""
     with ThreadPoolExecutor(len(PROMPTS)) as threads:
-        clients = [threads.submit(served.ask, prompt, LONG) for prompt in PROMPTS]
+        clients = [threads.submit(ask, served, prompt, LONG) for prompt in PROMPTS]
         deadline = time.monotonic() + DEADLINE_S
         while served.metric("vllm:num_requests_running") < len(PROMPTS):
             require(time.monotonic() < deadline, "the load is not there")
@@ -41,7 +55,7 @@ def kill_under_load(served: Served, name: str) -> Facts:
         statuses = sorted(client.result(DEADLINE_S)[0] for client in clients)
         told = time.monotonic() - killed
     require(200 not in statuses, f"statuses {statuses}")
-    status = served.wait_for_the_end()
+    status = status_at_the_end(served)
     ended = time.monotonic() - killed
     _, left = psutil.wait_procs(children, 30)
     require(not left, f"left behind: {left}")
@@ -56,7 +70,7 @@ def killed(model: Path, expected: list[list[int]], name: str) -> Facts:
     with serving(model) as served:
         found = kill_under_load(served, name)
     with serving(model) as served:
-        require(served.answers() == expected, "a restart answers otherwise")
+        require(answers(served) == expected, "a restart answers otherwise")
     return {**found, "afterwards": "a restart answers as before"}
 
 
@@ -72,12 +86,14 @@ def worker_killed(model: Path, expected: list[list[int]]) -> Facts:
 
 def cache_full(model: Path, expected: list[list[int]]) -> Facts:
     """The KV cache has no room for what is asked at once."""
-    # One block is vLLM's own.
-    longest = (FEW_BLOCKS - 1) * 16
-    few = f"--num-gpu-blocks-override={FEW_BLOCKS}", f"--max-model-len={longest}"
-    with serving(model, *few) as served:
+    room = (FEW_BLOCKS - 1) * BLOCK
+    few = f"--num-gpu-blocks-override={FEW_BLOCKS}", f"--max-model-len={room}"
+    # Else what a preempted request lost might still be found.
+    with serving(model, *few, "--no-enable-prefix-caching") as served:
+        long = answers(served, GROWING)
+        require([found[:ANSWER] for found in long] == expected, "alone it answers otherwise")
         for _ in range(3):
-            require(served.answers(together=True) == expected, "it answers otherwise")
+            require(answers(served, GROWING, together=True) == long, "it answers otherwise")
         preempted = int(served.metric("vllm:num_preemptions_total"))
     require(preempted, "no request had to make room")
     return {
