@@ -1,6 +1,7 @@
 """Write the tables of README.md and docs/ anew, from the records and from what is declared.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below,
+or one in `*_tables.py`.
 """
 
 import re
@@ -10,62 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from scripts.common.record import ROOT
-from scripts.docs import gpu_tables, load_tables, records, support_table
-from scripts.docs.page import RESULTS, load, markdown
-from scripts.docs.ruler import rows as ruler_rows
-from scripts.quality import loss
-from scripts.quality.methods import name_of
+from scripts.docs import gpu_tables, load_tables, quality_tables, records, support_table
+from scripts.docs.page import load, markdown
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE = re.compile(r"(?<=<!-- table: )(\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
-
-
-def perplexity() -> str:
-    results = load("perplexity")["results"]
-    lengths = [int(length) for length in results["plain"]["perplexity"]]
-    return markdown(
-        ("tokens read", *(f"{length:,}" for length in lengths)),
-        *(
-            (name_of(label), *(f"{value:,.1f}" for value in found["perplexity"].values()))
-            for label, found in results.items()
-        ),
-    )
-
-
-def retrieval() -> str:
-    results = load("retrieval")["results"]
-    answers = [answer for of in results["plain"]["answers"].values() for answer in of]
-    lengths = [int(length) for length in results["plain"]["accuracy"]]
-    asked = (sum(answer["length"] == length for answer in answers) for length in lengths)
-    return markdown(
-        ("tokens read", *(f"{length:,}" for length in lengths)),
-        *(
-            (name_of(label), *(f"{share:.0%}" for share in found["accuracy"].values()))
-            for label, found in results.items()
-        ),
-        ("questions", *asked),
-    )
-
-
-def ruler() -> str:
-    return markdown(*ruler_rows())
-
-
-def sizes() -> str:
-    prose, numbers = (load(f"sizes-{what}")["results"] for what in ("perplexity", "retrieval"))
-    read = [f"perplexity, {int(end):,}" for end in prose["dca"]["perplexity"]]
-    found = [f"found, {int(end):,}" for end in numbers["dca"]["accuracy"]]
-    return markdown(
-        ("", *read, *found),
-        *(
-            (
-                label.partition(":")[2].replace(",", ", ") or "derived: 6144 / 1024",
-                *(f"{value:.1f}" for value in prose[label]["perplexity"].values()),
-                *(f"{value:.0%}" for value in numbers[label]["accuracy"].values()),
-            )
-            for label in prose
-        ),
-    )
 
 
 def _medians(row: dict[str, Any]) -> dict[str, str]:
@@ -139,21 +89,6 @@ def linear_memory() -> str:
     )
 
 
-def demo() -> str:
-    record = load("demo")
-    plain, dca = (record["results"][name] for name in ("plain", "dca"))
-    return markdown(
-        (f"{record['tokens']:,} tokens of *Pride and Prejudice*", "plain RoPE", "DCA"),
-        (
-            "perplexity at the end of the window",
-            f"{plain['inside']:.1f}",
-            f"{dca['inside']:.1f}",
-        ),
-        ("perplexity at the end of the text", f"{plain['beyond']:.1f}", f"{dca['beyond']:.1f}"),
-        ('"The code word for the vault is ..."', f'"{plain["answer"]}"', f'"{dca["answer"]}"'),
-    )
-
-
 def sparse() -> str:
     rows = [row for name in ("sparse-32k", "sparse-128k") for row in load(name)["results"]]
     return markdown(
@@ -192,40 +127,6 @@ def first_token() -> str:
     )
 
 
-def sparse_quality() -> str:
-    rows = [
-        (length, label, of)
-        for length in ("16k", "32k")
-        if (RESULTS / f"sparse-quality-{length}.json").exists()
-        for label, of in loss.losses(load(f"sparse-quality-{length}")["results"]).items()
-    ]
-
-    def shown(share: float | None) -> str:
-        return "" if share is None else f"{share:.2f}"
-
-    return markdown(
-        (
-            "tokens",
-            "keys",
-            "texts",
-            "perplexity",
-            "found",
-            "kept",
-            "recall",
-            "attention's time",
-        ),
-        *(
-            (
-                *(length, label, of.texts),
-                f"{of.perplexity:.2f} ({of.more:+.1%})",
-                f"{of.found} of {of.asked}; dense {of.dense_found}",
-                *(shown(share) for share in (of.keys, of.recall, of.time)),
-            )
-            for length, label, of in rows
-        ),
-    )
-
-
 def model_counts() -> str:
     verdicts = Counter(of["verdict"] for of in load("models")["verdicts"].values())
     return markdown(("verdict", "models"), *verdicts.most_common())
@@ -253,11 +154,11 @@ MADE_BY = (
     gpu_tables.decode_kernels,
     gpu_tables.prefill_kernels,
     gpu_tables.compiled_kernels,
-    demo,
-    perplexity,
-    retrieval,
-    ruler,
-    sizes,
+    quality_tables.demo,
+    quality_tables.perplexity,
+    quality_tables.retrieval,
+    quality_tables.ruler,
+    quality_tables.sizes,
     cpu,
     cpu_avx2,
     cpu_growth,
@@ -271,7 +172,7 @@ MADE_BY = (
     gpu_tables.turing,
     sparse,
     first_token,
-    sparse_quality,
+    quality_tables.sparse_quality,
     model_counts,
     models,
 )
