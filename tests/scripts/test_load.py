@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from scripts.load.soak.__main__ import Record
+from scripts.load.soak.client import request
 from scripts.load.soak.plan import FULL, QUICK, SERVERS, Question, Size, questions
 from scripts.load.soak.traffic import ATOL, Traffic
 from scripts.load.soak.watch import Memory
@@ -26,6 +27,11 @@ def test_it_asks_for_every_feature(size: Size, speculating: bool) -> None:
     assert all(0 < len(question.text) < size.max_model_len for question in asked)
     [copied] = (question.text for question in asked if question.kind == "copied")
     assert copied[:200] == copied[200:400]
+
+
+def test_nobody_samples_unasked() -> None:
+    assert json.loads(request(prompt=[5]))["temperature"] == 0
+    assert json.loads(request(prompt=[5], temperature=1))["temperature"] == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from scripts.load.soak.plan import ANSWER, SERVED, Question
 
 
 def request(**content: Any) -> bytes:
-    return json.dumps({"model": SERVED, "max_tokens": 1, **content}).encode()
+    """Greedy unless it says otherwise: by default it would sample, which see plan.SERVERS."""
+    asked = {"model": SERVED, "max_tokens": 1, "temperature": 0, **content}
+    return json.dumps(asked).encode()
 
 
 class Client:
@@ -45,7 +47,7 @@ class Client:
             question: what is asked.
             salt: one of its own keeps a request from blocks that others cached.
         """
-        common = {"max_tokens": ANSWER, "ignore_eos": True, "temperature": 0, "logprobs": 2}
+        common = {"max_tokens": ANSWER, "ignore_eos": True, "logprobs": 2}
         common |= {"prompt": question.text, "return_token_ids": True}
         salted = {} if salt is None else {"cache_salt": salt}
         status, found = await self.send(request(**common | question.options, **salted))
