@@ -9,14 +9,14 @@ import pytest
 
 from scripts.load.soak.__main__ import Record
 from scripts.load.soak.client import request
-from scripts.load.soak.plan import FULL, QUICK, SERVERS, Question, Size, questions
+from scripts.load.soak.plan import QUICK, SERVERS, SIZES, Question, Size, questions
 from scripts.load.soak.traffic import ATOL, Traffic
 from scripts.load.soak.watch import Memory
 
 EXPECTED = {"tokens": [5, 6], "text": "ab", "logprobs": [-1.0, -2.0], "margin": 0.5}
 
 
-@pytest.mark.parametrize("size", [FULL, QUICK])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("speculating", SERVERS.values())
 def test_it_asks_for_every_feature(size: Size, speculating: bool) -> None:
     asked = list(questions(list(range(30000)), size.checked, speculating))

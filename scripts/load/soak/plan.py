@@ -28,16 +28,34 @@ class Size:
     rounds: tuple[Round, ...]  # a pass
     passes: int  # of each server
     pause: float  # seconds between two hostile requests
+    abandoned: int  # tokens of a prompt whose client leaves before its answer
     additional_config: str = "{}"
 
 
-# Two rounds a pass: `vllm bench serve` takes long to start where it shares a core.
+SMALL_CHUNKS = '{"dca": {"chunk_size": 1024, "local_size": 256}}'
+# Hours on two cores: texts past the demo model's window, derived chunks.
 FULL = Size(
     max_model_len=16384,
-    checked=(50, 300, 900, 8500),
-    rounds=(Round(2, 2, 5500, 0.35, 16), Round(16, 80, 150, 0.9, 16)),
+    checked=(50, 300, 900, 2000, 9000),
+    rounds=(
+        Round(2, 2, 6500, 0.35, 32),
+        Round(4, 12, 400, 0.9, 32),
+        Round(16, 32, 400, 0.9, 32),
+    ),
+    passes=8,
+    pause=3,
+    abandoned=2000,
+)
+# For a core that others use too; small chunks put borders into shorter texts. Two rounds a
+# pass: each starts `vllm bench serve` anew.
+SMALL = Size(
+    max_model_len=4096,
+    checked=(50, 300, 900, 3000),
+    rounds=(Round(1, 1, 3000, 0.1, 16), Round(16, 120, 40, 0.9, 8)),
     passes=8,
     pause=1,
+    abandoned=300,
+    additional_config=SMALL_CHUNKS,
 )
 QUICK = Size(
     max_model_len=4096,
@@ -45,8 +63,10 @@ QUICK = Size(
     rounds=(Round(2, 2, 1300, 0.3, 8), Round(8, 16, 200, 0.9, 8)),
     passes=2,
     pause=0.5,
-    additional_config='{"dca": {"chunk_size": 1024, "local_size": 256}}',
+    abandoned=300,
+    additional_config=SMALL_CHUNKS,
 )
+SIZES = {"full": FULL, "small": SMALL, "quick": QUICK}
 
 
 @dataclass(frozen=True)

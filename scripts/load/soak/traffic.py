@@ -122,7 +122,7 @@ class Traffic:
                 await self._pause(loaded)
             for kind, length, patience in (
                 ("hung up in the answer", 100, None),
-                ("hung up before it", 1000, 0.3),
+                ("hung up before it", self.size.abandoned, 0.3),
             ):
                 prompt = random.choices(range(5, self.vocabulary), k=length)
                 with contextlib.suppress(asyncio.TimeoutError):
