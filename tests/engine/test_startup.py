@@ -261,6 +261,72 @@ def test_options_that_are_refused(options: dict[str, Any], message: str, llama: 
         pass
 
 
+SCHEMES = {
+    "compressed-tensors": {
+        "config_groups": {},
+        "kv_cache_scheme": {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "dynamic": False,
+            "symmetric": True,
+        },
+    },
+    "modelopt": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["*"]},
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="served there")
+@pytest.mark.parametrize("method", SCHEMES)
+def test_a_cache_that_the_checkpoint_asks_for_is_refused_in_words_that_help(
+    method: str, tmp_path: Path
+) -> None:
+    """`auto` would be the same again."""
+    scheme = {"quant_method": method, **SCHEMES[method]}
+    model = checkpoints.write_config(
+        tmp_path, "LlamaConfig", "LlamaForCausalLM", quantization_config=scheme
+    )
+    message = r"checkpoint's KV cache in fp8\S* \(--kv-cache-dtype bfloat16 does\)"
+    for given in ({}, {"kv_cache_dtype": "auto"}):
+        with pytest.raises(NotImplementedError, match=message):
+            settle(model, dtype="bfloat16", **given)
+    message = r"--kv-cache-dtype fp8_e5m2 \(--kv-cache-dtype bfloat16 does\)"
+    with pytest.raises(NotImplementedError, match=message):
+        settle(model, dtype="bfloat16", kv_cache_dtype="fp8_e5m2")
+    settle(model, dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="served there")
+def test_the_model_s_dtype_goes_before_the_checkpoint_s_cache(tmp_path: Path) -> None:
+    """What the refusal names works, in the layers too."""
+    method = "compressed-tensors"
+    model = checkpoints.write(tmp_path, "LlamaConfig")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, **SCHEMES[method]}
+    (model / "config.json").write_text(json.dumps(config))
+    with engine(model, dtype="bfloat16", kv_cache_dtype="bfloat16") as llm:
+        [dtypes] = llm.apply_model(
+            lambda model: [layer.self_attn.attn.kv_cache.dtype for layer in model.model.layers]
+        )
+        assert dtypes == [torch.bfloat16] * 2
+        generate(llm, [checkpoints.tokens(20)])
+
+
+def test_caches_that_no_device_reads(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint for CUDA, and of a float32 model, whose dtype no cache has by name."""
+    from vllm_dca.engine.refusals import refusals
+
+    config = settle(llama)
+    quantised = {"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"}
+    config.model_config.hf_config.quantization_config = quantised
+    config.cache_config.cache_dtype = "nvfp4"
+    of_half = "the checkpoint's KV cache in nvfp4 (--kv-cache-dtype bfloat16 does)"
+    of_full = of_half.replace("(--kv", "(--dtype bfloat16 --kv")
+    assert refusals(config) == [of_full]
+    config.model_config.dtype = torch.bfloat16
+    assert refusals(config) == [of_half]
+
+
 def test_where_soft_caps_are_refused(tmp_path: Path) -> None:
     changes = {"layer_types": ["full_attention"] * 2, "sliding_window": None}
     model = checkpoints.write(tmp_path, "Gemma2Config", **changes)

@@ -11,6 +11,7 @@ import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import iter_rope_parameters
+from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import DRAFTERS, DRAFTERS_WITH_LAYERS, KV_CACHE_DTYPES
@@ -83,11 +84,24 @@ def _mrope(vllm_config: VllmConfig) -> str:
 
 
 def _cache_dtype(vllm_config: VllmConfig) -> str:
-    dtype = vllm_config.cache_config.cache_dtype
+    """Auto is what the checkpoint asks for, if it does."""
+    model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    own = resolve_kv_cache_dtype_string("auto", model)
+    if own == "auto" and getattr(vllm_config.quant_config, "kv_cache_scheme", None) is not None:
+        own = "fp8"  # vLLM's layers see to that.
+    if dtype == "auto":
+        dtype = own
     on_cpu = current_platform.is_cpu() and dtype.startswith("fp8")
     if dtype in KV_CACHE_DTYPES and not on_cpu:
         return ""
-    return f"--kv-cache-dtype {dtype} (auto does)"
+    if own == "auto":
+        return f"--kv-cache-dtype {dtype} (auto does)"
+    name = str(model.dtype).removeprefix("torch.")
+    works = f"--kv-cache-dtype {name}"
+    if name not in KV_CACHE_DTYPES:
+        works = "--dtype bfloat16 --kv-cache-dtype bfloat16"
+    given = "the checkpoint's KV cache in" if dtype == own else "--kv-cache-dtype"
+    return f"{given} {dtype} ({works} does)"
 
 
 def _drafter(vllm_config: VllmConfig) -> str:
