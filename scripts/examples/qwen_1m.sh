@@ -22,8 +22,11 @@ GPUS is how many share the model (tensor parallel). It must divide the attention
 number of KV heads (4 in the 7B and the 30B, 8 in the 14B) it adds speed, not room for keys.
 --dry-run prints the command and starts nothing.
 
-Both families ask for sparse prefill, which DCA does not have yet: attention is dense, and a
-warning says so. Before a start, `vllm-dca explain MODEL --max-model-len 1010000
+Both families ask for sparse prefill, which is off until you ask for it: attention is dense, and a
+warning says so. On, it selects by the budgets that the checkpoint brings:
+  --additional-config '{"dca": {"sparse": "checkpoint"}}'
+
+Before a start, `vllm-dca explain MODEL --max-model-len 1010000
 --tensor-parallel-size GPUS` says how much memory a request takes on each GPU. If that is too much:
   --max-model-len 524288           shorter requests
   --kv-cache-dtype fp8             half the memory, from compute capability 8.9; slower prefill
@@ -49,7 +52,7 @@ model=$1 gpus=$2
 shift 2
 
 # Without the authors' chunk sizes DCA would derive its own from the window, and start.
-if [[ " $*" != *" --additional-config"* && " $*" != *" --hf-overrides"* ]]; then
+if [[ $* != *chunk_size* ]]; then
     if [[ -d $model ]]; then
         grep -q dual_chunk_attention_config "$model/config.json" ||
             refuse "$model/config.json has no chunk sizes. Put config_1m.json in its place."

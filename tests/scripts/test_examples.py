@@ -341,9 +341,13 @@ def test_qwen_1m_asks_for_the_chunk_sizes_of_qwen3(tmp_path: Path) -> None:
     config |= {"max_position_embeddings": 1010000, "dual_chunk_attention_config": sizes}
     (model / "config_1m.json").write_text(json.dumps(config))
 
-    run = qwen_1m("--dry-run", str(model), "2")
-    assert (run.returncode, run.stdout) == (1, "")
-    assert "Put config_1m.json in its place" in run.stderr
+    # What the usage says of sparse prefill names no sizes.
+    sparse = json.dumps({"dca": {"sparse": "checkpoint"}})
+    assert f"--additional-config '{sparse}'" in qwen_1m("--help").stdout
+    for more in ((), ("--additional-config", sparse)):
+        run = qwen_1m("--dry-run", str(model), "2", *more)
+        assert (run.returncode, run.stdout) == (1, "")
+        assert "Put config_1m.json in its place" in run.stderr
     run = qwen_1m("--dry-run", "Qwen/Qwen3-30B-A3B-Instruct-2507", "2")
     assert (run.returncode, run.stdout) == (1, "")
     assert "config_1m.json: download it first" in run.stderr
