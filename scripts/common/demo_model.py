@@ -44,4 +44,5 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     if not directory.exists():
+        print("Unpacking the demo model", flush=True)
         convert(directory)

@@ -42,6 +42,9 @@ SPARSE = (
     "vllm_dca/cpu/weigh.h",
 )
 
+# Of files that hold code; the project's shell scripts have none.
+SUFFIXES = (".py", ".cpp", ".h", "")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -58,6 +61,9 @@ MEASUREMENTS = {
     "scripts.bench.compile_kernels": Measurement(("kernels",), COMPILED, is_sparse=True),
     "scripts.bench.cpu": Measurement(("cpu", "cpu-avx2", "cpu-growth"), CPU),
     "scripts.bench.engine": Measurement(("engine-cpu",), ENGINE_ON_CPU),
+    "scripts.bench.first_answer": Measurement(
+        ("first-answer",), ("scripts/setup", "scripts/serve", "scripts/common/demo_model.py")
+    ),
     "scripts.bench.first_token": Measurement(
         ("first-token-32k",), ENGINE_ON_CPU, is_sparse=True
     ),
@@ -110,7 +116,7 @@ def files_of(module: str, root: Path = ROOT) -> list[Path]:
     def matching(patterns: tuple[str, ...]) -> Iterator[Path]:
         for pattern in patterns:
             for path in root.glob(pattern):
-                if path.suffix in (".py", ".cpp", ".h") and path.stat().st_size:
+                if path.is_file() and path.suffix in SUFFIXES and path.stat().st_size:
                     yield path
 
     left_out = () if measurement.is_sparse else SPARSE
@@ -126,7 +132,7 @@ def digests(module: str, root: Path = ROOT) -> dict[str, str]:
 
 def digest(path: Path) -> str:
     """Of the code in a file, whatever stands in its comments."""
-    strip = _python if path.suffix == ".py" else _c
+    strip = {".py": _python, "": _shell}.get(path.suffix, _c)
     lines = (line.rstrip() for line in strip(path.read_text()).splitlines())
     code = "\n".join(line for line in lines if line)
     return hashlib.sha256(code.encode()).hexdigest()[:12]
@@ -159,6 +165,11 @@ def _span(lines: list[str], node: ast.Expr) -> tuple[int, int, int, int]:
         *(node.lineno, column(node.lineno, node.col_offset)),
         *(end_row, column(end_row, end_offset)),
     )
+
+
+def _shell(code: str) -> str:
+    """Without the lines that are comments."""
+    return re.sub(r"^\s*#.*", "", code, flags=re.MULTILINE)
 
 
 _C_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
