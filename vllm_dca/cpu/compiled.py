@@ -177,8 +177,8 @@ def attention(
     if sinks is not None:
         sinks = sinks.float().contiguous()
         assert sinks.shape == query.shape[1:2]
-    # What layers have in common is written once a step. Where weights have filled the processor's
-    # caches since, it takes Python a tenth of a short decode.
+    # What layers have in common is written once a step. Where weights have filled the
+    # processor's caches since, it takes Python a tenth of a short decode.
     kind = (
         *(query.dtype, kv_cache.dtype, output.dtype, query.shape, kv_cache.shape),
         *(query.stride(), kv_cache.stride(), output.stride()),
