@@ -5,15 +5,22 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
     ensure_model_parallel_initialized,
     init_distributed_environment,
 )
+from vllm.model_executor.layers import fused_qk_norm_rope
 from vllm.model_executor.layers.linear import QKVParallelLinear
-from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding, RotaryEmbedding
+from vllm.model_executor.models import qwen3_next
+from vllm.utils.torch_utils import set_default_torch_dtype
 
+from tests.helpers import checkpoints
+from vllm_dca.engine import rotary_tables
 from vllm_dca.engine.following import NotUnderstoodError, rotation_of
 from vllm_dca.engine.turning import check_turns
 from vllm_dca.method.rotary import QueryRotation, unit_table
@@ -187,3 +194,104 @@ def test_queries_that_do_not(kind: type[Layer]) -> None:
     layer = kind()
     with pytest.raises(NotUnderstoodError, match="do not turn with their positions"):
         check_turns("self_attn.attn", model_of(layer), rotation_in(layer), 64)
+
+
+@triton.jit
+def _turn(query, key, cos_sin, positions, query_row, key_row, num_heads, half: tl.constexpr):
+    token, head, pair = tl.program_id(0), tl.program_id(1), tl.arange(0, half)
+    if head < num_heads:
+        at = query + token * query_row + head * 2 * half + pair
+    else:
+        at = key + token * key_row + (head - num_heads) * 2 * half + pair
+    row = cos_sin + tl.load(positions + token) * 2 * half + pair
+    cos, sin = tl.load(row), tl.load(row + half)
+    x, y = tl.load(at), tl.load(at + half)
+    tl.store(at, x * cos - y * sin)
+    tl.store(at + half, y * cos + x * sin)
+
+
+class Launching(Layer):
+    """Rotates by a kernel that torch's dispatch never sees."""
+
+    heads = 4 + 2
+
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        _turn[(len(query), self.heads)](
+            query, key, self.table(), positions, query.stride(0), key.stride(0), 4, 8
+        )
+        return query, key
+
+    def table(self) -> torch.Tensor:
+        return self.rotary_emb.cos_sin_cache
+
+
+class LaunchingForHalf(Launching):
+    """Of keys it would be thought too that it rotates them."""
+
+    heads = 4
+
+
+class LaunchingWithoutTable(Launching):
+    def table(self) -> torch.Tensor:
+        return self.learned.weight
+
+
+def test_a_kernel_of_triton_is_not_launched_on_tensors_without_data() -> None:
+    """Nor is what it might have written lost; afterwards it is."""
+    layer = Launching()
+    rotation = rotation_of("self_attn.attn", model_of(layer))
+    assert rotation is not None
+    assert rotation.rotary is layer.rotary_emb
+    check_turns("self_attn.attn", model_of(layer), rotation_in(layer), 64)
+    half = LaunchingForHalf()
+    with pytest.raises(NotUnderstoodError, match="its keys do not turn with their positions"):
+        check_turns("self_attn.attn", model_of(half), rotation_in(half), 64)
+    with pytest.raises(NotUnderstoodError, match="through no rotary module"):
+        rotation_of("self_attn.attn", model_of(LaunchingWithoutTable()))
+
+
+@pytest.mark.each_minor
+@pytest.mark.parametrize("scaling", ["none", "M-RoPE"])
+def test_qwen3_next_s_kernel_for_gpus(scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It norms and rotates by one launch, from the table that the module has by then."""
+    kernel = fused_qk_norm_rope._fused_qk_rmsnorm_rope_gate_kernel
+    monkeypatch.setattr(fused_qk_norm_rope, "triton", triton)
+    monkeypatch.setattr(fused_qk_norm_rope, "tl", tl)
+    monkeypatch.setattr(
+        fused_qk_norm_rope, "_fused_qk_rmsnorm_rope_gate_kernel", triton.jit(kernel)
+    )
+    changes: dict[str, Any] = dict(checkpoints.QWEN3_NEXT, partial_rotary_factor=0.5)
+    if scaling == "M-RoPE":
+        sections = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+        changes["rope_parameters"] = {**sections, "rope_type": "default", "rope_theta": 1e4}
+    attention = Attention()
+    attention.dtype, attention.head_size = torch.bfloat16, changes["head_dim"]
+    monkeypatch.setattr(qwen3_next, "Attention", lambda *args, **kwargs: attention)
+    with set_default_torch_dtype(torch.bfloat16):
+        config = checkpoints.config("Qwen3NextConfig", **changes)
+        layer = qwen3_next.Qwen3NextAttention(config, prefix=f"layers.0.{scaling}")
+    model = torch.nn.ModuleDict({"self_attn": layer})
+    assert not layer.use_fused_qk_norm_rope_gate
+    layer.use_fused_qk_norm_rope_gate = True
+    rotation = rotation_of("self_attn.attn", model)
+    assert rotation is not None
+    assert rotation.rotary is layer.rotary_emb
+    heir, turns = rotary_tables.remap(layer.rotary_emb, 96, 64, 256)
+    layer.rotary_emb = heir
+    check_turns("self_attn.attn", model, turns, 64)
+
+
+def fails(*args: Any) -> Any:
+    raise AssertionError("it has no data")
+
+
+def test_vllm_s_modules_go_by_their_native_forwards() -> None:
+    """As of a GPU without torch.compile: M-RoPE's calls another module that calls a kernel."""
+    layer: Any = Layer()
+    layer.rotary_emb = MRotaryEmbedding(16, 16, 128, 1e4, True, torch.float32, [2, 3, 3])
+    layer.rotary_emb._forward_method = layer.rotary_emb.forward_cuda
+    layer.rotary_emb.apply_rotary_emb._forward_method = fails
+    rotation = rotation_of("self_attn.attn", model_of(layer))
+    assert rotation is not None
+    assert rotation.rotary is layer.rotary_emb
+    assert layer.rotary_emb._forward_method == layer.rotary_emb.forward_cuda

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_dca.engine import transformers_rotary
+from vllm_dca.engine.without_kernels import without_kernels
 
 # Tables from which a module takes cosines and sines, by their names in vLLM.
 TABLES = ("cos_sin_cache", "long_short_cos_sin_cache")
@@ -239,7 +240,16 @@ class _Following(TorchDispatchMode):
         def reached(query: torch.Tensor, key: torch.Tensor) -> None:
             self.reached = self._of(query), self._of(key)
 
-        with standing_in(parent, attention, linear, reached):
+        def launch(*args: Any, **kwargs: Any) -> None:
+            # Which tensors a kernel writes, and from which, it does not say: each from all.
+            # What it really does, `turning` sees. A tensor descriptor's tensor is its base.
+            given = [getattr(each, "base", each) for each in tree_leaves((args, kwargs))]
+            marks = self._of(given)
+            for tensor in given:
+                if isinstance(tensor, torch.Tensor):
+                    self._add(tensor, marks)
+
+        with standing_in(parent, attention, linear, reached), without_kernels(parent, launch):
             yield
 
 
