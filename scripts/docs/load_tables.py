@@ -12,8 +12,8 @@ def faults() -> str:
     return markdown(head, *([of[key] for key in head] for of in found))
 
 
-def soak(record: str = "soak") -> str:
-    servers = load(record)["servers"]
+def soak() -> str:
+    servers = load("soak")["servers"]
     counted = {name: _by_kind(of["requests"]) for name, of in servers.items()}
     kinds = dict.fromkeys(kind for of in counted.values() for kind in of)
     return markdown(
@@ -53,14 +53,10 @@ def _memory(of: dict[str, Any]) -> str:
     return (form + "(peak {second_peak_mib:,})").format(**of["memory"])
 
 
-def soak_quick() -> str:
-    return soak("soak-quick")
-
-
-def soak_rounds(record: str = "soak") -> str:
+def soak_rounds() -> str:
     """Each kind of round in the first half of the passes and in the second."""
     rows = []
-    for name, of in load(record)["servers"].items():
+    for name, of in load("soak")["servers"].items():
         a_pass = len(of["bench"]) // of["passes"]
         half = of["passes"] // 2 * a_pass
         for number in range(a_pass):
@@ -81,10 +77,6 @@ def soak_rounds(record: str = "soak") -> str:
             )
     head = ("server", "at once", "prompts", "tokens/s", "first token", "between tokens")
     return markdown(head, *rows)
-
-
-def soak_quick_rounds() -> str:
-    return soak_rounds("soak-quick")
 
 
 def _halves(

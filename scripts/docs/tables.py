@@ -167,8 +167,6 @@ MADE_BY = (
     load_tables.faults,
     load_tables.soak,
     load_tables.soak_rounds,
-    load_tables.soak_quick,
-    load_tables.soak_quick_rounds,
     gpu_tables.turing,
     sparse,
     first_token,

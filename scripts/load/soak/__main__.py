@@ -42,7 +42,7 @@ from tokenizers import Tokenizer
 from scripts.common import adapter, corpus, demo_model, record
 from scripts.common.serving import CACHE, VLLM, console, server, working
 from scripts.load.soak.client import Client
-from scripts.load.soak.plan import ADAPTER, SERVED, SERVERS, SIZES, Size, questions
+from scripts.load.soak.plan import ADAPTER, FULL, SERVED, SERVERS, SMALL, Size, questions
 from scripts.load.soak.traffic import Traffic, arguments
 from scripts.load.soak.watch import Memory, check_end
 
@@ -176,16 +176,14 @@ def command_of(model: Path, size: Size, adapted: Path, port: int, name: str) -> 
 def main(
     context: typer.Context,
     model: Annotated[Path, typer.Option(help="A directory.")] = CACHE / "demo-model",
-    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "full",
+    small: Annotated[bool, typer.Option(help="Short texts, with small chunks.")] = False,
     minutes: Annotated[
         float, typer.Option(help="No pass of a server begins later; there are two at least.")
     ] = 1e9,
     port: int = 8000,
     output: Annotated[Path | None, typer.Option(help="Write a record as JSON.")] = None,
 ) -> None:
-    if size not in SIZES:
-        raise typer.BadParameter(f"--size is one of {', '.join(SIZES)}, not {size}")
-    amount = SIZES[size]
+    size = SMALL if small else FULL
     # Else a server would outlive a soak that something stops.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # vLLM's own knobs for the CPU: every core, and a cache that the longest prompts fill.
@@ -204,7 +202,7 @@ def main(
         adapter.write(model, adapted, scale=0.02)
         for name in SERVERS:
             url, log = f"http://localhost:{port}", CACHE / f"soak-{name}-{port}.log"
-            command = [*command_of(model, amount, adapted, port, name), *context.args]
+            command = [*command_of(model, size, adapted, port, name), *context.args]
             started = time.monotonic()
             with server(command, url, log) as process:
                 attends = re.search(r"DCA attends \d+ layers.*", log.read_text())
@@ -215,7 +213,7 @@ def main(
                     "backend": attends[0],
                     "seconds_to_start": round(time.monotonic() - started),
                 }
-                run = Soak(name, amount, url, process, model, of_server, kept, minutes)
+                run = Soak(name, size, url, process, model, of_server, kept, minutes)
                 asyncio.run(run.run())
             show(kept.servers[name])
     if any(found["violations"] for found in kept.servers.values()):

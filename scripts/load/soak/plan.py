@@ -32,7 +32,6 @@ class Size:
     additional_config: str = "{}"
 
 
-SMALL_CHUNKS = '{"dca": {"chunk_size": 1024, "local_size": 256}}'
 # Hours on two cores: texts past the demo model's window, derived chunks.
 FULL = Size(
     max_model_len=16384,
@@ -46,27 +45,17 @@ FULL = Size(
     pause=3,
     abandoned=2000,
 )
-# For a core that others use too; small chunks put borders into shorter texts. Two rounds a
-# pass: each starts `vllm bench serve` anew.
+# For one core that others use too. Small chunks put borders into shorter texts, and there are
+# two rounds a pass, since each starts `vllm bench serve` anew.
 SMALL = Size(
     max_model_len=4096,
-    checked=(50, 300, 900, 3000),
-    rounds=(Round(1, 1, 3000, 0.1, 16), Round(16, 120, 40, 0.9, 8)),
-    passes=8,
-    pause=1,
-    abandoned=300,
-    additional_config=SMALL_CHUNKS,
-)
-QUICK = Size(
-    max_model_len=4096,
-    checked=(50, 400, 1300),
-    rounds=(Round(2, 2, 1300, 0.3, 8), Round(8, 16, 200, 0.9, 8)),
+    checked=(50, 1700, 300, 400),
+    rounds=(Round(1, 1, 1700, 0.1, 16), Round(16, 120, 20, 0.9, 4)),
     passes=2,
-    pause=0.5,
-    abandoned=300,
-    additional_config=SMALL_CHUNKS,
+    pause=1,
+    abandoned=150,
+    additional_config='{"dca": {"chunk_size": 1024, "local_size": 256}}',
 )
-SIZES = {"full": FULL, "small": SMALL, "quick": QUICK}
 
 
 @dataclass(frozen=True)
