@@ -36,28 +36,35 @@ def bundled_with_vllm(
         UnusableProviderError: it cannot serve these needs.
     """
     check(needs, page_multiple=16, largest_head=512 if fa_version == 4 else 256)
-    _check_soft_cap(needs, flash_attn_varlen_func)
     return functools.partial(_bundled, flash_attn_varlen_func, fa_version, num_multiprocessors)
 
 
-def num_splits(num_queries: int, num_heads: int, num_multiprocessors: int) -> int:
+def num_splits(
+    fa_version: int, num_queries: int, num_heads: int, num_multiprocessors: int
+) -> int:
     """Into how many parts flash-attention may cut the keys; 0 leaves it to choose.
 
     Where a KV head's keys and values are over 50 MiB, flash-attention 3 cuts non-causal calls
     even if the queries alone fill the GPU. Each part then has an fp32 output of its own, up to
     gigabytes that vLLM has not set aside.
 
+    Flash-attention 4 is compiled where it first runs: a forward for parts, another for none,
+    and what merges the parts again for each power of two of them. Warm-up's short prompts meet
+    few, and a long prompt would wait for the others. Uncut there is one. The few queries of a
+    prompt's last piece then leave multiprocessors idle; answers' rows never come here.
+
     Args:
+        fa_version: 2, 3 or 4.
         num_queries: of all segments.
         num_heads: query heads.
         num_multiprocessors: of the GPU.
     """
     fills = num_queries * num_heads >= LARGEST_TILE * num_multiprocessors
-    return 1 if fills else 0
+    return 1 if fills or fa_version == 4 else 0
 
 
 def package(needs: Needs) -> AttentionProvider:
-    """The flash-attn package, version 2.
+    """The flash-attn package, version 2 from 2.6 on.
 
     Raises:
         UnusableProviderError: it cannot serve these needs.
@@ -68,7 +75,13 @@ def package(needs: Needs) -> AttentionProvider:
     except ImportError as error:
         raise UnusableProviderError(f"flash-attn 2 is not installed ({error})") from error
     check(needs, page_multiple=256, largest_head=256)
-    _check_soft_cap(needs, flash_attn_varlen_func)
+    # Before 2.6, which brought soft caps, its log-sum-exps were padded: [segments, heads,
+    # longest segment] (Dao-AILab/flash-attention, pull request 970).
+    if "softcap" not in inspect.signature(flash_attn_varlen_func).parameters:
+        raise UnusableProviderError(
+            "this version of flash-attn lays its log-sum-exps out in another way; 2.6 or later "
+            "works"
+        )
     return functools.partial(_package, flash_attn_varlen_func)
 
 
@@ -93,21 +106,6 @@ def check(needs: Needs, page_multiple: int, largest_head: int) -> None:
         raise UnusableProviderError(
             f"it takes head sizes up to {largest_head} in steps of 8, not {needs.head_size}"
         )
-
-
-def _check_soft_cap(needs: Needs, flash_attn_varlen_func: Callable[..., Any]) -> None:
-    """The package has one from 2.6 on."""
-    if not needs.has_soft_cap:
-        return
-    if "softcap" not in inspect.signature(flash_attn_varlen_func).parameters:
-        raise UnusableProviderError(
-            "this version puts no soft cap on scores; flash-attn 2.6 and later do"
-        )
-
-
-def _capped(soft_cap: float | None) -> dict[str, float]:
-    """Its argument, left out where there is none, since old versions do not have it."""
-    return {} if soft_cap is None else {"softcap": soft_cap}
 
 
 def _bundled(
@@ -137,10 +135,10 @@ def _bundled(
         block_table=segments.block_table,
         softmax_scale=softmax_scale,
         causal=segments.causal,
-        **_capped(soft_cap),
+        softcap=soft_cap or 0.0,
         return_softmax_lse=True,
         fa_version=fa_version,
-        num_splits=num_splits(len(query), query.shape[1], num_multiprocessors),
+        num_splits=num_splits(fa_version, len(query), query.shape[1], num_multiprocessors),
     )
     return lse
 
@@ -169,7 +167,7 @@ def _package(
         max_seqlen_k=segments.max_seqlen_k,
         softmax_scale=softmax_scale,
         causal=segments.causal,
-        **_capped(soft_cap),
+        softcap=soft_cap or 0.0,
         return_attn_probs=True,
         block_table=segments.block_table,
     )
