@@ -1,15 +1,15 @@
 """Compile the Triton kernels ahead of time, without a GPU, and report what they use.
 
 Usage: python -m scripts.bench.compile_kernels [--quick] [--shapes NAME ...]
-           [--capabilities N ...] [--dtypes NAME ...] [--parts NAME ...] [--jobs N]
-           [--output FILE]
+           [--capabilities N ...] [--dtypes NAME ...] [--parts NAME ...]
+           [--kernels NAME ...] [--jobs N] [--output FILE]
 
 Fails if a kernel wants more shared memory than its card has, or spills registers on a data
 centre's card. The launches are the project's own, of the shapes that are common; only the last
 step, running them, is left out. None of what it reports is a time.
 
-All of it takes one core an hour and more. So it may be done in parts: FILE keeps its rows of
-other shapes, cards, dtypes and parts, each with the commit that it was compiled from, and is
+All of it takes one core several hours. So it may be done in parts: FILE keeps its rows of other
+shapes, cards, dtypes, parts and kernels, each with the commit that it was compiled from, and is
 written after each shape and card. Triton keeps what it compiled (TRITON_CACHE_DIR): what has
 not changed since is not compiled again.
 
@@ -23,7 +23,7 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +57,7 @@ SHARED_MEMORY_IN_ALL = {
 WITHOUT_SPILLS = (80, 90, 100)
 # Kernels of prefill and decode, and those that sparse prefill has besides.
 PARTS = {"dense": launches.every, "sparse": launches.sparse}
+OF_DENSE = ("turn", "attention", "merge", "prefill", "plan", "decode", "reduce")
 OF_SPARSE = ("normalise", "weigh", "choose", "list", "attend")
 # What --quick compiles for: data centres' cards with the least and the most room.
 QUICK = (80, 90)
@@ -67,9 +68,15 @@ WARPS_PER_MULTIPROCESSOR = {75: 32, 80: 64, 86: 48, 90: 64, 100: 64}
 
 
 class Compiler:
-    """Stands in for the driver of a card that is not there; launches compile and stop."""
+    """Stands in for the driver of a card that is not there; launches compile and stop.
 
-    def __init__(self, capability: int) -> None:
+    Those of kernels that are not wanted do nothing.
+    """
+
+    def __init__(
+        self, capability: int, wanted: Sequence[str] = (*OF_DENSE, *OF_SPARSE)
+    ) -> None:
+        self.wanted = wanted
         self.target = GPUTarget("cuda", capability, 32)
         self.kernels: dict[str, object] = {}
         triton.runtime.driver.set_active(
@@ -84,8 +91,10 @@ class Compiler:
         self.run = run = JITFunction.run
 
         def compile_only(function, *args, grid, warmup, **kwargs):
-            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
             name = function.fn.__name__.strip("_")
+            if name.partition("_")[0] not in self.wanted:
+                return
+            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
             if "CAUSAL" in kwargs:
                 name += f", causal {kwargs['CAUSAL']}"
             if name in ("weigh_kernel", "choose_kernel"):
@@ -143,14 +152,20 @@ def has_part(part: str, shape: launches.Shape, dtype: Any) -> bool:
 
 
 def compiled(
-    capability: int, shape: launches.Shape, dtypes: list[Any], part: str = "dense"
+    capability: int,
+    shape: launches.Shape,
+    dtypes: list[Any],
+    part: str = "dense",
+    wanted: Sequence[str] = (*OF_DENSE, *OF_SPARSE),
 ) -> list[Any]:
-    """A row for each kernel of a part, of a shape on a card."""
+    """A row for each kernel of a part that is wanted, of a shape on a card."""
+    of_part = {"dense": OF_DENSE, "sparse": OF_SPARSE}[part]
+    wanted = [name for name in wanted if name in of_part]
     rows = []
     for dtype, cache in dtypes:
-        if not has_part(part, shape, dtype):
+        if not wanted or not has_part(part, shape, dtype):
             continue
-        with Compiler(capability) as compiler:
+        with Compiler(capability, wanted) as compiler:
             PARTS[part](shape, dtype, cache)
         rows += [
             {
@@ -163,7 +178,6 @@ def compiled(
                 **resources(found, capability),
             }
             for kernel, found in compiler.kernels.items()
-            if (kernel.partition("_")[0] in OF_SPARSE) == (part == "sparse")
         ]
     return rows
 
@@ -191,8 +205,16 @@ def results_of(tasks: list[tuple[Any, ...]], jobs: int) -> Iterable[list[Any]]:
         yield from (done.result() for done in [pool.submit(compiled, *task) for task in tasks])
 
 
-def write(output: Path, results: list[Any]) -> None:
-    """What was compiled now, and in their places other rows that are there already."""
+def write(output: Path, results: list[Any], whole: bool) -> None:
+    """What was compiled now, and in their places other rows that are there already.
+
+    Several commands may write it at once.
+
+    Args:
+        output: the record.
+        results: rows.
+        whole: whether each case has all of its kernels, and others on record are no more.
+    """
     cards, names = list(SHARED_MEMORY), [shape.name for shape in ALL]
 
     def place(row: dict[str, Any]) -> tuple[int, ...]:
@@ -200,16 +222,22 @@ def write(output: Path, results: list[Any]) -> None:
         part = [*PARTS].index(row.get("part", "dense"))
         return cards.index(row["capability"]), names.index(row["shape"]), dtype, part
 
-    done = {place(row) for row in results}
-    found = json.loads(output.read_text()) if output.exists() else {"runs": {}, "kernels": []}
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return *place(row), row["kv_cache"], row["kernel"]
+
+    done = {place(row) for row in results} if whole else set()
     facts = record.provenance("triton")
     commit = facts["commit"]
-    rows = [row for row in found["kernels"] if place(row) not in done]
-    rows += [{**row, "commit": commit} for row in results]
-    rows.sort(key=place)
-    runs = found["runs"] | {commit: facts}
-    kept = {row["commit"]: runs[row["commit"]] for row in rows}
-    record.write_kernels(output, rows, {"runs": kept})
+    with record.alone(output):
+        found = {"runs": {}, "kernels": []}
+        if output.exists():
+            found = json.loads(output.read_text())
+        by_key = {key(row): row for row in found["kernels"] if place(row) not in done}
+        by_key |= {key(row): {**row, "commit": commit} for row in results}
+        rows = sorted(by_key.values(), key=place)
+        runs = found["runs"] | {commit: facts}
+        kept = {row["commit"]: runs[row["commit"]] for row in rows}
+        record.write_kernels(output, rows, {"runs": kept})
 
 
 def main() -> None:
@@ -225,6 +253,8 @@ def main() -> None:
     parser.add_argument("--capabilities", nargs="+", type=int, choices=cards, default=cards)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    every = [*OF_DENSE, *OF_SPARSE]
+    parser.add_argument("--kernels", nargs="+", choices=every, default=every)
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -233,7 +263,7 @@ def main() -> None:
     else:
         wanted = [shape for shape in ALL if shape.name in args.shapes]
         tasks = [
-            (card, shape, dtypes, part)
+            (card, shape, dtypes, part, args.kernels)
             for part, card, shape in itertools.product(args.parts, args.capabilities, wanted)
             for dtypes in [launches.dtypes_of(card, args.dtypes)]
         ]
@@ -241,7 +271,7 @@ def main() -> None:
     for rows in results_of(tasks, args.jobs):
         results += rows
         if args.output:
-            write(args.output, results)
+            write(args.output, results, whole=args.kernels == every)
     table = Table(*results[0])
     for row in results:
         table.add_row(*map(str, row.values()))

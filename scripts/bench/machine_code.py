@@ -11,13 +11,16 @@ import triton
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][^;]*);")
-JUMP = re.compile(r"(?:BRA|CALL)\S*\s.*?(0x[0-9a-f]+)")
+# Not BRA.DIV: where the threads of a warp would go that are not at one place. All of these
+# kernels' are, and what a shuffle is in that case is longer than the loop.
+JUMP = re.compile(r"(?:BRA|CALL)(?!\.DIV)\S*\s.*?(0x[0-9a-f]+)")
+ENDS = re.compile(r"BRA(?!\.DIV)|EXIT|RET")
 # Of the tensor cores: up to 8.9, 9.0, and from 10.0.
 PRODUCT = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 
 
 class Loop(NamedTuple):
-    """The smallest loop that multiplies most.
+    """Of the innermost loops that multiply, the one that does most, and the smallest of these.
 
     Attributes:
         instructions: of a warp, once around; branches not taken included.
@@ -38,6 +41,17 @@ def dumped(cubin: bytes, what: str) -> str:
         )
 
 
+def _reached(start: int, edges: dict[int, set[int]], goal: int | None = None) -> set[int]:
+    """What edges lead to from `start`; from the goal they lead no further."""
+    found, open_ = {start}, [start]
+    while open_:
+        one = open_.pop()
+        new = edges[one] - found if one != goal else set()
+        found |= new
+        open_ += new
+    return found
+
+
 def loop_of(code: str) -> Loop:
     """Of a kernel as `cuobjdump -sass` prints it.
 
@@ -45,32 +59,23 @@ def loop_of(code: str) -> Loop:
         ValueError: no loop has a product.
     """
     found = [(int(at, 16), when, what) for at, when, what in INSTRUCTION.findall(code)]
-    after = dict(zip((at for at, *_ in found), (at for at, *_ in found[1:]), strict=False))
     text = {at: what for at, _, what in found}
-    before = defaultdict(set)
-    jumps = []
-    for at, when, what in found:
+    after, before = defaultdict(set), defaultdict(set)
+    for (at, when, what), following in zip(found, [*list(text)[1:], None], strict=True):
         jump = JUMP.match(what)
-        if jump:
-            before[int(jump[1], 16)].add(at)
-            jumps.append((at, int(jump[1], 16)))
-        ends = what.startswith(("BRA", "EXIT", "RET")) and not when
-        if at in after and not ends:
-            before[after[at]].add(at)
-    loops = []
-    for at, head in jumps:
-        if head > at:
-            continue
-        # All that leads to the jump back, without its goal.
-        body, open_ = {head}, [at]
-        while open_:
-            one = open_.pop()
-            if one not in body:
-                body.add(one)
-                open_ += before[one]
-        products = sum(bool(PRODUCT.match(text[one])) for one in body)
-        loops.append(Loop(len(body), products))
-    most = max((loop.products for loop in loops), default=0)
-    if not most:
+        goals = {int(jump[1], 16)} if jump else set()
+        if when or not ENDS.match(what):
+            goals |= {following} - {None}
+        for goal in goals:
+            after[at].add(goal)
+            before[goal].add(at)
+    run = _reached(found[0][0], after)
+    # All that leads to a jump back, from its goal.
+    loops = [run & _reached(at, before, head) for at in run for head in after[at] if head <= at]
+    products = {at for at, what in text.items() if PRODUCT.match(what)}
+    loops = [loop for loop in loops if loop & products]
+    if not loops:
         raise ValueError("no loop multiplies by tensor cores")
-    return min(loop for loop in loops if loop.products == most)
+    inner = [loop for loop in loops if not any(other < loop for other in loops)]
+    most = max(len(loop & products) for loop in inner)
+    return min(Loop(len(loop), most) for loop in inner if len(loop & products) == most)

@@ -113,15 +113,15 @@ def prefill_kernels() -> str:
 
 def compiled_kernels() -> str:
     """What is on record, and what of it spills; a row has all of its cards and dtypes."""
-    cases: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
+    cases: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in load("kernels")["kernels"]:
         dtypes = f"{row['dtype']} over {row['kv_cache']}"
         if row["kv_cache"] == row["dtype"]:
             dtypes = row["dtype"]
-        key = (row["shape"], row.get("part", "dense"), row["commit"][:10])
+        key = (row["shape"], row.get("part", "dense"))
         cases.setdefault(key, {}).setdefault(dtypes, []).append(row)
     rows = []
-    for (shape, part, commit), of_dtypes in cases.items():
+    for (shape, part), of_dtypes in cases.items():
         # Those that were compiled for the same cards.
         groups: dict[str, list[str]] = {}
         for dtypes, kernels in of_dtypes.items():
@@ -131,6 +131,7 @@ def compiled_kernels() -> str:
         for named, those in groups.items():
             kernels = [row for dtypes in those for row in of_dtypes[dtypes]]
             spilled = sum(bool(row["spilled_bytes"]) for row in kernels)
-            rows.append((shape, part, named, ", ".join(those), len(kernels), spilled, commit))
+            commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in kernels))
+            rows.append((shape, part, named, ", ".join(those), len(kernels), spilled, commits))
     head = ("shape", "part", "compute capability", "dtype (over another's KV cache)")
-    return markdown((*head, "kernels", "that spill", "of commit"), *rows)
+    return markdown((*head, "kernels", "that spill", "of commits"), *rows)

@@ -105,23 +105,29 @@ def test_sparse_prefill_is_checked_and_counted(monkeypatch: pytest.MonkeyPatch) 
 MACHINE_CODE = """
         /*0000*/                   S2R R0, SR_CTAID.X ;      /* 0x0000000000007919 */
         /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0018*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
         /*0020*/                   ISETP.NE.AND P0, PT, R1, 0x9, PT ;
         /*0030*/               @P0 BRA 0x10 ;
         /*0040*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0048*/                   BRA.DIV ~URZ, 0xd0 ;
         /*0050*/              @!P1 BRA 0x80 ;
         /*0060*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
         /*0070*/                   BRA 0xb0 ;
         /*0080*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*0088*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
         /*0090*/               @P2 BRA 0x40 ;
         /*00a0*/              @!P3 BRA 0x10 ;
         /*00b0*/                   EXIT ;
         /*00c0*/                   BRA 0xc0;
+        /*00d0*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*00e0*/                   BRA 0x50 ;
 """
 
 
 def test_the_loop_that_multiplies_is_found() -> None:
-    """Not one without products, not the one around it, nor what leaves it."""
-    assert machine_code.loop_of(MACHINE_CODE) == machine_code.Loop(4, 1)
+    """Not one with fewer products, not the one around both, what leaves it, nor what only
+    threads run that have parted."""
+    assert machine_code.loop_of(MACHINE_CODE) == machine_code.Loop(6, 2)
     with pytest.raises(ValueError, match="no loop multiplies"):
         machine_code.loop_of(MACHINE_CODE.replace("HMMA", "FMUL"))
 
