@@ -189,6 +189,12 @@ def test_weighs_lines(shape: Shape, rule: Rule) -> None:
         on_cpu.assert_weights(batch, rule, segments, weigh(batch, rule))
 
 
+@pytest.mark.parametrize("rule", [BY_BUDGETS, BY_COVERAGE], ids=["budgets", "coverage"])
+def test_weighs_lines_of_heads_in_two_parts(rule: Rule) -> None:
+    batch = Batch.random(Shape([(600, 300)], 320, 64, block_size=16, head_size=264))
+    on_cpu.assert_weights(batch, rule, helper.plan(batch).segments, weigh(batch, rule))
+
+
 def choose(weights: list[tuple[torch.Tensor, torch.Tensor]], rule: Rule) -> list[Lines]:
     """Of segments of these weights, each diagonal's cut in two somewhere."""
     heads = len(weights[0][0])

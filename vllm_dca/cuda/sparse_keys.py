@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# Entries of a head that are multiplied at once, at most.
+MAX_HEAD = tl.constexpr(256)
+
 
 @triton.jit
 def segment_of(
@@ -50,6 +53,7 @@ def pages_of(table, base, end, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr):
 @triton.jit
 def probe_scores(
     query,  # [PROBE, HEAD_PADDED]
+    turned, row, head, num_heads,  # where it is from, see turned_rows
     page,  # [KEYS], of the keys
     factor, cache, cache_stride_page, cache_stride_slot, base, end, sees, d,
     HEAD_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr,
@@ -57,10 +61,20 @@ def probe_scores(
     """[PROBE, KEYS] with the keys from `base` on; -inf for those that a row does not see."""
     key = base + tl.arange(0, KEYS)
     place = cache + page.to(tl.int64) * cache_stride_page + key % PAGE_SIZE * cache_stride_slot
-    inside = (key < end)[:, None] & (d < HEAD_SIZE)[None, :]
-    k = tl.load(place[:, None] + d[None, :], mask=inside, other=0.0)
-    scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee") * factor
-    return tl.where(key[None, :] < sees[:, None], scores, float("-inf"))
+    if HEAD_SIZE <= MAX_HEAD:
+        inside = (key < end)[:, None] & (d < HEAD_SIZE)[None, :]
+        k = tl.load(place[:, None] + d[None, :], mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
+    else:
+        # Whole, queries and keys would want 128 KiB of shared memory; some cards have 99.
+        scores = tl.zeros([sees.shape[0], KEYS], tl.float32)
+        for first in tl.static_range(0, d.shape[0], MAX_HEAD):
+            part = first + tl.arange(0, MAX_HEAD)
+            q = turned_rows(turned, row, head, num_heads, row >= 0, part, HEAD_SIZE)
+            inside = (key < end)[:, None] & (part < HEAD_SIZE)[None, :]
+            k = tl.load(place[:, None] + part[None, :], mask=inside, other=0.0)
+            scores = tl.dot(q, tl.trans(k.to(q.dtype)), scores, input_precision="ieee")
+    return tl.where(key[None, :] < sees[:, None], scores * factor, float("-inf"))
 
 
 @triton.jit

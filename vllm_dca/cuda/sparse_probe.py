@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_dca.cuda.sparse_keys import (
+    MAX_HEAD,
     keys_of,
     pages_of,
     probe_scores,
@@ -96,8 +97,8 @@ def _normalise_kernel(
             page = pages_of(table, lo, hi, PAGE_SIZE, KEYS)
             for base in range(lo, hi, KEYS):
                 scores = probe_scores(
-                    q, page, factor, cache, cache_stride_page, cache_stride_slot, base, hi,
-                    sees, d, HEAD_SIZE, PAGE_SIZE, KEYS,
+                    q, turned, row, head, num_heads, page, factor, cache, cache_stride_page,
+                    cache_stride_slot, base, hi, sees, d, HEAD_SIZE, PAGE_SIZE, KEYS,
                 )  # fmt: skip
                 page = pages_of(table, base + KEYS, hi, PAGE_SIZE, KEYS)
                 above = tl.maximum(best, tl.max(scores, 1))
@@ -178,10 +179,11 @@ def _weigh_kernel(
             row = (segment * 3 + region) * PROBE + m
             q = turned_rows(turned, row, head, num_heads, m >= 0, d, HEAD_SIZE)
             page = pages_of(table, lo, hi, PAGE_SIZE, KEYS)
-            for base in range(lo, hi, KEYS):
+            # What stays the same, hoisted, would take more registers than there are.
+            for base in tl.range(lo, hi, KEYS, disable_licm=True):
                 scores = probe_scores(
-                    q, page, factor, cache, cache_stride_page, cache_stride_slot, base, hi,
-                    sees, d, HEAD_SIZE, PAGE_SIZE, KEYS,
+                    q, turned, row, head, num_heads, page, factor, cache, cache_stride_page,
+                    cache_stride_slot, base, hi, sees, d, HEAD_SIZE, PAGE_SIZE, KEYS,
                 )  # fmt: skip
                 page = pages_of(table, base + KEYS, hi, PAGE_SIZE, KEYS)
                 weights = tl.exp2(scores - lse[:, None])
@@ -269,7 +271,7 @@ def weigh(
         "HAS_SCALE": k_scale is not None,
         # Of large heads more would spill, and not fit where shared memory is 99 KiB.
         "num_warps": 8 if head_size > 128 or query.dtype == torch.float32 else 4,
-        "num_stages": 2 if head_size > 128 else 3,
+        "num_stages": 1 if head_size > MAX_HEAD.value else 2 if head_size > 128 else 3,
         "maxnreg": 255,
     }
     splits = min(SPLITS, triton.cdiv(longest, LEAST_SPAN))
