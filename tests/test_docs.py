@@ -174,3 +174,8 @@ def test_what_the_readme_shows_says_that_it_is_older(monkeypatch: pytest.MonkeyP
     for found, told in (([], False), (["vllm_dca/kernel.py"], True)):
         monkeypatch.setattr(records, "changed", lambda _, found=found: found)
         assert ("earlier version" in tables.rewritten(text)) == told
+    # Where no table says what it is of.
+    text = "<!-- table: evaluation -->\n<!-- end -->\n"
+    assert "\n*The picture and these numbers were measured by an earlier" in tables.rewritten(
+        text
+    )

@@ -7,14 +7,13 @@ def register() -> None:
     On a vLLM that the plugin was not written for it stays unavailable, so that asking for it
     is vLLM's error for an unknown backend, never another attention in its place.
     """
-    from vllm.logger import init_logger
-
     from vllm_dca.engine import shims
+    from vllm_dca.engine.log import logger
 
     try:
         shims.apply()
     except shims.IncompatibleVllmError as error:
-        init_logger("vllm.plugins.dca").warning(
+        logger.warning(
             "The attention backend DCA is not available: %s. Install a vLLM that vllm-dca "
             "supports, or a vllm-dca that supports this vLLM.",
             error,

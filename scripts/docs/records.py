@@ -48,11 +48,11 @@ def changed(name: str, root: Path = sources.ROOT) -> list[str]:
     return sorted(found)
 
 
-def note(*names: str) -> str:
+def note(*names: str, said: str = "Measured") -> str:
     """To stand below a table: whether its records are of the code as it is."""
     if not any(changed(name) for name in names):
         return ""
-    return "\n*Measured by an earlier version of the code.*\n"
+    return f"\n*{said} by an earlier version of the code.*\n"
 
 
 def main() -> None:

@@ -49,6 +49,19 @@ def cpu_avx2() -> str:
     return _cpu("cpu-avx2")
 
 
+def by_torch() -> str:
+    times = [
+        took["DCA by torch"]["median"] / took["DCA"]["median"]
+        for record in ("cpu", "cpu-avx2")
+        for row in load(record)["results"]
+        if "DCA by torch" in (took := row["milliseconds"])
+    ]
+    return (
+        f"`torch` takes {min(times):.1f} to {max(times):.1f} times as long in the rows "
+        "[below](#one-layer) that have both.\n"
+    )
+
+
 def cpu_growth() -> str:
     head = ("tokens", "dtype", "requests", "chunk_len", "DCA / CPU_ATTN", "of a read")
     return markdown(
@@ -161,6 +174,7 @@ MADE_BY = (
     quality_tables.sizes,
     cpu,
     cpu_avx2,
+    by_torch,
     cpu_growth,
     engine,
     linear_memory,
@@ -178,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE_BY}
 TABLES |= {"support": support_table.table, "features": support_table.features}
 # Beside the README's picture and prose stands no table, only what is said of their age.
 TABLES |= {"evaluation": str}
+OF_NO_TABLE = {"evaluation": "The picture and these numbers were measured"}
 # The records of what README.md shows, and of that table's page: it says if they are older.
 DATED = {
     "demo": ("demo",),
@@ -194,7 +209,8 @@ def rewritten(text: str) -> str:
     """A document with the tables that are true now."""
 
     def made(name: str) -> str:
-        return f"{name} -->\n{TABLES[name]()}{records.note(*DATED.get(name, ()))}"
+        note = records.note(*DATED.get(name, ()), said=OF_NO_TABLE.get(name, "Measured"))
+        return f"{name} -->\n{TABLES[name]()}{note}"
 
     return TABLE.sub(lambda found: made(found[1]), text)
 

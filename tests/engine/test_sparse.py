@@ -444,3 +444,27 @@ def test_budgets_of_every_head_are_needed(
         EngineArgs(
             str(llama), attention_backend="dca", block_size=16, **given
         ).create_engine_config()
+
+
+def test_layers_whose_window_is_off_need_budgets(tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = checkpoints.write_config(
+        tmp_path,
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        head_dim=32,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps({"1": as_list(BUDGETS)[1]}))
+    given = {
+        **options(sparse="checkpoint", sparse_budgets=str(file)),
+        "attention_backend": "dca",
+        "skip_tokenizer_init": True,
+        "block_size": 16,
+    }
+    EngineArgs(str(model), **given).create_engine_config()
+    with pytest.raises(ValueError, match="has None for head 0 of layer 0"):
+        EngineArgs(str(model), disable_sliding_window=True, **given).create_engine_config()

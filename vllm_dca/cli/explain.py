@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from vllm_dca.cli.layers import Layers, layers_of
+from vllm_dca.cli.kinds import LayerKinds, kinds_of
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.sparse_cost import Bounds, bounds
 
@@ -47,8 +47,8 @@ class Explanation:
     max_model_len: int
     block_size: int
     device_type: str
-    layers: Layers
-    drafter: Layers | None
+    layers: LayerKinds
+    drafter: LayerKinds | None
     provider: str | None
     token_bytes: int
     request_bytes: int
@@ -94,7 +94,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
     total = vllm_config.model_config.hf_text_config.num_hidden_layers
     of_model, *of_drafter = (
-        layers_of({n: layers[n] for n in each.names if n in layers}, each.unrotated, offset)
+        kinds_of({n: layers[n] for n in each.names if n in layers}, each.unrotated, offset)
         # A drafter's layers are counted on from its model's: no state of these is among them.
         for each, offset in zip(built, [total, *[None] * (len(built) - 1)], strict=True)
     )

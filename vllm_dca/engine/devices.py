@@ -6,19 +6,16 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_dca.cpu.processor import Processor, processor
 from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.choice import PROVIDERS, choose, serving_all
+from vllm_dca.engine.log import logger
 from vllm_dca.engine.support import cache_dtype_of
 from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
-
-# vLLM's logger is set up for its own package only.
-logger = init_logger("vllm.plugins.dca")
 
 
 def compute_capability() -> tuple[int, int]:
@@ -90,7 +87,7 @@ def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
     provider, _, reasons = choose("cpu", prefill_provider, needs)
     if reasons:
         logger.warning_once(
-            "DCA attends by torch, which takes up to 22 times as long as its own kernel. %s",
+            "DCA attends by torch, which takes several times as long as its own kernel. %s",
             "; ".join(reasons),
         )
     return device.by_kernel() if provider == "compiled" else device.by_torch()

@@ -15,13 +15,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from prometheus_client import Histogram
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 
+from vllm_dca.engine.log import logger
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.method.sparse import Attended
-
-# vLLM's logger is set up for its own package only.
-logger = init_logger("vllm.plugins.dca")
 
 LABELS = ["model_name"]
 SHARES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]

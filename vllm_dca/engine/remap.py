@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.v1.attention.backend import AttentionBackend
@@ -17,6 +16,7 @@ from vllm_dca.engine import rotary_tables, transformers_rotary
 from vllm_dca.engine.devices import current_device, needs_of
 from vllm_dca.engine.following import NotUnderstoodError, Rotation, rotation_of
 from vllm_dca.engine.layers import check_kept, layers_of, refusal
+from vllm_dca.engine.log import logger
 from vllm_dca.engine.recall import RecallWatch
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.sparse_layers import rule_of_layer, sparse_sizes
@@ -27,9 +27,6 @@ from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
 from vllm_dca.method.rotary import QueryRotation
 from vllm_dca.method.sparse import SparsePrefill, SparseSizes
-
-# vLLM's logger is set up for its own package only.
-logger = init_logger("vllm.plugins.dca")
 
 _ROTARY = (
     "transformers' own rotary embedding, or one of vLLM's "

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
-from vllm.logger import init_logger
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.weight_utils import get_sparse_attention_config
 
+from vllm_dca.engine.log import logger
+from vllm_dca.engine.refusals import has_sliding_layers
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.sparse_config import (
@@ -20,9 +21,6 @@ from vllm_dca.method.sparse_config import (
     resolve_sparse,
 )
 from vllm_dca.method.sparse_planning import LEAST_ROWS
-
-# vLLM's logger is set up for its own package only.
-logger = init_logger("vllm.plugins.dca")
 
 IN_CHECKPOINT = "sparse_attention_config"
 
@@ -58,14 +56,14 @@ def settle_sparse(
             f"{geometry.chunk_size} - local_size {geometry.local_size} = {geometry.chunk_len}: "
             f'choose a larger chunk_size, or "{MODE_KEY}": "{OFF}".'
         )
-    hf_config = vllm_config.model_config.hf_text_config
+    model = vllm_config.model_config
     return resolve_sparse(
         options,
         checkpoint,
         geometry,
         _budgets(vllm_config, options, checkpoint),
-        _attended_layers(hf_config),
-        hf_config.num_attention_heads,
+        _attended_layers(model),
+        model.hf_text_config.num_attention_heads,
     )
 
 
@@ -86,12 +84,16 @@ def _budgets(
     return get_sparse_attention_config(vllm_config.model_config, vllm_config.load_config)
 
 
-def _attended_layers(hf_config: Any) -> list[int]:
-    kinds = getattr(hf_config, "layer_types", None)
+def _attended_layers(model: ModelConfig) -> list[int]:
+    kinds = getattr(model.hf_text_config, "layer_types", None)
     if kinds is None:
-        return list(range(hf_config.num_hidden_layers))
+        return list(range(model.hf_text_config.num_hidden_layers))
     # "hybrid" of Falcon-H1: each layer attends and keeps a state.
-    return [i for i, kind in enumerate(kinds) if kind in ("full_attention", "hybrid")]
+    attended = {"full_attention", "hybrid"}
+    if not has_sliding_layers(model):
+        # Such as with --disable-sliding-window.
+        attended.add("sliding_attention")
+    return [i for i, kind in enumerate(kinds) if kind in attended]
 
 
 def say_sparse(

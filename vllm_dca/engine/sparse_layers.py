@@ -13,9 +13,11 @@ from vllm_dca.method.sparse import SparseSizes
 def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
     """How a layer's lines are selected; None where its prefill is dense, as a drafter's is."""
     settings = settings_of(vllm_config).sparse
+    if settings is None:
+        return None
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     index = extract_layer_index(layer.layer_name)
-    if settings is None or index >= layers or layer.layer_name.startswith("draft_model."):
+    if index >= layers or layer.layer_name.startswith("draft_model."):
         return None
     rank, heads = get_tensor_model_parallel_rank(), layer.num_heads
     return rule_of(settings, index, slice(rank * heads, (rank + 1) * heads))

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from vllm.config import ModelConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.transformers_utils.config import (
     get_config,
     get_hf_text_config,
@@ -15,14 +14,12 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.devices import current_processor
+from vllm_dca.engine.log import logger
 from vllm_dca.engine.refusals import has_sliding_layers, refusals, rope_types
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.sparse import say_sparse, settle_sparse
 from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS, PROVED_MODELS
 from vllm_dca.method.config import DcaSettings, resolve_settings, validate_options
-
-# vLLM's logger is set up for its own package only.
-logger = init_logger("vllm.plugins.dca")
 
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from scripts.load.faults.served import Facts, answers, refused, require, serving, serving_two
 from vllm_dca.cpu.build import FOLDER
 
-COMPILED, TORCH = "prefill by compiled", "DCA attends by torch, which takes up to 22 times"
+COMPILED, TORCH = "prefill by compiled", "DCA attends by torch, which takes several times"
 REMEDY = "it takes g++ or clang++, which CXX may name, and a folder with room"
 SERVES_ON = "serves by torch, token for token the same; a warning says why"
 REFUSES = '"prefill_provider": "compiled" makes it an error with the same words'

@@ -15,7 +15,7 @@ _STATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class LayerKinds:
     """Which of a model's layers DCA attends.
 
     Attributes:
@@ -55,15 +55,15 @@ class Layers:
         return index if self.state_offset is None else index % self.state_offset
 
 
-def layers_of(
+def kinds_of(
     layers: Mapping[str, Any], unrotated: list[str], state_offset: int | None = None
-) -> Layers:
+) -> LayerKinds:
     """Tell the layers of a model apart.
 
     Args:
         layers: vLLM's, by name, as the model was built.
         unrotated: names of those that rotate nothing.
-        state_offset: see `Layers`.
+        state_offset: see `LayerKinds`.
     """
     from vllm_dca.engine.backend import DcaBackend
 
@@ -78,7 +78,7 @@ def layers_of(
     if any(impl.sinks is not None for impl in impls):
         softmax.append("sinks")
     unrotated = [name for name in unrotated if name in dca]
-    return Layers(dca, unrotated, others, " and ".join(softmax), state_offset)
+    return LayerKinds(dca, unrotated, others, " and ".join(softmax), state_offset)
 
 
 def _kept(layer: Any) -> str:
