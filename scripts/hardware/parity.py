@@ -2,7 +2,8 @@
 
 Usage: python -m scripts.hardware.parity [--dry-run] [--output FILE]
 
-A Llama, and models with windows, soft caps (Gemma 2) and sinks (gpt-oss). On a GPU with
+A Llama, models with windows, soft caps (Gemma 2) and sinks (gpt-oss), and Qwen3-Next, whose
+queries and keys vLLM norms and rotates by a kernel of its own on a GPU. There with
 torch.compile and CUDA graphs. Prompts end at, before and after chunk borders, are
 prefilled in odd pieces, and their answers cross further borders. The engine may be twice as far
 from fp64 as the reference run in bf16. --dry-run is the same on the CPU, eager.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from scripts.common import backends, record
+from tests.helpers.checkpoints import QWEN3_NEXT
 
 # Chunks of 64 tokens; heads that flash-attention takes.
 SIZES = {"chunk_size": 96, "local_size": 32}
@@ -45,6 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssConfig",
         {**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1},
     ),
+    "Qwen3-Next": ("Qwen3NextConfig", QWEN3_NEXT),
 }
 LENGTHS = (63, 64, 65, 100, 190, 250)
 ANSWERED = 70

@@ -13,7 +13,7 @@ import torch
 
 from scripts.common import record
 from scripts.hardware import __main__ as hardware
-from scripts.hardware import engine
+from scripts.hardware import engine, parity
 from scripts.hardware.__main__ import Step
 from tests.cuda import test_gpu, test_kernels
 from tests.helpers.pretended_gpu import pretended_gpu
@@ -213,11 +213,11 @@ def test_a_log_tells_which_attention_ran() -> None:
 def test_the_engine_is_held_against_the_reference(tmp_path: Path) -> None:
     found = run("scripts.hardware.parity", tmp_path / "parity.json")
     assert found["failures"] == {}
-    assert [row["model"] for row in found["results"]] == ["Llama", "Gemma 2", "gpt-oss"]
+    assert [row["model"] for row in found["results"]] == [*parity.MODELS]
     for row in found["results"]:
         [backends] = row["ran"]["backends"]
         assert f"DCA ({by_kernel().provider})" in backends
-        assert len(backends) == (1 if row["model"] == "Llama" else 2)
+        assert len(backends) == (2 if "sliding_window" in parity.MODELS[row["model"]][1] else 1)
         distances = row["rms_from_fp64"]
         assert 0 < distances["engine"] <= 2 * distances["bf16 reference"]
 
