@@ -14,7 +14,8 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][^;]*);")
 # Not BRA.DIV: where the threads of a warp would go that are not at one place. All of these
 # kernels' are, and what a shuffle is in that case is longer than the loop.
 JUMP = re.compile(r"(?:BRA|CALL)(?!\.DIV)\S*\s.*?(0x[0-9a-f]+)")
-ENDS = re.compile(r"BRA(?!\.DIV)|EXIT|RET")
+# Not BRA with a predicate before its goal.
+ENDS = re.compile(r"BRA\S*\s+0x|EXIT|RET")
 # Of the tensor cores: up to 8.9, 9.0, and from 10.0.
 PRODUCT = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 

@@ -106,7 +106,8 @@ MACHINE_CODE = """
         /*0000*/                   S2R R0, SR_CTAID.X ;      /* 0x0000000000007919 */
         /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
         /*0018*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
-        /*0020*/                   ISETP.NE.AND P0, PT, R1, 0x9, PT ;
+        /*001c*/                   ISETP.NE.AND P0, PT, R1, 0x9, PT ;
+        /*0020*/                   BRA.U UP0, 0xb0 ;
         /*0030*/               @P0 BRA 0x10 ;
         /*0040*/                   LDSM.16.M88.4 R4, [R2] ;
         /*0048*/                   BRA.DIV ~URZ, 0xd0 ;
