@@ -130,6 +130,7 @@ def test_every_record_says_what_it_measures() -> None:
             '/* What,\n and why. */\nint f() {  // how\n\n  return g("//1");\n}\n',
             'int f() {\n  return g("//2");\n}\n',
         ),
+        ("", "echo '# 1'\n", "# What.\n\necho '# 1'\n    # why\n", "echo '# 2'\n"),
     ],
 )
 def test_a_digest_is_of_the_code(

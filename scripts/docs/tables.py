@@ -94,6 +94,20 @@ def engine(record: str = "engine-cpu") -> str:
     )
 
 
+def first_answer() -> str:
+    phases = load("first-answer")["phases"]
+    received = sum(of["megabytes"] for of in phases.values())
+    seconds = sum(of["seconds"] for of in phases.values())
+    return markdown(
+        ("phase", "s", "MB received"),
+        *(
+            (name, f"{of['seconds']:.1f}", f"{of['megabytes']:.0f}")
+            for name, of in phases.items()
+        ),
+        ("**in all**", f"**{seconds:.0f}**", f"{received:.0f}"),
+    )
+
+
 def linear_memory() -> str:
     record = load("linear-memory")
     return markdown(
@@ -177,6 +191,7 @@ MADE_BY = (
     by_torch,
     cpu_growth,
     engine,
+    first_answer,
     linear_memory,
     load_tables.faults,
     load_tables.soak,
