@@ -9,12 +9,13 @@ from scripts.bench.cpu import measure
 from vllm_dca.cpu import compiled
 
 pytestmark = pytest.mark.alone
-# Of CPU_ATTN's time, by the instructions for which the kernel was compiled. The records
-# (docs/results/cpu.json, cpu-avx2.json) have for this shape, in this order, 0.94, 0.49, 0.91
-# and 0.54 on AVX512_BF16, 0.39, 0.40, 0.63 and 0.50 on AVX2. The limits are a third above these
-# or more, for a busy machine and half the context; a kernel half as fast is above each.
+# Of CPU_ATTN's time, by the instructions for which the kernel was compiled. The record
+# (docs/results/cpu.json) has for this shape, in this order, 0.94, 0.49, 0.91 and 0.54 on
+# AVX512_BF16. On AVX2, three turns of what this test does, on a quiet machine, had at most
+# 0.36, 0.34, 0.53 and 0.39, and at least 0.33, 0.33, 0.50 and 0.37. The limits are a third
+# above these or more, on AVX2 a half, for a busy machine. A kernel half as fast is above each.
 ALL = [(step, dtype) for step in ("prefill", "decode") for dtype in ("float32", "bfloat16")]
-LIMITS = {"AVX512_BF16": (1.3, 0.75, 1.3, 0.85), "AVX2": (0.65, 0.65, 1.1, 0.85)}
+LIMITS = {"AVX512_BF16": (1.3, 0.75, 1.3, 0.85), "AVX2": (0.55, 0.55, 0.8, 0.6)}
 NOT_MEASURED = (1.4,) * 4  # other instructions
 TRIES = 3  # what else runs seldom slows DCA alone three times
 # vLLM's own has half precision's tiles where the processor has AMX; DCA's kernel has not.
