@@ -208,7 +208,8 @@ TABLES |= {"support": support_table.table, "features": support_table.features}
 # Beside the README's picture and prose stands no table, only what is said of their age.
 TABLES |= {"evaluation": str}
 OF_NO_TABLE = {"evaluation": "The picture and these numbers were measured"}
-# The records of what README.md shows, and of that table's page: it says if they are older.
+# The records of what README.md shows, of that table's page, and of one that its own text is
+# about: it says if they are older.
 DATED = {
     "demo": ("demo",),
     "perplexity": ("perplexity",),
@@ -217,6 +218,7 @@ DATED = {
     "sizes": ("sizes-perplexity", "sizes-retrieval"),
     "sparse_quality": ("sparse-quality-16k",),
     "evaluation": ("perplexity", "retrieval"),
+    "first_answer": ("first-answer",),
 }
 
 
