@@ -87,7 +87,7 @@ WITHOUT_PATCH = {
     ),
     "test_backend_verifies_config": {
         **dict.fromkeys(
-            [f"test_selected_backend_updates_the_config_once[selected{i}]" for i in range(3)],
+            [f"test_selected_backend_updates_the_config_once[selected{i}]" for i in range(4)],
             "assert {} == {'calls': 1}",
         ),
         "test_selected_backend_refuses_the_config": "DID NOT RAISE",
@@ -415,6 +415,16 @@ def _observe_dca(model: Path) -> dict[str, Any]:
             4 * WINDOW,
             attention_config={"backend_per_kind": {"full_attention": "dca"}},
         ),
+        "refused drafter": _error(
+            _engine_config,
+            model,
+            None,
+            speculative_config={
+                "method": "ngram",
+                "num_speculative_tokens": 1,
+                "attention_backend": "dca",
+            },
+        ),
         "prepared": [module is created for module in prepared],
         "rotations": [type(layer.attn.impl.rotation).__name__ for layer in layers],
         "tables": [len(layer.rotary_emb.cos_sin_cache) for layer in layers],
@@ -725,6 +735,7 @@ def test_dca_settles_the_config(setup: str, observed: Observed) -> None:
     assert dca["refused"].startswith("ValueError: --additional-config: unknown under")
     # Past the window, and asked for by this way alone: still DCA that refuses, and says why.
     assert "does not support a backend per kind of layer" in dca["refused kind"]
+    assert "attention_backend DCA needs --attention-backend dca too" in dca["refused drafter"]
 
 
 @pytest.mark.parametrize("setup", SETUPS)

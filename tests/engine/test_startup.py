@@ -359,6 +359,18 @@ def test_a_drafter_with_another_backend_is_refused(llama: Path) -> None:
     settle(llama, speculative_config={**draft, "attention_backend": "DCA"})
 
 
+def test_dca_for_a_drafter_alone_is_refused(llama: Path) -> None:
+    """Before any weights are read, and whoever the drafter is."""
+    draft = {"num_speculative_tokens": 2, "attention_backend": "DCA"}
+    drafters = ({"method": "draft_model", "model": str(llama)}, {"method": "ngram"})
+    for drafter in drafters:
+        options = {"attention_backend": None, "speculative_config": {**draft, **drafter}}
+        with pytest.raises(ValueError, match="DCA needs --attention-backend dca too"):
+            settle(llama, **options)
+        # What it names works.
+        settle(llama, **{**options, "attention_backend": "dca"})
+
+
 @pytest.mark.parametrize("method", ["draft_model", "eagle3"])
 def test_parallel_drafting_is_refused(method: str, llama: Path) -> None:
     """Its drafts are in the device's lengths, and not in those that the host is told."""

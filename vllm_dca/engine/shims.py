@@ -169,7 +169,8 @@ def verify_config() -> None:
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
-        if selects_dca(self):
+        drafter = getattr(vllm_config.speculative_config, "attention_backend", None)
+        if names_dca(vllm_config.attention_config, drafter):
             AttentionBackendEnum[NAME].get_class().verify_and_update_config(vllm_config)
         return vllm_config
 

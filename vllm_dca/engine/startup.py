@@ -17,6 +17,7 @@ from vllm_dca.engine.devices import current_processor
 from vllm_dca.engine.log import logger
 from vllm_dca.engine.refusals import has_sliding_layers, refusals, rope_types
 from vllm_dca.engine.settings import OPTIONS
+from vllm_dca.engine.shims import names_dca
 from vllm_dca.engine.sparse import say_sparse, settle_sparse
 from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS, PROVED_MODELS
 from vllm_dca.method.config import DcaSettings, resolve_settings, validate_options
@@ -49,6 +50,12 @@ def configure(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError, NotImplementedError: what was given, what is needed, what would work.
     """
+    if not names_dca(vllm_config.attention_config):
+        raise ValueError(
+            "The speculative config's attention_backend DCA needs --attention-backend dca too: "
+            "a drafter has its model's chunks. Pass it, which is enough for both, or leave the "
+            "speculative config's out."
+        )
     _check_supported(vllm_config)
     model_config = vllm_config.model_config
     if has_sliding_layers(model_config):
