@@ -115,10 +115,45 @@ def _images_are_refused(directory: Path) -> None:
         assert config.additional_config["dca"]["chunk_size"] == 96
 
 
+@pytest.mark.each_minor
+def test_images_as_embeddings_are_refused(tmp_path: Path) -> None:
+    in_a_child(_embeddings_are_refused, tmp_path)
+
+
+def _embeddings_are_refused(directory: Path) -> None:
+    """vLLM's limits are not for them, and a receiver of keys takes them unasked."""
+    rope = {**INTERLEAVED, "rope_type": "default"}
+    architecture = "Qwen3VLForConditionalGeneration"
+    checkpoints.write_config(directory, "Qwen3VLConfig", architecture, rope_parameters=rope)
+    words = [str(directory), "--attention-backend", "dca", "--skip-tokenizer-init"]
+    words += ["--block-size", "16", "--additional-config", json.dumps({"dca": SIZES})]
+    sender = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
+    asked = (["--enable-mm-embeds"], ["--ec-transfer-config", json.dumps(sender)])
+    for flag in asked:
+        message = rf"embeddings with M-RoPE \(text it does: leave out {flag[0]}\)"
+        with pytest.raises(NotImplementedError, match=message):
+            served([*words, "--language-model-only", *flag]).create_engine_config()
+    store = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    words += ["--kv-transfer-config", json.dumps(store)]
+    none = json.dumps({"image": 0, "video": 0})
+    for text_only in (["--language-model-only"], ["--limit-mm-per-prompt", none]):
+        config = served([*words, *text_only]).create_engine_config()
+        multimodal = config.model_config.multimodal_config
+        assert not multimodal.enable_mm_embeds
+        assert not multimodal.allow_missing_mm_embeddings
+        assert not config.model_config.supports_multimodal_inputs
+
+
+@pytest.mark.each_minor
 def test_a_request_with_an_image_gets_a_400_and_the_server_lives_on(tmp_path: Path) -> None:
     model = tmp_path / "model"
     in_a_child(_write_a_model_that_chats, model)
-    options = ["--language-model-only", "--dtype", "float32", "--enforce-eager"]
+    options = ["--dtype", "float32", "--enforce-eager"]
+    options += ["--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0})]
+    # vLLM lets those that receive keys take embeddings, as if --enable-mm-embeds were given.
+    store = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    store["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path / "store")}
+    options += ["--kv-transfer-config", json.dumps(store), "--mm-processor-cache-type", "shm"]
     options += ["--max-model-len", "1024", "--block-size", "16"]
     options += ["--num-gpu-blocks-override", "200"]
     options += ["--additional-config", json.dumps({"dca": SIZES})]
@@ -129,11 +164,18 @@ def test_a_request_with_an_image_gets_a_400_and_the_server_lives_on(tmp_path: Pa
         before = server.complete(**prompt)[1]["choices"][0]
         text = {"type": "text", "text": "What is this?"}
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}
-        for content, expected in (([text, image], 400), ([text], 200)):
+        embedded = {"type": "image_embeds", "image_embeds": None, "uuid": "of another server"}
+        for content, refusal in (
+            ([text, image], "At most 0 image(s)"),
+            ([text, embedded], "You must set `--enable-mm-embeds`"),
+            ([text], None),
+        ):
             status, answer = server.chat([{"role": "user", "content": content}], max_tokens=2)
-            assert status == expected, answer
-            if status == 400:
-                assert "At most 0 image(s)" in answer["error"]["message"]
+            assert status == (200 if refusal is None else 400), answer
+            if refusal is not None:
+                assert refusal in answer["error"]["message"]
+        [said] = re.findall("DCA: vLLM takes embeddings.*", server.log.read_text())
+        assert "where ExampleConnector receives keys" in said
         assert server.complete(**prompt)[1]["choices"][0] == before
     finally:
         server.stop()

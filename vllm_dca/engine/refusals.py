@@ -73,14 +73,20 @@ def _mrope(vllm_config: VllmConfig) -> str:
     kinds = ["image", "video"]
     if any(hasattr(model.hf_config, name) for name in ("thinker_config", "audio_config")):
         kinds.append("audio")
-    limits = {kind: model.multimodal_config.get_limit_per_prompt(kind) for kind in kinds}
-    if not any(limits.values()):
-        return ""
-    none = ", ".join(f'"{kind}": 0' for kind in kinds)
-    return (
-        f"{' and '.join(kinds)} inputs with M-RoPE (text it does: pass --language-model-only, "
-        f"or --limit-mm-per-prompt '{{{none}}}')"
-    )
+    multimodal, given = model.multimodal_config, " and ".join(kinds)
+    if any(multimodal.get_limit_per_prompt(kind) for kind in kinds):
+        none = ", ".join(f'"{kind}": 0' for kind in kinds)
+        return (
+            f"{given} inputs with M-RoPE (text it does: pass --language-model-only, or "
+            f"--limit-mm-per-prompt '{{{none}}}')"
+        )
+    # No limit is on those. A receiver of keys takes them unasked: see `startup.configure`.
+    receives = vllm_config.ec_transfer_config
+    if receives is not None and receives.is_ec_consumer:
+        return f"{given} embeddings with M-RoPE (text it does: leave out --ec-transfer-config)"
+    if multimodal.enable_mm_embeds and not multimodal.allow_missing_mm_embeddings:
+        return f"{given} embeddings with M-RoPE (text it does: leave out --enable-mm-embeds)"
+    return ""
 
 
 def _cache_dtype(vllm_config: VllmConfig) -> str:

@@ -58,6 +58,7 @@ def configure(vllm_config: VllmConfig) -> None:
         )
     _check_supported(vllm_config)
     model_config = vllm_config.model_config
+    _refuse_embeddings(vllm_config)
     if has_sliding_layers(model_config):
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
@@ -123,6 +124,26 @@ def _check_supported(vllm_config: VllmConfig) -> None:
             kind,
             len(PROVED_MODELS),
         )
+
+
+def _refuse_embeddings(vllm_config: VllmConfig) -> None:
+    """vLLM lets who receives keys take images' embeddings, whatever the limits are.
+
+    Requests are checked against this very object, here and in every other process that takes
+    some. The engine's sets it anew: that is late, and only costs memory.
+    """
+    model_config = vllm_config.model_config
+    multimodal = model_config.multimodal_config
+    if not model_config.uses_mrope or multimodal is None or not multimodal.enable_mm_embeds:
+        return
+    multimodal.enable_mm_embeds = multimodal.allow_missing_mm_embeddings = False
+    # Of shared memory the engine's process would look for what nobody made here.
+    multimodal.mm_processor_cache_gb = 0
+    logger.warning(
+        "DCA: vLLM takes embeddings of images and videos where %s receives keys. With M-RoPE "
+        "DCA serves text only: requests that have some are refused.",
+        vllm_config.kv_transfer_config.kv_connector,
+    )
 
 
 def _warn_of_slow_dtype(dtype: torch.dtype) -> None:
