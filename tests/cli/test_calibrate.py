@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import checkpoints
+from tests.helpers.command_line import run
 from tests.helpers.inprocess import in_a_child
 from tests.helpers.ranks import one_core_each
 from vllm_dca.cli import app
@@ -45,6 +46,7 @@ def _calibrate(folder: Path) -> None:
     result = CliRunner().invoke(app, arguments(folder, output))
     assert result.exit_code == 0, result.output
     assert f'"sparse_budgets": "{output}"' in result.stdout
+    assert "chunk_size 512 is over the model's window of 128 tokens" in result.stdout
     # Budgets belong to these chunks.
     assert json.dumps(SIZES)[1:-1] in result.stdout
 
@@ -61,6 +63,50 @@ def _on_two_ranks(folder: Path) -> Any:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "message"),
+    [
+        (("--text", "no-such-file"), 2, "--text"),
+        (("--text", "."), 2, "--text"),
+        (("--output", "."), 2, "--output"),
+        (("--output", "no-such-folder/budgets.json"), 2, "--output"),
+        (("--output", "/proc/budgets.json"), 2, "--output"),
+        (("--additional-config", '{"dca": []}'), 1, '"dca" must be an object'),
+        (("--text", "latin-1"), 1, "latin-1 is no text in UTF-8"),
+    ],
+)
+def test_what_cannot_work_starts_no_engine(
+    wrong: tuple[str, str],
+    status: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "text").write_text("long")
+    (tmp_path / "latin-1").write_bytes(b"\xe9")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vllm_dca.engine.calibrate.LLM", _no_engine)
+    result = run(*arguments(tmp_path, tmp_path / "budgets.json"), *wrong)
+    assert result.exit_code == status
+    assert message in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latin-1", "text"]
+
+
+def _no_engine(*_: Any, **__: Any) -> None:
+    raise AssertionError("an engine was started")
+
+
+def test_an_engine_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Worker failed with error 'no room'")
+
+    (tmp_path / "text").write_text("long")
+    monkeypatch.setattr("vllm_dca.engine.calibrate.LLM", fail)
+    result = run(*arguments(tmp_path, tmp_path / "budgets.json"))
+    assert result.exit_code == 1
+    assert result.stderr.strip() == "Worker failed with error 'no room'"
 
 
 def arguments(folder: Path, output: Path) -> list[str]:

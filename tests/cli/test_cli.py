@@ -250,6 +250,17 @@ def test_the_printed_command_starts_the_same(llama: str) -> None:
     assert (settings["chunk_size"], settings["local_size"]) == (96, 32)
 
 
+@pytest.mark.parametrize("auto", ["auto", "-1"])
+def test_a_length_by_auto(auto: str, llama: str) -> None:
+    said = explained(llama, "--max-model-len", auto, *FP32, *BLOCK)
+    assert said["max_model_len"] == [
+        "128 tokens, 1.0 times the window; by auto: a start lowers it to what its KV cache has "
+        "room for"
+    ]
+    config = served(shlex.split(said["start it"][0])[2:]).create_engine_config()
+    assert config.model_config.original_max_model_len == -1
+
+
 # A scaling that DCA does not know.
 DEEPSEEK = json.dumps(
     {
@@ -311,7 +322,8 @@ def test_models_that_are_refused(
     "wrong",
     [
         ("--max-model-len", "long"),
-        ("--max-model-len", "-1"),
+        ("--max-model-len", "0"),
+        ("--max-model-len", "-2"),
         ("--max-model-len", "1.5K"),
         ("--additional-config", "[1]"),
         ("--hf-overrides", "{"),

@@ -24,6 +24,7 @@ def run(
 
     Raises:
         ValueError, NotImplementedError, OSError: as a start would; or nothing was sparse.
+        RuntimeError: the engine failed.
     """
     from vllm_dca.engine.calibrate import as_config, calibrate
 

@@ -4,8 +4,8 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import logging
 import shlex
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +17,14 @@ from rich.text import Text
 
 from vllm_dca.cli.doctor import CHECKS
 from vllm_dca.cli.explain import Explanation, find_out
+from vllm_dca.cli.quiet import quiet_vllm
 from vllm_dca.method.sparse_cost import Bounds
 
 # vLLM is imported by the commands, after its log is turned down: it takes seconds, and --help
 # should not.
+
+# What vLLM makes of --max-model-len auto.
+AUTO = -1
 
 app = typer.Typer(
     help="Dual Chunk Attention for vLLM.",
@@ -33,15 +37,25 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
 def _tokens(text: str) -> int:
-    from vllm.utils.argparse_utils import human_readable_int
+    from vllm.utils.argparse_utils import human_readable_int_or_auto
 
     try:
-        tokens = human_readable_int(text)
+        tokens = human_readable_int_or_auto(text)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise typer.BadParameter(f"{text!r} is no number of tokens") from error
-    if tokens <= 0:
+    if tokens <= 0 and tokens != AUTO:
         raise typer.BadParameter(f"{text!r} is no positive number of tokens")
     return tokens
+
+
+def _to_write(path: Path) -> Path:
+    """What exists typer tries itself."""
+    if not path.exists():
+        try:
+            tempfile.TemporaryFile(dir=path.absolute().parent).close()
+        except OSError as error:
+            raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from error
+    return path
 
 
 def _object(text: str) -> str:
@@ -54,24 +68,32 @@ def _object(text: str) -> str:
     return text
 
 
+Model = Annotated[str, typer.Argument(help="A checkpoint's directory or name.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(parser=_tokens, metavar="TOKENS", help="As 32768, 32K or auto."),
+]
+AdditionalConfig = Annotated[
+    str | None, typer.Option(parser=_object, metavar="JSON", help="DCA's options.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Of the model.")]
+TensorParallelSize = Annotated[int | None, typer.Option(min=1, help="Ranks.")]
+
+
 @app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help="A checkpoint's directory or name.")],
-    max_model_len: Annotated[
-        int | None, typer.Option(parser=_tokens, metavar="TOKENS", help="As 32768 or 32K.")
-    ] = None,
+    model: Model,
+    max_model_len: MaxModelLen = None,
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens a KV-cache page.")
     ] = None,
-    additional_config: Annotated[
-        str | None, typer.Option(parser=_object, metavar="JSON", help="DCA's options.")
-    ] = None,
+    additional_config: AdditionalConfig = None,
     hf_overrides: Annotated[
         str | None, typer.Option(parser=_object, metavar="JSON", help="Over config.json.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the model.")] = None,
+    dtype: Dtype = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache.")] = None,
-    tensor_parallel_size: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
+    tensor_parallel_size: TensorParallelSize = None,
     language_model_only: Annotated[
         bool, typer.Option("--language-model-only", help="Text alone.")
     ] = False,
@@ -102,9 +124,9 @@ def explain(
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         errors.print("--plot needs matplotlib: pip install matplotlib")
         raise typer.Exit(1)
-    with errors.status("Asking vLLM"), _quiet_vllm() as warnings, _refusals():
+    with errors.status("Asking vLLM"), quiet_vllm() as warnings, _refusals():
         explanation = find_out(model, given, warnings)
-    _print_explanation(explanation)
+    _print_explanation(explanation, is_auto=max_model_len == AUTO)
     _line("start it", shlex.join(_serve_command(model, given)))
     if plot is not None:
         from vllm_dca.cli.picture import draw
@@ -116,22 +138,29 @@ def explain(
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A checkpoint's directory or name.")],
-    text: Annotated[Path, typer.Option(help="A long text, such as will be asked about.")],
+    model: Model,
+    text: Annotated[
+        Path,
+        typer.Option(
+            exists=True, dir_okay=False, help="A long text, such as will be asked about."
+        ),
+    ],
     recall: Annotated[
         float, typer.Option(min=0.1, max=1.0, help="Share of attention that a head keeps.")
     ] = 0.95,
-    output: Annotated[Path, typer.Option(help="Where to write the budgets.")] = Path(
-        "sparse_attention_config.json"
-    ),
-    max_model_len: Annotated[
-        int | None, typer.Option(parser=_tokens, metavar="TOKENS", help="As 32768 or 32K.")
-    ] = None,
-    additional_config: Annotated[
-        str | None, typer.Option(parser=_object, metavar="JSON", help="DCA's options.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the model.")] = None,
-    tensor_parallel_size: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            dir_okay=False,
+            writable=True,
+            callback=_to_write,
+            help="Where to write the budgets.",
+        ),
+    ] = Path("sparse_attention_config.json"),
+    max_model_len: MaxModelLen = None,
+    additional_config: AdditionalConfig = None,
+    dtype: Dtype = None,
+    tensor_parallel_size: TensorParallelSize = None,
 ) -> None:
     """Find budgets of sparse prefill for a model, on your own text."""
     from vllm_dca.cli.calibrate import run
@@ -144,8 +173,10 @@ def calibrate(
     given = {name: value for name, value in given.items() if value is not None}
     additional = json.loads(additional_config or "{}")
     given["additional_config"] = additional
-    with _quiet_vllm(), _refusals():
+    # An engine that fails, such as for want of memory, says so by a RuntimeError.
+    with quiet_vllm() as warnings, _refusals(RuntimeError):
         run(model, text, recall, output, given, console)
+    _print_warnings(warnings)
     # Budgets belong to the chunk sizes that they were found with.
     options = {
         key: value
@@ -160,7 +191,7 @@ def calibrate(
 @app.command()
 def doctor() -> None:
     """Check the installation, a line for each thing; exit code 1 if anything is wrong."""
-    with errors.status("Asking vLLM"), _quiet_vllm():
+    with errors.status("Asking vLLM"), quiet_vllm():
         findings = [finding for check in CHECKS for finding in check()]
     styles = {"ok": "green", "problem": "bold red", "note": "dim"}
     for verdict, text in findings:
@@ -170,61 +201,31 @@ def doctor() -> None:
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(*others: type[Exception]) -> Iterator[None]:
     """What vLLM, DCA or the file system refuses is a message and exit code 1."""
     from pydantic import ValidationError
 
     from vllm_dca.engine.shims import IncompatibleVllmError
 
+    refused: tuple[type[Exception], ...] = (
+        ValueError,
+        NotImplementedError,
+        OSError,
+        IncompatibleVllmError,
+        *others,
+    )
     try:
         yield
     except ValidationError as error:
         messages = [reason["msg"].removeprefix("Value error, ") for reason in error.errors()]
         errors.print(Text("; ".join(messages)))
         raise typer.Exit(1) from error
-    except (ValueError, NotImplementedError, OSError, IncompatibleVllmError) as error:
+    except refused as error:
         errors.print(Text(str(error)))
         raise typer.Exit(1) from error
 
 
-@contextlib.contextmanager
-def _quiet_vllm() -> Iterator[list[str]]:
-    """Silence vLLM's log below errors, and collect the warnings of this plugin."""
-    logging.disable(logging.WARNING)
-    try:
-        from vllm.config.logging import LoggingConfig
-        from vllm.logger import configure_logging_if_needed
-
-        # Now, as the engine's config would do it later and drop what follows.
-        configure_logging_if_needed(LoggingConfig())
-    finally:
-        logging.disable(logging.NOTSET)
-    everything, plugin = logging.getLogger("vllm"), logging.getLogger("vllm.plugins.dca")
-    before = [(log, log.level, log.propagate) for log in (everything, plugin)]
-    collector = _Collector(logging.WARNING)
-    everything.setLevel(logging.ERROR)
-    plugin.setLevel(logging.WARNING)
-    plugin.propagate = False
-    plugin.addHandler(collector)
-    try:
-        yield collector.messages
-    finally:
-        plugin.removeHandler(collector)
-        for log, level, propagate in before:
-            log.setLevel(level)
-            log.propagate = propagate
-
-
-class _Collector(logging.Handler):
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-def _print_explanation(found: Explanation) -> None:
+def _print_explanation(found: Explanation, is_auto: bool) -> None:
     settings = found.settings
     temperature = settings.original_max_position_embeddings
     _line("chunk_size", f"{settings.chunk_size} tokens, {settings.source}")
@@ -241,7 +242,7 @@ def _print_explanation(found: Explanation) -> None:
     _line(
         "max_model_len",
         f"{found.max_model_len} tokens, {found.max_model_len / settings.window:.1f} times the "
-        "window",
+        "window" + ("; by auto: a start lowers it to what its KV cache has room for" * is_auto),
     )
     _line("DCA attends", found.layers.described)
     if found.layers.softmax:
@@ -258,8 +259,7 @@ def _print_explanation(found: Explanation) -> None:
         f"{_size(found.token_bytes)} a token, {_size(found.request_bytes)} for one request of "
         f"{found.max_model_len} tokens{rank}",
     )
-    for warning in found.warnings:
-        _line("warning", warning.removeprefix("DCA: "), "yellow")
+    _print_warnings(found.warnings)
 
 
 def _print_bounds(sparse: Bounds, length: int, by_budgets: bool) -> None:
@@ -273,6 +273,11 @@ def _print_bounds(sparse: Bounds, length: int, by_budgets: bool) -> None:
         time = f"{fastest:.2f} or more"
     _line("its keys", f"of a prompt of {length} tokens {keys}")
     _line("its time", f"{time} of dense attention's (measured on CPUs), selecting included")
+
+
+def _print_warnings(warnings: list[str]) -> None:
+    for warning in warnings:
+        _line("warning", warning.removeprefix("DCA: "), "yellow")
 
 
 def _line(label: str, text: str, style: str = "bold") -> None:

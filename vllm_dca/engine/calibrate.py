@@ -16,6 +16,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_dca.engine.impl import DcaImpl
 from vllm_dca.engine.metadata import DcaMetadataBuilder
+from vllm_dca.engine.settings import OPTIONS
+from vllm_dca.method.config import validate_options
 from vllm_dca.method.lines import Rule
 from vllm_dca.method.sparse import Attended
 from vllm_dca.method.sparse_config import KIND
@@ -130,16 +132,25 @@ def calibrate(
 
     Raises:
         ValueError, NotImplementedError, OSError: as a start would; or nothing was sparse.
+        RuntimeError: the engine failed.
     """
+    # Before the engine, which takes minutes to start.
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is no text in UTF-8: {error}") from error
+    additional = given.pop("additional_config", {})
+    options = additional.get(OPTIONS, {})
+    if isinstance(options, dict):
+        # All lines: dense.
+        options = {**options, "sparse": "auto", "sparse_min_keys": 1 << 30}
+    validate_options(options)
     # The engine in this process, so that its steps can be counted.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    additional = given.pop("additional_config", {})
-    # All lines: dense.
-    every = {"sparse": "auto", "sparse_min_keys": 1 << 30}
     llm = LLM(
         model,
         attention_backend="dca",
-        additional_config={**additional, "dca": {**additional.get("dca", {}), **every}},
+        additional_config={**additional, OPTIONS: options},
         worker_extension_cls=f"{Calibration.__module__}.{Calibration.__qualname__}",
         enable_prefix_caching=False,
         enforce_eager=True,
@@ -147,9 +158,7 @@ def calibrate(
     )
     try:
         config = llm.llm_engine.vllm_config
-        tokens = llm.get_tokenizer().encode(text.read_text())[
-            : config.model_config.max_model_len - 1
-        ]
+        tokens = llm.get_tokenizer().encode(content)[: config.model_config.max_model_len - 1]
         llm.collective_rpc("watch_dca", args=(len(tokens),))
         params = SamplingParams(max_tokens=1, detokenize=False)
         llm.enqueue([{"prompt_token_ids": tokens}], params, use_tqdm=False)
