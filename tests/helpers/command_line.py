@@ -6,6 +6,8 @@ from typer.testing import CliRunner, Result
 
 from vllm_dca.cli import app
 
+BLOCK = ("--block-size", "16")
+
 
 def run(*arguments: str) -> Result:
     """`vllm-dca` with these arguments."""

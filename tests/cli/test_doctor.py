@@ -1,0 +1,212 @@
+"""`vllm-dca doctor`: what it finds here, and what it would find elsewhere."""
+
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import Result
+
+from tests.helpers.command_line import BLOCK, explained, run
+from vllm_dca.cpu import compiled
+from vllm_dca.cpu.build import BuildError
+from vllm_dca.cpu.processor import Processor
+from vllm_dca.engine import devices
+
+pytestmark = pytest.mark.each_minor
+
+
+def findings(result: Result) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {"ok": [], "problem": [], "note": []}
+    for line in result.stdout.splitlines():
+        found[line[:9].rstrip()].append(line[9:])
+    return found
+
+
+def test_doctor_finds_nothing_here() -> None:
+    import vllm
+
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    found = findings(result)
+    assert found["problem"] == []
+    said = "\n".join(found["ok"])
+    for part in (
+        f"vLLM {vllm.__version__}",
+        "vLLM loads the plugin dca",
+        "platform c",
+        "prefill by",
+        "shims in force: pickle_by_name, select_on_cpu",
+        "patches in vLLM instead of shims: none",
+        "dca selects vllm_dca.engine.backend.DcaBackend",
+    ):
+        assert part in said
+
+
+def test_doctor_on_an_untested_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    from vllm_dca.engine import shims
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    # In a new process nothing is cached.
+    monkeypatch.setattr(shims, "apply", shims.apply.__wrapped__)
+    result = run("doctor")
+    assert result.exit_code == 1
+    version, unavailable = findings(result)["problem"]
+    assert version.startswith("vLLM 0.99.0 is not tested: install 0.32, 0.33")
+    assert unavailable.startswith("DCA cannot be made available: vLLM 0.99.0 is installed")
+    fitting = [line for line in findings(result)["note"] if line.endswith("fits this vLLM")]
+    assert len(fitting) == len(shims.SHIMS)
+    refused = run("explain", "any")
+    assert refused.exit_code == 1
+    assert "vLLM 0.99.0 is installed, and tested are 0.32, 0.33" in refused.stderr
+
+
+def test_doctor_where_what_a_shim_replaces_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    from vllm_dca.engine import shims
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(shims, "apply", shims.apply.__wrapped__)
+    monkeypatch.setattr(EngineArgs, "create_model_config", lambda self, more: None)
+    monkeypatch.delattr(BaseModelLoader, "create_model")
+    notes = findings(run("doctor"))["note"]
+    assert any(
+        "EngineArgs.create_model_config takes (self, more) in vLLM 0.99.0, and the shim "
+        "extend_context was written for (self)" in line
+        for line in notes
+    )
+    assert any(
+        "create_model is gone from vLLM 0.99.0, and the shim prepare" in n for n in notes
+    )
+    assert "the shim select_on_cpu fits this vLLM" in notes
+
+
+def test_doctor_where_vllm_keeps_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.envs
+
+    vllm.envs.disable_envs_cache()  # an engine in this process may have turned it on
+    monkeypatch.setenv("VLLM_PLUGINS", "another,one")
+    result = run("doctor")
+    assert result.exit_code == 1
+    [problem] = findings(result)["problem"]
+    assert problem.startswith("VLLM_PLUGINS=another,one keeps the plugin dca out")
+    monkeypatch.setenv("VLLM_PLUGINS", "another,dca")
+    assert run("doctor").exit_code == 0
+
+
+def test_doctor_without_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
+    result = run("doctor")
+    assert result.exit_code == 1
+    plugin, metrics = findings(result)["problem"]
+    assert "is not installed: pip install" in plugin
+    assert "is not installed, and this version's is vllm_dca.engine.metrics:" in metrics
+
+
+def test_doctor_on_an_installation_from_before_the_code_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import importlib.metadata
+
+    found = importlib.metadata.entry_points
+    old = importlib.metadata.EntryPoint(
+        "dca", "vllm_dca.metrics:DcaStatLogger", "vllm.stat_logger_plugins"
+    )
+
+    def entry_points(**chosen: str) -> Any:
+        return (old,) if chosen["group"] == old.group else found(**chosen)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    result = run("doctor")
+    assert result.exit_code == 1
+    [problem] = findings(result)["problem"]
+    assert "vllm_dca.metrics:DcaStatLogger, and this version's is vllm_dca.engine" in problem
+
+
+def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dca.engine import choice
+    from vllm_dca.method.provider import Needs, UnusableProviderError
+
+    def unusable(needs: Needs) -> Any:
+        raise UnusableProviderError("it is out of order")
+
+    monkeypatch.setitem(choice.PROVIDERS, "cpu", {"torch": unusable})
+    monkeypatch.setitem(choice.PROVIDERS, "cuda", {"torch": unusable})
+    result = run("doctor")
+    assert result.exit_code == 1
+    found = findings(result)
+    assert "prefill by torch: no, because it is out of order" in found["note"]
+    assert len(found["problem"]) == 1
+
+
+def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library() -> None:
+        raise BuildError("no C++ compiler")
+
+    monkeypatch.setattr(compiled, "library", library)
+    result = run("doctor")
+    assert result.exit_code == 0
+    found = findings(result)
+    note = "prefill by compiled: no, because it cannot be compiled here (no C++ compiler)"
+    assert note in found["note"]
+    assert any(line.startswith("prefill by torch") for line in found["ok"])
+
+
+def test_doctor_where_vllm_selects_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention import selector
+
+    monkeypatch.setattr(selector, "get_attn_backend", lambda *_: dict)
+    result = run("doctor")
+    assert result.exit_code == 1
+    [problem] = findings(result)["problem"]
+    assert problem.startswith("--attention-backend dca selects builtins.dict, not vllm_dca.")
+
+
+LAPTOP = Processor("AVX2", None, torch.float32)
+SERVER = Processor("AVX512", "AMX", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("here", "advice"),
+    [
+        (
+            LAPTOP,
+            "with AVX2, no instruction that multiplies bfloat16: serve with --dtype float32",
+        ),
+        (SERVER, "with AVX512, which multiplies bfloat16 by AMX: serve with --dtype bfloat16"),
+    ],
+)
+def test_doctor_says_which_dtype_to_serve_in(
+    here: Processor, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "processor", lambda: here)
+    [said] = [line for line in findings(run("doctor"))["ok"] if line.startswith("processor")]
+    assert advice in said
+
+
+@pytest.mark.parametrize(
+    ("here", "dtype", "faster"),
+    [
+        (LAPTOP, "bfloat16", "float32"),
+        (LAPTOP, "float16", "float32"),
+        (SERVER, "float16", "bfloat16"),
+        (LAPTOP, "float32", None),
+        (SERVER, "float32", None),
+        (SERVER, "bfloat16", None),
+    ],
+)
+def test_a_dtype_that_the_processor_does_not_multiply_is_warned_of(
+    here: Processor, dtype: str, faster: str | None, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "processor", lambda: here)
+    said = explained(llama, "--max-model-len", "1K", "--dtype", dtype, *BLOCK)
+    warnings = said.get("warning", [])
+    assert [f"--dtype {faster} is faster here" in line for line in warnings] == (
+        [True] if faster else []
+    )
