@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from prometheus_client import REGISTRY
 
 from tests.helpers import checkpoints
-from tests.helpers import sparse as helper
 from tests.helpers.answers import (
     assert_same_answer,
     drafted,
@@ -23,47 +21,23 @@ from tests.helpers.answers import (
 )
 from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, in_a_child, runner_of
-from tests.helpers.ranks import one_core_each
+from tests.helpers.sparse_served import (
+    ATOL,
+    AUTO,
+    AUTO_RULE,
+    LENGTH,
+    PROMPT,
+    SIZES,
+    STEPS,
+    THRESHOLD,
+    assert_close,
+    expected,
+    options,
+)
 from vllm_dca.cpu import compiled
 from vllm_dca.cpu.build import BuildError
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
-
-# What the project promises for fp32.
-ATOL = 1e-3
-SIZES = {"chunk_size": 512, "local_size": 64}  # chunks of 448
-THRESHOLD = 150
-STEP = 512
-LENGTH = 1180
-STEPS = [512, 512, 156]
-AUTO = {"sparse": "auto", "sparse_coverage": 0.5, "sparse_min_keys": 64}
-AUTO_RULE = Rule(coverage=0.5, min_keys=64)
-# Each head of each layer has its own.
-BUDGETS = [
-    [(40 + 10 * head + 60 * layer, 110 + 50 * head + 30 * layer) for head in range(4)]
-    for layer in range(2)
-]
-PROMPT = checkpoints.tokens(LENGTH)
-
-
-def options(**sparse: Any) -> dict[str, Any]:
-    return {
-        "additional_config": {"dca": {**SIZES, "sparse_threshold": THRESHOLD, **sparse}},
-        "max_num_batched_tokens": STEP,
-        "max_model_len": 1300,
-    }
-
-
-def expected(
-    model: Path,
-    rules: list[Rule],
-    prompt: list[int] = PROMPT,
-    steps: list[int] = STEPS,
-    threshold: int = THRESHOLD,
-) -> torch.Tensor:
-    return helper.prompt_logprobs(
-        model, prompt, steps=steps, threshold=threshold, rules=rules, **SIZES
-    )
 
 
 @contextlib.contextmanager
@@ -104,10 +78,6 @@ def assert_answers(
     answered = len(own) - begun - sum(count > 1 for _, count in own[begun:]) + 1
     assert_close(logprobs[-answered:], right[-answered:])
     return steps
-
-
-def assert_close(found: torch.Tensor, right: torch.Tensor, atol: float = ATOL) -> None:
-    torch.testing.assert_close(found.double(), right, rtol=0, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -286,185 +256,3 @@ def test_torch_agrees_with_the_reference(
     with engine(llama, **options(**AUTO)) as llm:
         [output] = generate(llm, [PROMPT], prompt_logprobs=0)
     assert_close(of_prompt(output), by_reference)
-
-
-def as_list(budgets: Any) -> Any:
-    """As Qwen2.5-1M's file has it."""
-    return [
-        {str(head): ["vertical_and_slash", *pair, 0.5] for head, pair in enumerate(layer)}
-        for layer in budgets
-    ]
-
-
-def as_dictionary(budgets: Any) -> Any:
-    return {str(layer): heads for layer, heads in enumerate(as_list(budgets))}
-
-
-def rules_of(budgets: Any) -> list[Rule]:
-    return [Rule(*zip(*layer, strict=True), continuous=True) for layer in budgets]
-
-
-@pytest.mark.parametrize("form", [as_list, as_dictionary])
-def test_a_checkpoint_s_budgets(form: Any, tmp_path: Path) -> None:
-    """A file in Qwen's own format, found by vLLM beside a config that asks for DCA."""
-    asked = {**SIZES, "original_max_position_embeddings": 100}
-    model = checkpoints.write(
-        tmp_path,
-        "Qwen2Config",
-        dual_chunk_attention_config={
-            **asked,
-            "sparse_attention_enabled": True,
-            "sparse_attention_threshold": THRESHOLD,
-            "sparse_attention_last_q": 64,
-        },
-    )
-    (tmp_path / "sparse_attention_config.json").write_text(json.dumps(form(BUDGETS)))
-    rules = rules_of(BUDGETS)
-    right = helper.prompt_logprobs(
-        model, PROMPT, steps=STEPS, threshold=THRESHOLD, rules=rules, **asked
-    )
-    dense = prompt_logprobs(model, PROMPT, **asked)
-    assert (right - dense).abs().max() > 100 * ATOL
-    given = options() | {"additional_config": {"dca": {"sparse": "checkpoint"}}}
-    with engine(model, **given) as llm:
-        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
-    assert_close(of_prompt(output), right)
-
-
-@pytest.mark.parametrize(
-    "ranks",
-    [
-        {"tensor_parallel_size": 2},
-        # vLLM has no eager pipelines on the CPU.
-        pytest.param(
-            {"pipeline_parallel_size": 2, "enforce_eager": False}, marks=pytest.mark.nightly
-        ),
-    ],
-    ids=["TP", "PP"],
-)
-def test_each_rank_has_its_own_budgets(
-    ranks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One KV head, replicated: a second rank's query heads are the third and fourth. Or its
-    layer is the second.
-    """
-    for name, value in one_core_each().items():
-        monkeypatch.setenv(name, value)
-    model = checkpoints.write(tmp_path, "LlamaConfig", num_key_value_heads=1)
-    file = tmp_path / "budgets.json"
-    file.write_text(json.dumps(as_list(BUDGETS)))
-    given = options(sparse="checkpoint", sparse_budgets=str(file))
-    with engine(model, **ranks, **given) as llm:
-        [output] = generate(llm, [PROMPT], prompt_logprobs=0)
-    right = expected(model, rules_of(BUDGETS))
-    assert_close(of_prompt(output), right)
-    by_head = [[*layer[2:], *layer[:2]] for layer in BUDGETS]
-    for swapped in (by_head, BUDGETS[::-1]):
-        assert (expected(model, rules_of(swapped)) - right).abs().max() > 10 * ATOL
-
-
-REFUSED = [
-    ({"sparse": "on"}, "must be one of off, checkpoint, auto, not 'on'"),
-    ({"sparse_coverage": 0.9}, 'sparse_coverage is for "sparse": "auto"'),
-    ({**AUTO, "sparse_coverage": 0}, "above 0 and up to 1, not 0"),
-    ({**AUTO, "sparse_coverage": "x"}, "must be a number, not 'x'"),
-    ({**AUTO, "sparse_threshold": -1}, "must be a number of tokens, not -1"),
-    ({**AUTO, "sparse_min_keys": 2**31}, "must be a number of tokens, not 2147483648"),
-    ({**AUTO, "sparse_budgets": "x"}, 'sparse_budgets is for "sparse": "checkpoint"'),
-    ({"sparse": "checkpoint"}, "the checkpoint has no sparse_attention_config.json"),
-    ({"sparse": "checkpoint", "sparse_budgets": "/nowhere"}, "/nowhere cannot be read"),
-    ({**AUTO, "local_size": 320}, "of 256 tokens or more, but chunk_size 512 - local_size 320"),
-    ({**AUTO, "local_size": 50}, "multiple of 64, but chunk_size 512 - local_size 50 = 462"),
-]
-
-
-@pytest.mark.parametrize(("given", "message"), REFUSED)
-def test_refused_at_start_up(llama: Path, given: dict[str, Any], message: str) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    refused = options() | {"additional_config": {"dca": {**SIZES, **given}}}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        EngineArgs(
-            str(llama), attention_backend="dca", block_size=2, **refused
-        ).create_engine_config()
-
-
-def test_who_shares_keys_must_have_the_same_options(llama: Path, dca_log: list[str]) -> None:
-    from vllm.config import KVTransferConfig
-    from vllm.engine.arg_utils import EngineArgs
-
-    EngineArgs(
-        str(llama),
-        attention_backend="dca",
-        block_size=16,
-        kv_transfer_config=KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both"),
-        **options(**AUTO),
-    ).create_engine_config()
-    [warning] = [line for line in dca_log if "as DCA rotated them" in line]
-    assert "with these options of sparse prefill; give" in warning
-
-
-def test_fp32_is_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_dca.engine import refusals
-
-    given = options(**AUTO)
-    args = EngineArgs(str(llama), attention_backend="dca", block_size=16, **given)
-    config = args.create_engine_config()
-    config.additional_config = given["additional_config"]
-    config.model_config.dtype = torch.float32
-    assert refusals.refusals(config) == []
-    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
-    monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
-    [refused] = refusals.refusals(config)
-    assert refused.startswith("sparse prefill in float32 on CUDA (--dtype bfloat16")
-    config.model_config.dtype = torch.bfloat16
-    assert refusals.refusals(config) == []
-
-
-@pytest.mark.parametrize(
-    ("sparse", "message"),
-    [
-        ({}, "has None for head 0 of layer 1"),
-        ({"0": {"0": ["vertical_and_slash", 1, 1, 1]}}, "has None for head 1 of layer 0"),
-        ([[["block_sparse", 1, 1, 1]] * 4] * 2, "'block_sparse', 1, 1, 1] for head 0"),
-        ({"first": {}}, "must be a list, or an object by number"),
-    ],
-)
-def test_budgets_of_every_head_are_needed(
-    llama: Path, tmp_path: Path, sparse: Any, message: str
-) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    file = tmp_path / "budgets.json"
-    file.write_text(json.dumps(sparse or {"0": as_list(BUDGETS)[0]}))
-    given = options(sparse="checkpoint", sparse_budgets=str(file))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        EngineArgs(
-            str(llama), attention_backend="dca", block_size=16, **given
-        ).create_engine_config()
-
-
-def test_layers_whose_window_is_off_need_budgets(tmp_path: Path) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    model = checkpoints.write_config(
-        tmp_path,
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        head_dim=32,
-        sliding_window=40,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    file = tmp_path / "budgets.json"
-    file.write_text(json.dumps({"1": as_list(BUDGETS)[1]}))
-    given = {
-        **options(sparse="checkpoint", sparse_budgets=str(file)),
-        "attention_backend": "dca",
-        "skip_tokenizer_init": True,
-        "block_size": 16,
-    }
-    EngineArgs(str(model), **given).create_engine_config()
-    with pytest.raises(ValueError, match="has None for head 0 of layer 0"):
-        EngineArgs(str(model), disable_sliding_window=True, **given).create_engine_config()

@@ -134,7 +134,7 @@ REFUSED = {
     "another attention backend": (
         "test_startup::test_a_drafter_with_another_backend_is_refused"
     ),
-    "sparse prefill in fp32": "test_sparse::test_fp32_is_refused_on_cuda",
+    "sparse prefill in fp32": "test_sparse_budgets::test_fp32_is_refused_on_cuda",
     "decode context": BY_OPTION,
     "prefill context": "test_startup::test_what_only_gpus_have_is_refused",
     "dual-batch overlap": "test_startup::test_what_only_gpus_have_is_refused",

@@ -6,8 +6,6 @@ import math
 import os
 import re
 import runpy
-import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,16 +16,13 @@ from typing import Any
 import pytest
 import typer
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 from scripts.common.corpus import load
 from scripts.common.server import Server
 from scripts.common.serving import free_port
 from tests.conftest import DEMO_MODEL
 from tests.helpers import checkpoints
-from tests.helpers.command_line import served
 from tests.helpers.inprocess import engine
-from vllm_dca.cli import app
 
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 OURS = {"scripts", "tests", "vllm_dca"}
@@ -271,123 +266,3 @@ def test_client_without_a_server(document: Path) -> None:
     assert client.errors.startswith(f"No server answers at {url}")
     assert "vllm serve MODEL --attention-backend dca" in client.errors
     assert "Traceback" not in client.errors
-
-
-def qwen_1m(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(EXAMPLES / "qwen_1m.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-def serving(*arguments: str) -> Any:
-    """The engine's arguments, by vLLM's own parser, of what a dry run prints."""
-    run = qwen_1m("--dry-run", *arguments)
-    assert run.returncode == 0, run.stderr
-    vllm, serve, *words = shlex.split(run.stdout)
-    assert (vllm, serve) == ("vllm", "serve")
-    return served(words)
-
-
-def explained(arguments: Any) -> str:
-    """What `vllm-dca explain` says of the options that it shares with `vllm serve`."""
-    options = ["--max-model-len", str(arguments.max_model_len)]
-    options += ["--tensor-parallel-size", str(arguments.tensor_parallel_size)]
-    result = CliRunner().invoke(app, ["explain", arguments.model, *options])
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-# As the published config.json has it.
-QWEN2_5_1M = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "head_dim": None,
-    "vocab_size": 152064,
-    "max_position_embeddings": 1010000,
-    "rope_theta": 1e7,
-    "dual_chunk_attention_config": {
-        "chunk_size": 262144,
-        "local_size": 8192,
-        "original_max_position_embeddings": 262144,
-    },
-}
-
-
-@pytest.mark.each_minor
-def test_qwen_1m_starts_a_checkpoint_with_chunk_sizes(tmp_path: Path) -> None:
-    model = checkpoints.write_config(tmp_path, "Qwen2Config", "Qwen2ForCausalLM", **QWEN2_5_1M)
-    arguments = serving(str(model), "2")
-    assert arguments.model == str(model)
-    assert arguments.attention_backend.lower() == "dca"
-    assert arguments.max_model_len == 1010000
-    assert arguments.tensor_parallel_size == 2
-    assert arguments.enable_chunked_prefill
-    assert arguments.max_num_batched_tokens == 32768
-    assert arguments.gpu_memory_utilization == 0.92
-    said = explained(arguments)
-    assert "262144 tokens, the checkpoint's dual_chunk_attention_config" in said
-    assert "28 of 28 layers" in said
-    assert "for one request of 1010000 tokens on each of 2 ranks" in said
-
-
-def test_qwen_1m_asks_for_the_chunk_sizes_of_qwen3(tmp_path: Path) -> None:
-    model = checkpoints.write_config(
-        tmp_path, "Qwen3MoeConfig", "Qwen3MoeForCausalLM", max_position_embeddings=262144
-    )
-    sizes = {"chunk_size": 131072, "local_size": 4096}
-    config = json.loads((model / "config.json").read_text())
-    config |= {"max_position_embeddings": 1010000, "dual_chunk_attention_config": sizes}
-    (model / "config_1m.json").write_text(json.dumps(config))
-
-    # What the usage says of sparse prefill names no sizes.
-    sparse = json.dumps({"dca": {"sparse": "checkpoint"}})
-    assert f"--additional-config '{sparse}'" in qwen_1m("--help").stdout
-    for more in ((), ("--additional-config", sparse)):
-        run = qwen_1m("--dry-run", str(model), "2", *more)
-        assert (run.returncode, run.stdout) == (1, "")
-        assert "Put config_1m.json in its place" in run.stderr
-    run = qwen_1m("--dry-run", "Qwen/Qwen3-30B-A3B-Instruct-2507", "2")
-    assert (run.returncode, run.stdout) == (1, "")
-    assert "config_1m.json: download it first" in run.stderr
-    given = serving(str(model), "2", "--additional-config", json.dumps({"dca": sizes}))
-    assert given.additional_config == {"dca": sizes}
-
-    shutil.copy(model / "config_1m.json", model / "config.json")
-    said = explained(serving(str(model), "2"))
-    assert "131072 tokens, the checkpoint's dual_chunk_attention_config" in said
-
-
-@pytest.mark.each_minor
-def test_qwen_1m_lets_later_arguments_win() -> None:
-    more = ["--max-model-len", "524288", "--kv-cache-dtype", "fp8", "--port", "8001"]
-    arguments = serving("Qwen/Qwen2.5-14B-Instruct-1M", "4", *more)
-    assert arguments.max_model_len == 524288
-    assert arguments.kv_cache_dtype == "fp8"
-    assert arguments.tensor_parallel_size == 4
-
-
-@pytest.mark.parametrize("arguments", [(), ("MODEL",), ("MODEL", "0"), ("MODEL", "--port")])
-def test_qwen_1m_tells_its_usage(arguments: tuple[str, ...]) -> None:
-    run = qwen_1m(*arguments)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("Usage: qwen_1m.sh [--dry-run] MODEL GPUS")
-    assert qwen_1m("--help").stdout == run.stderr
-
-
-def test_qwen_1m_starts_what_it_prints(tmp_path: Path) -> None:
-    """`vllm` is a stand-in here that prints its arguments: a start wants GPUs."""
-    stand_in = tmp_path / "vllm"
-    stand_in.write_text('#!/usr/bin/env bash\nprintf "%s\\n" vllm "$@"\n')
-    stand_in.chmod(0o755)
-    arguments = ["Qwen/Qwen2.5-7B-Instruct-1M", "1", "--hf-overrides", '{"a b": "c"}']
-    started = subprocess.check_output(
-        [str(EXAMPLES / "qwen_1m.sh"), *arguments],
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        text=True,
-    )
-    assert started.splitlines() == shlex.split(qwen_1m("--dry-run", *arguments).stdout)
-    assert (
-        "THE CUDA PATH OF DCA HAS NOT RUN ON A GPU YET" in (EXAMPLES / "qwen_1m.sh").read_text()
-    )
