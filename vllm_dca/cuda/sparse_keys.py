@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# Entries of a head that are multiplied at once, at most.
-MAX_HEAD = tl.constexpr(256)
+# Entries of a head that are multiplied at once, at most; of a larger one so many.
+MAX_HEAD, PART = tl.constexpr(256), tl.constexpr(128)
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def probe_scores(
     else:
         # Whole, queries and keys would want 128 KiB of shared memory; some cards have 99.
         scores = tl.zeros([sees.shape[0], KEYS], tl.float32)
-        for first in tl.static_range(0, d.shape[0], MAX_HEAD):
-            part = first + tl.arange(0, MAX_HEAD)
+        for first in range(0, d.shape[0], PART):
+            part = first + tl.arange(0, PART)
             q = turned_rows(turned, row, head, num_heads, row >= 0, part, HEAD_SIZE)
             inside = (key < end)[:, None] & (part < HEAD_SIZE)[None, :]
             k = tl.load(place[:, None] + part[None, :], mask=inside, other=0.0)

@@ -110,7 +110,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Needs], Any]]] = {
 def in_order(device_type: str, needs: Needs) -> list[str]:
     """Names of a device's providers, the preferred first.
 
-    On compute capability 10 the compiler makes the loop over keys up to a third longer if all
+    On compute capability 10, with heads up to 128, a program less fits a multiprocessor if all
     of DCA is one launch (docs/gpu.md): there the passes go first.
     """
     names = list(PROVIDERS[device_type])
