@@ -1,6 +1,7 @@
 """scripts/setup on machines without uv, or whose index has no CPU build of torch."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from scripts.common.record import ROOT
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$ASKED"
 [[ " $* " =~ " pip show " || " $* " =~ $FAILS ]] && exit 1
-[[ $1 == -c || $* == *requirement* ]] && cat >/dev/null
+[[ $1 == -c ]] && echo needed
 exit 0
 """
 
@@ -24,10 +25,18 @@ exit 0
         ("nothing", 0, "guidellm"),
         ("pip install -qq uv", 0, "guidellm"),
         ("pip_settings", 0, "guidellm"),
+        ("uv pip install", 0, "guidellm"),
         ("torch==[0-9.]+.cpu", 0, "guidellm"),
         ("torch==", 1, "--torch-backend cpu"),
     ],
-    ids=["the index has it", "no uv", "pip's alone", "PyTorch has it", "nobody has it"],
+    ids=[
+        "the index has it",
+        "no uv",
+        "pip's alone",
+        "uv fails",
+        "PyTorch has it",
+        "nobody has it",
+    ],
 )
 def test_who_installs_and_where_torch_comes_from(
     fails: str, returned: int, last: str, tmp_path: Path
@@ -49,9 +58,16 @@ def test_who_installs_and_where_torch_comes_from(
     lines = asked.read_text().splitlines()
     assert last in lines[-1]
     installed = [line for line in lines if " install " in line and not line.endswith(" uv")]
-    by_pip = [line for line in installed if line.startswith("-m pip ")]
-    assert by_pip == (installed if "pip" in fails else [])
     from_pytorch = [line for line in installed if "--torch-backend cpu torch==" in line]
+    by_pip = [line for line in installed if line.startswith("-m pip ")]
+    by_uv = [
+        line for line in installed if line.startswith("-m uv ") and line not in from_pytorch
+    ]
+    if fails in ("pip install -qq uv", "pip_settings"):
+        assert not by_uv
+    else:  # What uv does not install, pip tries.
+        wanted = [line.split()[-1] for line in by_uv if re.search(fails, line)]
+        assert [line.split()[-1] for line in by_pip] == wanted
     assert len(from_pytorch) == ("torch" in fails)
     if returned:
         assert "no CPU build of torch" in run.stderr
