@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from scripts.common.serving import VLLM, free_port
+from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate
 from tests.helpers.companions import write_eagle
@@ -398,6 +399,43 @@ def test_the_block_size_is_the_one_that_the_engine_will_have(llama: Path) -> Non
         assert llm.llm_engine.vllm_config.cache_config.block_size == 128
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM splits pages there, and says so")
+def test_pages_that_cannot_be_split_are_refused_as_the_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside Mamba layers pages are of 48 tokens, and of a chunk only 16 divide them."""
+    import vllm.envs
+
+    recipe = RECIPES["GraniteMoeHybridForCausalLM"]
+    changes = {**recipe["changes"], "num_hidden_layers": 4}
+    changes["layer_types"] = ["mamba", "attention"] * 2
+    model = checkpoints.write(tmp_path, recipe["config"], **changes)
+    vllm.envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BLHNC")
+    options = {**recipe["options"], "additional_config": {"dca": SIZES}}
+    message = "in parts of 16, which divide its chunks, and cannot with other layers' pages"
+    with pytest.raises(ValueError, match=message), engine(model, **options):
+        pass
+
+
+def test_padded_pages_are_not_split(llama: Path) -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_dca.engine.block_size import check_pages_split
+
+    config = settle(llama)
+    config.cache_config.kv_cache_layout = "LBHNC"
+    shape = {"block_size": 48, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
+    whole = FullAttentionSpec(**shape)
+    check_pages_split(whole, 16, config)
+    padded = FullAttentionSpec(**shape, page_size_padded=2 * whole.page_size_bytes)
+    message = (
+        "with padding between pages. Choose chunk_size - local_size among the multiples of 48"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_pages_split(padded, 16, config)
+
+
 def test_a_drafter_does_not_shorten_the_context(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -620,6 +658,22 @@ def test_cards_that_are_refused(
         assert found is None
     else:
         assert re.search(reason, found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "works"), [(torch.bfloat16, "bfloat16"), (torch.float32, "auto")]
+)
+def test_a_cache_of_another_dtype_is_refused_in_words_that_help(
+    dtype: torch.dtype, works: str
+) -> None:
+    from vllm.platforms.interface import DeviceCapability
+
+    from vllm_dca.engine.backend import DcaBackend
+
+    found = DcaBackend.supports_combination(
+        64, dtype, "float16", 16, False, False, False, False, DeviceCapability(9, 0)
+    )
+    assert found == f"--kv-cache-dtype float16 with a {dtype} model; use {works}"
 
 
 @pytest.mark.parametrize(

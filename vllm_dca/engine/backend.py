@@ -69,10 +69,13 @@ class DcaBackend(AttentionBackend):
         cache_dtype = cache_dtype_of(kv_cache_dtype or "auto", dtype)
         if cache_dtype == dtype:
             return None
+        # By its name it goes before what a checkpoint asks for; float32 has none.
+        name = str(dtype).removeprefix("torch.")
+        works = name if name in KV_CACHE_DTYPES else "auto"
         if cache_dtype.itemsize > 1:
-            return f"--kv-cache-dtype {kv_cache_dtype} with a {dtype} model; use auto"
+            return f"--kv-cache-dtype {kv_cache_dtype} with a {dtype} model; use {works}"
         if current_platform.is_cpu():
-            return f"--kv-cache-dtype {kv_cache_dtype} on the CPU; use auto"
+            return f"--kv-cache-dtype {kv_cache_dtype} on the CPU; use {works}"
         return None
 
     @classmethod

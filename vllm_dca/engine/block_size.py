@@ -2,6 +2,7 @@
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 # What vLLM takes on the CPU unless told otherwise: 0.32 when it is configured, 0.33 when the
 # model is there. Until then 0.33's config says what a GPU would take.
@@ -17,3 +18,27 @@ def block_size_of(vllm_config: VllmConfig) -> int:
     if current_platform.is_cpu() and not cache_config.user_specified_block_size:
         return CPU_BLOCK_SIZE
     return cache_config.block_size
+
+
+def check_pages_split(spec: AttentionSpec, part: int, vllm_config: VllmConfig) -> None:
+    """Parts of all pages lie equally far apart only where the pages have nothing between them.
+
+    Args:
+        spec: of the KV cache; its layout is settled.
+        part: tokens a page as DCA reads it.
+
+    Raises:
+        ValueError: another layer's pages lie between, or what fills them up.
+    """
+    layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
+    if layout.is_layer_compact and spec.page_size_bytes == spec.unpadded_page_size_bytes:
+        return
+    between, remedy = "padding", ""
+    if not layout.is_layer_compact:
+        between = f"other layers' pages, by the KV cache's layout {layout.name},"
+        remedy = ", or VLLM_KV_CACHE_LAYOUT=LBHNC"
+    raise ValueError(
+        f"DCA reads the KV cache's pages of {spec.block_size} tokens in parts of {part}, which "
+        f"divide its chunks, and cannot with {between} between pages. Choose chunk_size - "
+        f"local_size among the multiples of {spec.block_size}{remedy}."
+    )

@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_dca.engine.block_size import check_pages_split
 from vllm_dca.engine.devices import check_one_plan
 from vllm_dca.engine.recall import collect
 from vllm_dca.engine.settings import settings_of
@@ -63,6 +64,8 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
             # See DcaBackend.get_supported_kernel_block_sizes.
             self.block_size = math.gcd(self.settings.geometry.chunk_len, self.block_size)
             self.parts = kv_cache_spec.block_size // self.block_size
+            if self.parts > 1:
+                check_pages_split(kv_cache_spec, self.block_size, vllm_config)
         if self.settings.geometry.chunk_len % self.block_size:
             raise ValueError(
                 f"DCA's chunk length {self.settings.geometry.chunk_len} is not a multiple of "
