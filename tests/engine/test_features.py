@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from tests.helpers import checkpoints, rounding
-from tests.helpers.answers import accepted, drafted, generate, of_answer, of_prompt
+from tests.helpers.answers import (
+    accepted,
+    drafted,
+    generate,
+    generate_from_embeddings,
+    of_answer,
+    of_prompt,
+)
 from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, runner_of
 from vllm_dca.reference.model import forward, prompt_logprobs
@@ -148,16 +155,8 @@ def test_embeddings_and_pooling(llama: Path) -> None:
 
 
 def test_prompts_as_embeddings(llama: Path) -> None:
-    from safetensors.torch import load_file
-    from vllm import SamplingParams
-
-    table = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
-    params = SamplingParams(
-        temperature=0, max_tokens=10, ignore_eos=True, logprobs=0, detokenize=False
-    )
     with engine(llama, enable_prompt_embeds=True, **DCA) as llm:
-        prompt = {"prompt_embeds": table[torch.tensor(PROMPT)]}
-        [output] = llm.generate([prompt], params, use_tqdm=False)
+        output = generate_from_embeddings(llm, llama, PROMPT, max_tokens=10)
     tokens, logprobs = of_answer(output)
     assert_close(logprobs, answered(llama, PROMPT, tokens))
 

@@ -16,6 +16,7 @@ from tests.helpers.answers import (
     accepted,
     drafted,
     generate,
+    generate_from_embeddings,
     of_answer,
     of_prompt,
     preemptions,
@@ -125,17 +126,9 @@ def test_pooling(tmp_path: Path) -> None:
 
 @under("V2")
 def test_prompts_as_embeddings(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-    from vllm import SamplingParams
-
     llama = write(tmp_path)
-    table = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
-    params = SamplingParams(
-        temperature=0, max_tokens=2, ignore_eos=True, logprobs=0, detokenize=False
-    )
     with engine(llama, enable_prompt_embeds=True, **OPTIONS) as llm:
-        prompt = {"prompt_embeds": table[torch.tensor(PROMPT)]}
-        [output] = llm.generate([prompt], params, use_tqdm=False)
+        output = generate_from_embeddings(llm, llama, PROMPT, max_tokens=2)
     assert_agrees(llama, PROMPT, output)
 
 

@@ -1,18 +1,37 @@
 """Greedy generation, and the log-probabilities that come with it."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 
 def generate(
     llm: Any, prompts: list[list[int]], max_tokens: int = 1, **params: Any
 ) -> list[Any]:
     """Greedy answers of a fixed length to token prompts."""
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return _answers(llm, given, max_tokens, params)
+
+
+def generate_from_embeddings(
+    llm: Any, model: Path, prompt: list[int], max_tokens: int = 1
+) -> Any:
+    """The same, where a prompt comes as rows of the model's own table."""
+    weights = load_file(model / "model.safetensors")
+    rows = weights["model.embed_tokens.weight"][torch.tensor(prompt)]
+    [answer] = _answers(llm, [{"prompt_embeds": rows}], max_tokens, {})
+    return answer
+
+
+def _answers(
+    llm: Any, given: list[dict[str, Any]], max_tokens: int, params: dict[str, Any]
+) -> list[Any]:
     from vllm import SamplingParams
 
     return llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
+        given,
         SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
