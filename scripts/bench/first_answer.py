@@ -5,6 +5,7 @@ at the end; pip's index and Python are this machine's. Committed code alone is c
 lasts until the next one's first line in what scripts/serve prints.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -39,7 +40,7 @@ BEGINNINGS = {
 # What would bring in something of this environment's.
 LEFT_OUT = (
     *("VENV", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"),
-    *("TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT"),
+    *("TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "UV_CACHE_DIR", "PIP_CACHE_DIR"),
 )
 PROMPT = {"model": "smollm2", "max_tokens": 30, "prompt": "Rotary positions are"}
 LOOKING_S = 0.1
@@ -127,7 +128,8 @@ def measure(folder: Path, log: Path) -> tuple[dict[str, dict[str, float]], str, 
         ask(url)
         again = time.monotonic() - start
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait()
     if unseen := {*BEGINNINGS} - {*found}:
         raise RuntimeError(f"not seen in {log}: {', '.join(sorted(unseen))}")

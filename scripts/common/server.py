@@ -13,9 +13,7 @@ from typing import Any
 
 import psutil
 
-from scripts.common.serving import ENDING_S, VLLM, free_port, is_up
-
-STARTING_S = 600
+from scripts.common.serving import ENDING_S, STARTING_S, VLLM, free_port, is_up
 
 
 class Server:

@@ -62,7 +62,11 @@ MEASUREMENTS = {
     "scripts.bench.cpu": Measurement(("cpu", "cpu-avx2", "cpu-growth"), CPU),
     "scripts.bench.engine": Measurement(("engine-cpu",), ENGINE_ON_CPU),
     "scripts.bench.first_answer": Measurement(
-        ("first-answer",), ("scripts/setup", "scripts/serve", "scripts/common/demo_model.py")
+        ("first-answer",),
+        (
+            *("scripts/setup", "scripts/serve"),
+            *("scripts/common/demo_model.py", "scripts/common/pip_settings.py"),
+        ),
     ),
     "scripts.bench.first_token": Measurement(
         ("first-token-32k",), ENGINE_ON_CPU, is_sparse=True

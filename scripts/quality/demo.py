@@ -53,8 +53,7 @@ class Measured:
 def serve(port: int, *arguments: str) -> Iterator[str]:
     """scripts/serve at this port: its URL."""
     url = f"http://localhost:{port}"
-    # Compiling would take longer than the two requests that this server gets.
-    command = [ROOT / "scripts/serve", "--port", str(port), "--enforce-eager", *arguments]
+    command = [ROOT / "scripts/serve", "--port", str(port), *arguments]
     with server(command, url, CACHE / f"server-{port}.log"):
         yield url
 

@@ -15,6 +15,7 @@ from tests.helpers.command_line import run
 from tests.helpers.inprocess import in_a_child
 from tests.helpers.ranks import one_core_each
 from vllm_dca.cli import app
+from vllm_dca.engine.log import logger
 from vllm_dca.method.sparse_config import read_budgets
 
 SIZES = {"chunk_size": 512, "local_size": 128, "sparse_threshold": 150}
@@ -100,13 +101,17 @@ def _no_engine(*_: Any, **__: Any) -> None:
 
 def test_an_engine_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
+        logger.warning("why it may")
         raise RuntimeError("Worker failed with error 'no room'")
 
+    # As `calibrate` sets it for its process.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     (tmp_path / "text").write_text("long")
     monkeypatch.setattr("vllm_dca.engine.calibrate.LLM", fail)
     result = run(*arguments(tmp_path, tmp_path / "budgets.json"))
     assert result.exit_code == 1
     assert result.stderr.strip() == "Worker failed with error 'no room'"
+    assert "why it may" in result.stdout
 
 
 def arguments(folder: Path, output: Path) -> list[str]:

@@ -235,5 +235,6 @@ def test_a_length_by_auto(auto: str, llama: str) -> None:
         "128 tokens, 1.0 times the window; by auto: a start lowers it to what its KV cache has "
         "room for"
     ]
-    config = served(shlex.split(said["start it"][0])[2:]).create_engine_config()
-    assert config.model_config.original_max_model_len == -1
+    command = shlex.split(said["start it"][0])
+    assert command[command.index("--max-model-len") + 1] == "auto"
+    assert served(command[2:]).create_engine_config().model_config.original_max_model_len == -1

@@ -1,6 +1,7 @@
 """The attention function against the reference, over batches of every shape."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.helpers.paged import CPU_OPERATIONS, CPU_PREFILL, Batch, Shape
 from vllm_dca.cpu import compiled, plan_decode
 from vllm_dca.method.kv_cache import write_kv
 from vllm_dca.method.prefill import by_passes
+from vllm_dca.method.rotary import QueryRotation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -101,6 +103,30 @@ def test_compiled_takes_many_tiles_splits_and_panels(
         shape = Shape(lengths, 512, 128, 64, tokens_first=tokens_first, **sizes, **softmax)
         batch = Batch.random(shape)
         batch.assert_close(batch.compiled())
+
+
+def test_layers_of_a_step_share_its_plan() -> None:
+    """They differ in all that layers of one plan can differ in."""
+    shape = Shape([(70, 0), (90, 88)], 32, 16, 8, rotary_dim=16, head_size=16)
+    differences: list[dict[str, Any]] = [
+        *({}, {"soft_cap": 1.0}, {"has_sinks": True}, {"is_neox": False}),
+        *({"rotary_dim": 8}, {"tokens_first": True}, {"mscale": 1.2}, {}),
+    ]
+    layers = [Batch.random(dataclasses.replace(shape, **each)) for each in differences]
+    first = layers[0]
+    assert all(torch.equal(layer.block_table, first.block_table) for layer in layers)
+    plans = []
+
+    def shared(*arguments: Any) -> compiled.CompiledPlan:
+        if not plans:
+            plans.append(compiled.CompiledPlan(*arguments))
+        return plans[0]
+
+    tables: dict[int, torch.Tensor] = {}  # as a model's layers share them
+    for layer in layers:
+        table = tables.setdefault(layer.shape.rotary_dim, layer.rotation().cos_sin)
+        layer.rotation = functools.partial(QueryRotation, table, layer.shape.is_neox)
+        layer.assert_close(layer.compiled(plan=shared))
 
 
 @pytest.mark.parametrize(("group", "lengths"), [(20, (3000, 2999)), (9, (5000, 4998))])

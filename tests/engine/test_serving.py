@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from scripts.common.server import STARTING_S, Server
-from scripts.common.serving import VLLM
+from scripts.common.server import Server
+from scripts.common.serving import STARTING_S, VLLM
 from scripts.quality.methods import Method
 from scripts.quality.ruler.__main__ import ask
 from scripts.quality.ruler.served import Served

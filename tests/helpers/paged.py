@@ -232,10 +232,12 @@ class Batch:
         return self._planned(DecodePlan, decode_attention)
 
     def compiled(
-        self, query: torch.Tensor | None = None, rows: slice = slice(None)
+        self,
+        query: torch.Tensor | None = None,
+        rows: slice = slice(None),
+        plan: Callable[..., compiled.CompiledPlan] = compiled.CompiledPlan,
     ) -> torch.Tensor:
         """The CPU's compiled kernel, for any rows."""
-        plan = compiled.CompiledPlan
         return self._planned(plan, compiled.attention, query, rows)
 
     def _planned(

@@ -175,8 +175,10 @@ def calibrate(
     given["additional_config"] = additional
     # An engine that fails, such as for want of memory, says so by a RuntimeError.
     with quiet_vllm() as warnings, _refusals(RuntimeError):
-        run(model, text, recall, output, given, console)
-    _print_warnings(warnings)
+        try:
+            run(model, text, recall, output, given, console)
+        finally:  # They may be why it failed.
+            _print_warnings(warnings)
     # Budgets belong to the chunk sizes that they were found with.
     options = {
         key: value
@@ -293,5 +295,6 @@ def _size(count: int) -> str:
 def _serve_command(model: str, given: dict[str, Any]) -> list[str]:
     command = ["vllm", "serve", model, "--attention-backend", "dca"]
     for name, value in given.items():
-        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        said = "auto" if value == AUTO else str(value)
+        command += [f"--{name.replace('_', '-')}", *([] if value is True else [said])]
     return command

@@ -182,7 +182,8 @@ def attention(
     kind = (
         *(query.dtype, kv_cache.dtype, output.dtype, query.shape, kv_cache.shape),
         *(query.stride(), kv_cache.stride(), output.stride()),
-        *(rotation.cos_sin.data_ptr(), rotation.is_neox, softmax_scale, soft_cap),
+        *(rotation.cos_sin.data_ptr(), rotation.cos_sin.shape, rotation.is_neox),
+        *(softmax_scale, soft_cap),
     )
     arguments = plan.arguments.get(kind)
     if arguments is None:

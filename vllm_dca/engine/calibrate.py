@@ -173,7 +173,7 @@ def calibrate(
     if not any(ranks):
         raise ValueError(
             f"{text} has {len(tokens)} tokens for this model, of which no step was sparse: "
-            "give a longer text, or a smaller sparse_threshold."
+            "give a longer text, a larger --max-model-len, or a smaller sparse_threshold."
         )
     # A layer's heads are cut by rank, in order.
     budgets: dict[int, list[Budget]] = {}

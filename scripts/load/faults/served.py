@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from scripts.common.server import STARTING_S, Server
+from scripts.common.server import Server
+from scripts.common.serving import STARTING_S
 from tests.helpers import checkpoints
 
 ENDED_S = 120
