@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scripts.bench.layer import Layer
@@ -76,8 +76,21 @@ def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
         batch.assert_close(batch.decode())
 
 
+# Its scores are larger than those of the batches that its tolerance was once asked of.
+LARGE_SCORES = Shape(
+    [(15, 1), (63, 14), (16, 0)],
+    *(48, 12, 16),
+    num_kv_heads=1,
+    group=4,
+    is_neox=False,
+    original_max_position_embeddings=1,
+    seed=223,
+)
+
+
 @settings(max_examples=cases(150), deadline=None)
 @given(st.one_of(shapes(softmax=True), shapes(decode=True, softmax=True)), st.booleans())
+@example(LARGE_SCORES, False)
 def test_compiled_agrees_with_reference(shape: Shape, tokens_first: bool) -> None:
     batch = Batch.random(dataclasses.replace(shape, tokens_first=tokens_first))
     batch.assert_close(batch.compiled())

@@ -274,17 +274,21 @@ class Batch:
         The reference itself, run in that dtype, rounds queries, keys, scores, weights and
         output once each. The fast path rounds a turned query and a partial output once more,
         hence twice its error; eps times the largest value is there for the batches where the
-        ordinary one happens to be exact (a single key). It is asked for every row of whole
-        sequences, of several batches if these are short: one row may be lucky.
+        ordinary one happens to be exact (a single key). It is asked for this batch, whose
+        scores may be larger than others', and for every row of whole sequences, of several
+        batches if these are short: one row may be lucky.
         """
-        ordinary = largest = 0.0
         shape = dataclasses.replace(
             self.shape, lengths=[(total, 0) for total, _ in self.shape.lengths]
         )
         rows = sum(total for total, _ in shape.lengths)
         outputs = rows * shape.num_kv_heads * shape.group * shape.head_size
-        for sample in range(min(-(-4000 // outputs), 16)):
-            batch = Batch.random(dataclasses.replace(shape, seed=shape.seed + 1000 * sample))
+        others = (
+            Batch.random(dataclasses.replace(shape, seed=shape.seed + 1000 * sample))
+            for sample in range(min(-(-4000 // outputs), 16))
+        )
+        ordinary = largest = 0.0
+        for batch in (self, *others):
             exact, rounded = batch.reference(), batch.reference(shape.dtype).double()
             ordinary = max(ordinary, (rounded - exact).abs().max().item())
             largest = max(largest, *(value.abs().max().item() for value in batch.values))
