@@ -20,25 +20,15 @@ from ray.cluster_utils import Cluster
 
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.on_ray import OPTIONS, SIZES, write_model
 
 ROOT = Path(__file__).parents[2]
 ATOL = 1e-3
-SIZES = {"chunk_size": 96, "local_size": 32}
-OPTIONS = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "block_size": 16,
-    "max_num_batched_tokens": 100,
-    "num_gpu_blocks_override": 200,
-    "additional_config": {"dca": SIZES},
-}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    checkpoints.write_tokenizer(checkpoints.write(directory, "LlamaConfig"))
-    return directory
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def let_ray_place_ranks() -> None:

@@ -15,24 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import checkpoints, inprocess
+from tests.helpers.on_ray import OPTIONS, write_model
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"chunk_size": 96, "local_size": 32}
-OPTIONS = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "block_size": 16,
-    "max_num_batched_tokens": 100,
-    "num_gpu_blocks_override": 200,
-    "additional_config": {"dca": SIZES},
-}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    checkpoints.write_tokenizer(checkpoints.write(directory, "LlamaConfig"))
-    return directory
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 class Batch:

@@ -207,9 +207,8 @@ def arguments_of(
     rotation: QueryRotation,
     softmax_scale: float,
     soft_cap: float | None = None,
-    sinks: torch.Tensor | None = None,
 ) -> _Arguments:
-    """The kernel's; it holds no reference to the tensors."""
+    """The kernel's, without sinks; it holds no reference to the tensors."""
     _, num_kv_heads, block_size, width = kv_cache.shape
     num_rows, num_heads, head_size = query.shape
     assert len(rows.position) == num_rows
@@ -224,7 +223,6 @@ def arguments_of(
         output=output.data_ptr(),
         cos_sin=rotation.cos_sin.data_ptr(),
         temperature=None if rows.temperature is None else rows.temperature.data_ptr(),
-        sinks=None if sinks is None else sinks.data_ptr(),
         position=rows.position.data_ptr(),
         request=rows.request.data_ptr(),
         turn=rows.turn.data_ptr(),

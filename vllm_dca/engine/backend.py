@@ -14,7 +14,7 @@ from vllm_dca.engine.metadata import DcaMetadataBuilder
 from vllm_dca.engine.remap import remap_layers
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.startup import configure
-from vllm_dca.engine.support import KV_CACHE_DTYPES, cache_dtype_of
+from vllm_dca.engine.support import KV_CACHE_DTYPES, cache_dtype_of, cache_name_of
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -70,8 +70,7 @@ class DcaBackend(AttentionBackend):
         if cache_dtype == dtype:
             return None
         # By its name it goes before what a checkpoint asks for; float32 has none.
-        name = str(dtype).removeprefix("torch.")
-        works = name if name in KV_CACHE_DTYPES else "auto"
+        works = cache_name_of(dtype) or "auto"
         if cache_dtype.itemsize > 1:
             return f"--kv-cache-dtype {kv_cache_dtype} with a {dtype} model; use {works}"
         if current_platform.is_cpu():

@@ -14,7 +14,12 @@ from vllm.transformers_utils.config import iter_rope_parameters
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
 from vllm_dca.engine.settings import OPTIONS
-from vllm_dca.engine.support import DRAFTERS, DRAFTERS_WITH_LAYERS, KV_CACHE_DTYPES
+from vllm_dca.engine.support import (
+    DRAFTERS,
+    DRAFTERS_WITH_LAYERS,
+    KV_CACHE_DTYPES,
+    cache_name_of,
+)
 from vllm_dca.method.sparse_config import MODE_KEY, OFF
 
 
@@ -102,10 +107,8 @@ def _cache_dtype(vllm_config: VllmConfig) -> str:
         return ""
     if own == "auto":
         return f"--kv-cache-dtype {dtype} (auto does)"
-    name = str(model.dtype).removeprefix("torch.")
-    works = f"--kv-cache-dtype {name}"
-    if name not in KV_CACHE_DTYPES:
-        works = "--dtype bfloat16 --kv-cache-dtype bfloat16"
+    name = cache_name_of(model.dtype)
+    works = f"--kv-cache-dtype {name}" if name else "--dtype bfloat16 --kv-cache-dtype bfloat16"
     given = "the checkpoint's KV cache in" if dtype == own else "--kv-cache-dtype"
     return f"{given} {dtype} ({works} does)"
 

@@ -58,7 +58,7 @@ def configure(vllm_config: VllmConfig) -> None:
         )
     _check_supported(vllm_config)
     model_config = vllm_config.model_config
-    _refuse_embeddings(vllm_config)
+    _take_no_embeddings(vllm_config)
     if has_sliding_layers(model_config):
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
@@ -126,7 +126,7 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         )
 
 
-def _refuse_embeddings(vllm_config: VllmConfig) -> None:
+def _take_no_embeddings(vllm_config: VllmConfig) -> None:
     """vLLM lets who receives keys take images' embeddings, whatever the limits are.
 
     Requests are checked against this very object, here and in every other process that takes

@@ -92,6 +92,11 @@ DRAFTERS_WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")
 DRAFTERS = (*DRAFTERS_WITHOUT_LAYERS, *DRAFTERS_WITH_LAYERS)
 
 
+def cache_name_of(dtype: torch.dtype) -> str | None:
+    """The name in vLLM of a KV cache in a dtype; float32 has none."""
+    return next((name for name, each in KV_CACHE_DTYPES.items() if each == dtype), None)
+
+
 def cache_dtype_of(kv_cache_dtype: "CacheDType", model_dtype: torch.dtype) -> torch.dtype:
     """What the KV cache holds, by its name in vLLM."""
     return KV_CACHE_DTYPES[kv_cache_dtype] or model_dtype
