@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.bench import balance, moves
-from tests.cpu.test_attention import shapes
+from tests.cpu.test_attention import DTYPES, shapes
 from tests.helpers import interpreter
 from tests.helpers.cases import cases
 from tests.helpers.paged import CPU_OPERATIONS, DEVICE, Batch, Shape, query_start_loc
@@ -46,6 +46,33 @@ def _short_shares() -> Iterator[None]:
         patch.setattr(plan_decode, "PACK_COST", 1)
         patch.setattr(tuning, "MAX_TILE", 16)
         yield
+
+
+E5M2 = torch.float8_e5m2
+# As the kernels in docs/results/ were compiled: by head size, dtype and KV cache.
+SERVED_STAGES = {
+    (64, torch.bfloat16, torch.bfloat16): 4,
+    (64, torch.bfloat16, E5M2): 6,
+    (64, torch.float32, torch.float32): 6,
+    (128, torch.bfloat16, torch.bfloat16): 3,
+    (128, torch.bfloat16, E5M2): 4,
+    (128, torch.float32, torch.float32): 4,
+    (256, torch.bfloat16, torch.bfloat16): 3,
+    (256, torch.bfloat16, E5M2): 4,
+    (256, torch.float32, torch.float32): 3,
+}
+
+
+@pytest.mark.parametrize("largest_tile", [16, 64])
+def test_few_tiles_are_on_their_way(largest_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of heads of any size, with the tiles of these tests too: a GPU compiles each stage."""
+    monkeypatch.setattr(tuning, "MAX_TILE", largest_tile)
+    for size, dtype, queries in itertools.product(range(8, 520, 8), DTYPES, (1, 16, 64)):
+        for cache in (dtype, E5M2):
+            stages = tuning.decode_tuning(size, dtype, cache, queries).num_stages
+            assert stages <= 6, (size, dtype, cache)
+            if largest_tile == 64:
+                assert stages == SERVED_STAGES.get((size, dtype, cache), stages)
 
 
 def planner(shape: Shape, max_rows: int, num_programs: int) -> DecodePlanner:

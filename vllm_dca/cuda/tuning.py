@@ -14,6 +14,9 @@ MAX_TILE = 64
 # times latency asks for 13 to 27 KiB a multiprocessor, by the bandwidths of data sheets and an
 # assumed latency of 1,000 cycles; docs/gpu.md has the sum.
 IN_FLIGHT = 32 << 10
+# The tile that is multiplied, and those on their way: small heads would have dozens, each with
+# code of its own before the loop.
+MAX_STAGES = 6
 
 
 class Tuning(NamedTuple):
@@ -65,7 +68,8 @@ def decode_tuning(
     in_flight = IN_FLIGHT // (2 * tile * head_padded * cache_dtype.itemsize)
     wide = dtype == torch.float32 or (is_fp8 and head_padded > 256)
     wide |= queries > (16 if large or is_fp8 else 32)
-    return Tuning(queries, tile, 8 if wide else 4, max(3, 2 + in_flight), registers)
+    stages = min(max(3, 2 + in_flight), MAX_STAGES)
+    return Tuning(queries, tile, 8 if wide else 4, stages, registers)
 
 
 def prefill_tuning(head_size: int, dtype: torch.dtype) -> Tuning:
