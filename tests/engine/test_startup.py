@@ -17,8 +17,7 @@ from scripts.common.serving import VLLM, free_port
 from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate
-from tests.helpers.companions import write_eagle
-from tests.helpers.inprocess import engine
+from tests.helpers.inprocess import engine, settle
 
 pytestmark = pytest.mark.each_minor
 
@@ -28,19 +27,6 @@ SIZES = {"chunk_size": 96, "local_size": 32}
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
-
-
-def settle(model: Path, **options: Any) -> Any:
-    """The configuration step of a start, which `vllm serve` and `LLM` share."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    defaults = {
-        "attention_backend": "dca",
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "block_size": 16,
-    }
-    return EngineArgs(str(model), **{**defaults, **options}).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -77,18 +63,6 @@ def test_a_chunk_size_over_the_window_is_warned_of_and_works(
 def test_any_length_inside_or_past_the_window(max_model_len: int | None, llama: Path) -> None:
     config = settle(llama, max_model_len=max_model_len)
     assert config.model_config.max_model_len == (max_model_len or 128)
-
-
-@pytest.mark.parametrize(("max_model_len", "window"), [(32, 32), (33, 128), (1024, 128)])
-def test_a_window_goes_with_the_factors_that_are_used(
-    max_model_len: int, window: int, tmp_path: Path
-) -> None:
-    """LongRoPE has short ones up to 32 tokens, and long ones where a request may be longer."""
-    rope = checkpoints.SCALINGS["LongRoPE"]
-    changes = {"rope_parameters": rope, "original_max_position_embeddings": 32}
-    model = checkpoints.write_config(tmp_path, "Phi3Config", "Phi3ForCausalLM", **changes)
-    config = settle(model, max_model_len=max_model_len)
-    assert config.additional_config["dca"]["window"] == window
 
 
 @pytest.mark.parametrize(
@@ -434,40 +408,6 @@ def test_padded_pages_are_not_split(llama: Path) -> None:
     )
     with pytest.raises(ValueError, match=message):
         check_pages_split(padded, 16, config)
-
-
-def test_a_drafter_does_not_shorten_the_context(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM 0.33 does that for Model Runner V2 before DCA extends the drafter too."""
-    import vllm.envs
-    from vllm.config import VllmConfig
-
-    vllm.envs.disable_envs_cache()
-    # Without Triton, vLLM 0.32 refuses to be asked for that runner.
-    if hasattr(VllmConfig, "_limit_max_model_len_to_draft"):
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
-    config = settle(llama, max_model_len=1024, speculative_config=draft)
-    assert config.model_config.max_model_len == 1024
-    assert config.speculative_config.draft_model_config.max_model_len == 1024
-
-
-def test_a_drafter_with_a_shorter_window_is_warned_of(
-    llama: Path, tmp_path: Path, dca_log: list[str]
-) -> None:
-    """vLLM lets an EAGLE head's config tell the model's length."""
-    head = write_eagle(tmp_path, "eagle")
-    config = json.loads((head / "config.json").read_text())
-    (head / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
-    draft = {"method": "eagle", "model": str(head), "num_speculative_tokens": 2}
-    settle(
-        llama,
-        max_model_len=1024,
-        speculative_config=draft,
-        additional_config={"dca": SIZES},
-    )
-    assert sum("over the drafter's window of 64 tokens" in line for line in dca_log) == 1
 
 
 def test_other_platforms_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

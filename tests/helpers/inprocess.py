@@ -25,6 +25,19 @@ def inspect_models_here(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
 
 
+def settle(model: Path, **options: Any) -> Any:
+    """The configuration step of a start, which `vllm serve` and `LLM` share."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults = {
+        "attention_backend": "dca",
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "block_size": 16,
+    }
+    return EngineArgs(str(model), **{**defaults, **options}).create_engine_config()
+
+
 @contextlib.contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
     """An LLM with DCA, gone at the end; prefills are cut at odd places."""

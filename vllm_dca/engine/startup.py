@@ -5,39 +5,20 @@ from typing import Any
 
 import torch
 from vllm.config import ModelConfig, VllmConfig
-from vllm.transformers_utils.config import (
-    get_config,
-    get_hf_text_config,
-    iter_rope_parameters,
-)
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.devices import current_processor
 from vllm_dca.engine.log import logger
-from vllm_dca.engine.refusals import has_sliding_layers, refusals, rope_types
+from vllm_dca.engine.refusals import has_sliding_layers, refusals
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.shims import names_dca
 from vllm_dca.engine.sparse import say_sparse, settle_sparse
 from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS, PROVED_MODELS
+from vllm_dca.engine.window import eagle_window, own_window
 from vllm_dca.method.config import DcaSettings, resolve_settings, validate_options
 
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
-
-
-def _own_window(model_config: ModelConfig, max_model_len: int) -> int:
-    """Tokens that vLLM takes without DCA, dynamic NTK's stretch apart: its table has no rows
-    for that. LongRoPE's are those of the factors that vLLM chooses by the longest request.
-    """
-    window = model_config.get_and_verify_max_len(None)
-    config = model_config.hf_text_config
-    if "dynamic" in rope_types(model_config):
-        window = min(window, config.max_position_embeddings)
-    for rope in iter_rope_parameters(config):
-        if rope["rope_type"] == "longrope":
-            short = rope["original_max_position_embeddings"]
-            window = short if max_model_len <= short else config.max_position_embeddings
-    return window
 
 
 def configure(vllm_config: VllmConfig) -> None:
@@ -66,7 +47,7 @@ def configure(vllm_config: VllmConfig) -> None:
     settings = resolve_settings(
         options,
         checkpoint,
-        _own_window(model_config, model_config.max_model_len),
+        own_window(model_config, model_config.max_model_len),
         block_size_of(vllm_config),
     )
     sparse = settle_sparse(vllm_config, options, checkpoint, settings.geometry)
@@ -198,27 +179,26 @@ def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
 
 
 def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
-    """A drafter's attention layers are DCA's too: it drafts as far as the model answers."""
+    """A drafter's attention layers are DCA's too: it drafts as far as the model answers, or as
+    the user said.
+    """
     speculative = vllm_config.speculative_config
     if speculative.method not in DRAFTERS_WITH_LAYERS:
         return
     model_config, draft = vllm_config.model_config, speculative.draft_model_config
+    _take_checkpoint_config(draft)
+    # vLLM would choose one anew.
+    if speculative.attention_backend is None:
+        speculative.attention_backend = vllm_config.attention_config.backend
+    if speculative.max_model_len is not None:
+        return  # vLLM has seen to it that this is within the drafter's window.
     asked = model_config.original_max_model_len
     if asked is not None and asked > model_config.max_model_len:
         # vLLM 0.33 lowers it to the drafter's where Model Runner V2 serves.
         model_config.max_model_len = asked
-    _take_checkpoint_config(draft)
-    window = _own_window(draft, model_config.max_model_len)
-    if speculative.method in ("eagle", "eagle3"):
-        # vLLM has written the model's length into its config.
-        own = get_config(
-            draft.model,
-            draft.trust_remote_code,
-            draft.revision,
-            config_format=draft.config_format,
-        )
-        own_window = getattr(get_hf_text_config(own), "max_position_embeddings", window)
-        window = min(window, own_window)
+    draft.max_model_len = model_config.max_model_len
+    is_eagle = speculative.method in ("eagle", "eagle3")
+    window = (eagle_window if is_eagle else own_window)(draft, draft.max_model_len)
     if settings.chunk_size > window:
         logger.warning(
             "DCA: chunk_size %d is over the drafter's window of %d tokens, so few of its "
@@ -227,10 +207,6 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
             window,
             window,
         )
-    draft.max_model_len = model_config.max_model_len
-    # vLLM would choose one anew.
-    if speculative.attention_backend is None:
-        speculative.attention_backend = vllm_config.attention_config.backend
 
 
 def _take_checkpoint_config(model_config: ModelConfig) -> dict[str, Any] | None:
