@@ -1,12 +1,16 @@
 """`vllm-dca doctor`: what it finds here, and what it would find elsewhere."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import Result
 
-from tests.helpers.command_line import BLOCK, explained, run
+from tests.helpers.command_line import BLOCK, explained, run, without_a_platform
 from vllm_dca.cpu import compiled
 from vllm_dca.cpu.build import BuildError
 from vllm_dca.cpu.processor import Processor
@@ -15,7 +19,7 @@ from vllm_dca.engine import devices
 pytestmark = pytest.mark.each_minor
 
 
-def findings(result: Result) -> dict[str, list[str]]:
+def findings(result: Result | subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"ok": [], "problem": [], "note": []}
     for line in result.stdout.splitlines():
         found[line[:9].rstrip()].append(line[9:])
@@ -40,6 +44,45 @@ def test_doctor_finds_nothing_here() -> None:
         "dca selects vllm_dca.engine.backend.DcaBackend",
     ):
         assert part in said
+
+
+def test_doctor_without_a_platform() -> None:
+    result = without_a_platform("doctor")
+    assert (result.returncode, result.stderr) == (1, "")
+    found = findings(result)
+    platform, prefill = found["problem"]
+    assert platform.startswith("platform unknown: vLLM's build for CUDA sees no GPU")
+    assert prefill == "nothing can compute the prefill on this platform"
+    assert any(line.startswith("shims in force") for line in found["ok"])
+
+
+def test_doctor_where_vllm_does_not_import(tmp_path: Path) -> None:
+    broken = "libcudart.so.13: cannot open shared object file"
+    (tmp_path / "vllm.py").write_text(f"raise OSError({broken!r})")
+    path = os.pathsep.join((str(tmp_path), *filter(None, sys.path)))
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_dca", "doctor"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == f"problem  vLLM cannot be imported: {broken}\n"
+
+
+def test_doctor_goes_on_after_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dca.engine import choice
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("the driver is gone")
+
+    for device in choice.PROVIDERS:
+        monkeypatch.setitem(choice.PROVIDERS, device, {"broken": fail})
+    result = run("doctor")
+    assert result.exit_code == 1
+    found = findings(result)
+    assert found["problem"] == ["providers: RuntimeError: the driver is gone"]
+    assert found["ok"][-1].startswith("--attention-backend dca selects")
 
 
 def test_doctor_on_an_untested_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The command lines: of `vllm serve`, as vLLM itself parses it, and DCA's own."""
 
+import subprocess
+import sys
 from typing import Any
 
 from typer.testing import CliRunner, Result
@@ -7,6 +9,16 @@ from typer.testing import CliRunner, Result
 from vllm_dca.cli import app
 
 BLOCK = ("--block-size", "16")
+# What vLLM's build for CUDA finds where there is no GPU.
+NO_PLATFORM = """
+import sys
+sys.modules["vllm._C"] = None  # here it is the CPU's
+from vllm import platforms
+from vllm.platforms.interface import UnspecifiedPlatform
+platforms._current_platform = UnspecifiedPlatform()
+from vllm_dca.cli import app
+app()
+"""
 
 
 def run(*arguments: str) -> Result:
@@ -17,6 +29,12 @@ def run(*arguments: str) -> Result:
         raise result.exception
     assert "Traceback" not in result.output
     return result
+
+
+def without_a_platform(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`vllm-dca` with these arguments, in a process of its own."""
+    command = [sys.executable, "-c", NO_PLATFORM, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def explained(*arguments: str) -> dict[str, list[str]]:

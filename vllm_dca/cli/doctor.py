@@ -1,7 +1,10 @@
 """Whether DCA is well installed: a finding for each thing that must be right."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from vllm_dca.cli.quiet import quiet_vllm
 
 
 class Finding(NamedTuple):
@@ -88,8 +91,15 @@ def _check_platform() -> Iterator[Finding]:
     from vllm_dca.engine.backend import DcaBackend
 
     name = current_platform.device_type
+    if not name:
+        yield Finding(
+            "problem",
+            "platform unknown: vLLM's build for CUDA sees no GPU, or its driver does not "
+            "answer (nvidia-smi says which); for a CPU vLLM has another build",
+        )
+        return
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
-        yield Finding("problem", f"platform {name or 'unknown'}: DCA runs on cpu and cuda")
+        yield Finding("problem", f"platform {name}: DCA runs on cpu and cuda")
         return
     capability = current_platform.get_device_capability()
     of = "" if capability is None else f", compute capability {capability.as_version_str()}"
@@ -182,14 +192,15 @@ def _check_shims() -> Iterator[Finding]:
 def _check_selection() -> Iterator[Finding]:
     import torch
     from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import get_attn_backend
 
     from vllm_dca.engine.backend import DcaBackend
     from vllm_dca.engine.shims import NAME
 
-    if NAME not in AttentionBackendEnum.__members__:
-        return  # why, is said of the shims
+    if NAME not in AttentionBackendEnum.__members__ or not current_platform.device_type:
+        return  # why, is said of the shims, or of the platform
     try:
         chosen = VllmConfig(
             attention_config=AttentionConfig(backend=AttentionBackendEnum[NAME])
@@ -223,3 +234,19 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _check_shims,
     _check_selection,
 )
+
+
+def findings() -> Iterator[Finding]:
+    """What the checks find, as they find it; one that fails is a problem, not the end."""
+    with contextlib.ExitStack() as quiet:
+        try:
+            quiet.enter_context(quiet_vllm())
+        except Exception as error:
+            yield Finding("problem", f"vLLM cannot be imported: {error}")
+            return
+        for check in CHECKS:
+            try:
+                yield from check()
+            except Exception as error:
+                what = check.__name__.removeprefix("_check_").replace("_", " ")
+                yield Finding("problem", f"{what}: {type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.text import Text
 
-from vllm_dca.cli.doctor import CHECKS
+from vllm_dca.cli.doctor import findings
 from vllm_dca.cli.explain import Explanation, find_out
 from vllm_dca.cli.quiet import quiet_vllm
 from vllm_dca.method.sparse_cost import Bounds
@@ -193,12 +193,13 @@ def calibrate(
 @app.command()
 def doctor() -> None:
     """Check the installation, a line for each thing; exit code 1 if anything is wrong."""
-    with errors.status("Asking vLLM"), quiet_vllm():
-        findings = [finding for check in CHECKS for finding in check()]
     styles = {"ok": "green", "problem": "bold red", "note": "dim"}
-    for verdict, text in findings:
-        console.print(Text.assemble((f"{verdict:<9}", styles[verdict]), text))
-    if any(finding.verdict == "problem" for finding in findings):
+    verdicts = set()
+    with console.status("Asking vLLM"):
+        for verdict, text in findings():
+            console.print(Text.assemble((f"{verdict:<9}", styles[verdict]), text))
+            verdicts.add(verdict)
+    if "problem" in verdicts:
         raise typer.Exit(1)
 
 
