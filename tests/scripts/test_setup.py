@@ -1,8 +1,9 @@
-"""scripts/setup on machines without uv, or whose index has no CPU build of torch."""
+"""scripts/setup without uv, with another Python, or where no index has torch for the CPU."""
 
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,33 @@ echo "$*" >>"$ASKED"
 [[ $1 == -c ]] && echo needed
 exit 0
 """
+
+# Stands for the Python of a machine, which is of a version that it is told.
+OF_VERSION = """#!/usr/bin/env bash
+case $1 in
+-c) exec "$REAL" -c "import sys; sys.version_info = ($VERSION, 1); $2" ;;
+--version) echo "Python ${VERSION/, /.}.1" ;;
+-m) mkdir -p "$3/bin" && cp "$STANDING" "$3/bin/python" ;;
+esac
+"""
+
+
+def set_up(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "scripts/setup"],
+        env={**os.environ, "VENV": str(folder / "venv"), **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def written(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -41,19 +69,9 @@ exit 0
 def test_who_installs_and_where_torch_comes_from(
     fails: str, returned: int, last: str, tmp_path: Path
 ) -> None:
-    python = tmp_path / "venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(PYTHON)
-    python.chmod(0o755)
+    written(tmp_path / "venv/bin/python", PYTHON)
     asked = tmp_path / "asked"
-    variables = {"VENV": str(tmp_path / "venv"), "ASKED": str(asked), "FAILS": fails}
-    run = subprocess.run(
-        [ROOT / "scripts/setup"],
-        env={**os.environ, **variables},
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    run = set_up(tmp_path, ASKED=str(asked), FAILS=fails)
     assert run.returncode == returned, run.stderr
     lines = asked.read_text().splitlines()
     assert last in lines[-1]
@@ -71,6 +89,49 @@ def test_who_installs_and_where_torch_comes_from(
     assert len(from_pytorch) == ("torch" in fails)
     if returned:
         assert "no CPU build of torch" in run.stderr
+
+
+def of_version(folder: Path, version: str) -> dict[str, str]:
+    standing = written(folder / "standing", PYTHON)
+    return {
+        "PATH": f"{written(folder / 'bin/python3', OF_VERSION).parent}:{os.environ['PATH']}",
+        "REAL": sys.executable,
+        "VERSION": version,
+        "STANDING": str(standing),
+        "ASKED": str(folder / "asked"),
+        "FAILS": "nothing",
+    }
+
+
+@pytest.mark.parametrize("version", ["3, 10", "3, 15"])
+def test_a_python_that_vllm_does_not_take_makes_no_venv(version: str, tmp_path: Path) -> None:
+    run = set_up(tmp_path, **of_version(tmp_path, version))
+    assert run.returncode == 1
+    found = version.replace(", ", ".")
+    assert f"python3 is Python {found}.1; vLLM takes Python 3.11 to 3.14." in run.stderr
+    assert "PYTHON=python3.12 scripts/setup" in run.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_venv_of_such_a_python_is_the_user_s_to_remove(tmp_path: Path) -> None:
+    python = written(tmp_path / "venv/bin/python", OF_VERSION)
+    run = set_up(tmp_path, **of_version(tmp_path, "3, 10"))
+    assert run.returncode == 1
+    assert f"{python} is Python 3.10.1" in run.stderr
+    assert f"Remove {tmp_path / 'venv'}" in run.stderr
+    assert python.exists()
+
+
+def test_another_python_is_named(tmp_path: Path) -> None:
+    variables = of_version(tmp_path, "3, 14")
+    missing = set_up(tmp_path, **variables, PYTHON="python3.99")
+    assert missing.returncode == 1
+    assert "python3.99 is no Python; vLLM takes" in missing.stderr
+    written(tmp_path / "bin/python3", "exit 1")
+    named = written(tmp_path / "bin/named", OF_VERSION)
+    run = set_up(tmp_path, **variables, PYTHON=named.name)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "venv/bin/python").read_text() == PYTHON
 
 
 def test_uv_is_told_what_pip_is_told() -> None:
