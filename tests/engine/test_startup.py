@@ -557,6 +557,10 @@ def test_a_server_that_cannot_start_says_why_and_exits(llama: Path) -> None:
         ("use_batch_invariant", "batch invariance not supported"),
         ("use_dcp", "DCP not supported"),
         ("use_pcp", "PCP not supported"),
+        (
+            "use_mm_prefix",
+            "partial multimodal token full attention not supported",
+        ),
     ],
 )
 def test_what_vllm_is_told_that_dca_cannot(use: str, reason: str) -> None:

@@ -122,6 +122,7 @@ REFUSED = {
     "others": "test_startup::test_other_platforms_are_refused",
     "no RoPE": BY_CONFIG,
     "images and videos with M-RoPE": "test_mrope::test_images_are_refused_in_words_that_help",
+    "images attended both ways": "test_images::test_images_attended_both_ways_are_refused",
     "MLA": BY_CONFIG,
     "encoders": BY_CONFIG,
     "cross attention": BY_CONFIG,

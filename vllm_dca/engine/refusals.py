@@ -94,6 +94,17 @@ def _mrope(vllm_config: VllmConfig) -> str:
     return ""
 
 
+def _mm_prefix(vllm_config: VllmConfig) -> str:
+    """An image's tokens look at those after them, and DCA's kernels are causal."""
+    model = vllm_config.model_config
+    if not model.is_mm_prefix_lm:
+        return ""
+    works = "pass --language-model-only"
+    if model.multimodal_config.enable_mm_embeds:
+        works += ", without --enable-mm-embeds"
+    return f"image inputs whose tokens attend to each other both ways (text it does: {works})"
+
+
 def _cache_dtype(vllm_config: VllmConfig) -> str:
     """Auto is what the checkpoint asks for, if it does."""
     model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
@@ -167,6 +178,7 @@ REFUSALS: Sequence[Refusal] = (
         ),
     ),
     Refusal("models", "images and videos with M-RoPE", _mrope),
+    Refusal("models", "images attended both ways", _mm_prefix),
     Refusal(
         "models",
         "MLA",
