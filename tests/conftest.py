@@ -1,5 +1,6 @@
 """Engines, logs and text that test modules share."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -37,6 +38,11 @@ DEMO_MODEL = Path(
 )
 # Small chunks put many borders into short texts.
 DEMO_SIZES = {"chunk_size": 1024, "local_size": 256}
+
+
+def pytest_unconfigure() -> None:
+    """What `inprocess.engine` hid: else libraries complain at the end that it was left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Engines of tiny checkpoints inside the test's own process: they start in seconds."""
 
 import contextlib
+import gc
 import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,18 @@ def settle(model: Path, **options: Any) -> Any:
     return EngineArgs(str(model), **{**defaults, **options}).create_engine_config()
 
 
+def collect_only_what_comes(patch: pytest.MonkeyPatch) -> None:
+    """Hide from the garbage collector what there is by now, mostly imported modules.
+
+    vLLM collects a dozen times for each engine, and going through all of them takes longer than
+    the rest of a test. Engines stay in sight, which vLLM hides itself: their weights must go.
+    """
+    gc.collect()
+    gc.freeze()
+    for name in ("freeze", "unfreeze"):
+        patch.setattr(gc, name, lambda: None)
+
+
 @contextlib.contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
     """An LLM with DCA, gone at the end; prefills are cut at odd places."""
@@ -58,6 +71,7 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         inspect_models_here(patch)
+        collect_only_what_comes(patch)
         try:
             llm = LLM(str(model), **{**defaults, **options})
             try:
