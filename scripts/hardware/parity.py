@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # Of fewer experts than all, bf16 alone would choose others.
     "Qwen3-Next": ("Qwen3NextConfig", {**QWEN3_NEXT, "num_experts_per_tok": 4}),
 }
+# As vLLM serves: compiled, in graphs of whole decodes and of other steps' pieces.
+EXECUTION = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}
 LENGTHS = (63, 64, 65, 100, 190, 250)
 ANSWERED = 70
 
@@ -73,9 +75,6 @@ def by_engine(
     """What ran, and the answers with the log-probabilities of all tokens."""
     # Of a CPU's memory vLLM would take nearly all.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm.config.compilation import CUDAGraphMode
-    from vllm.platforms import current_platform
-
     from tests.helpers import checkpoints
     from tests.helpers.answers import generate
     from tests.helpers.inprocess import engine
@@ -83,7 +82,7 @@ def by_engine(
     options = {
         "dtype": "bfloat16",
         "block_size": 32,  # what vLLM's layers with a window take on a CPU
-        "enforce_eager": dry_run,
+        **({"enforce_eager": True} if dry_run else {"compilation_config": EXECUTION}),
         "max_model_len": 384,
         "max_num_batched_tokens": 117,
         "max_num_seqs": 8,
@@ -99,13 +98,25 @@ def by_engine(
         for names in ran["backends"]:
             of_dca = [name for name in names if name.startswith("DCA (")]
             assert (len(of_dca), len(names)) == (1, 1 + has_windows), names
-        if current_platform.is_cuda() and not dry_run:
-            # Decode as one graph; else full graphs were given up on the way.
-            assert compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL, ran
+        if not dry_run:
+            check_execution(compilation)
         prompts = [checkpoints.tokens(length, length) for length in LENGTHS]
         answers = generate(llm, prompts, max_tokens=ANSWERED, prompt_logprobs=0)
     gc.collect()
     return ran, answers
+
+
+def check_execution(compilation: Any) -> None:
+    """vLLM gives up compiling or graphs on the way, where something cannot have them.
+
+    Args:
+        compilation: vLLM's config of it, once the engine has started.
+    """
+    found = {
+        "mode": int(compilation.mode),
+        "cudagraph_mode": compilation.cudagraph_mode.name,
+    }
+    assert found == EXECUTION, f"{found}, not {EXECUTION}"
 
 
 def compare(model: Path, answers: list[Any]) -> dict[str, float]:

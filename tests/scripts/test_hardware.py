@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 
 from scripts.common import record
 from scripts.hardware import __main__ as hardware
 from scripts.hardware import engine, parity
 from scripts.hardware.__main__ import Step
-from tests.cuda import test_gpu, test_kernels
-from tests.helpers.pretended_gpu import pretended_gpu
+from tests.helpers import inprocess
 from vllm_dca.cpu.device import by_kernel
-from vllm_dca.cuda.plan_decode import DecodePlanner
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses for want of one")
@@ -66,7 +65,7 @@ def test_a_bare_machine_rehearses_every_step(tmp_path: Path) -> None:
         PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "All steps did: tests, kernels, providers, sparse_kernels." in done.stdout
+    assert "All steps did: test_kernels, kernels, providers, sparse_kernels." in done.stdout
     steps = load(results / "gpu.json")
     assert steps["commit"].startswith("unknown")
     assert [step["status"] for step in steps["results"]] == [0, 0, 0, 0]
@@ -80,7 +79,7 @@ def test_a_bare_machine_rehearses_every_step(tmp_path: Path) -> None:
     assert set(providers["cannot"]) == {"vllm_flash_attn", "flash_attn", "xformers"}
     sparse = load(results / "gpu-sparse_kernels.json")
     assert {row["rule"] for row in sparse["results"]} == {"budgets", "coverage"}
-    assert "3 passed" in (results / "gpu-tests.log").read_text()
+    assert "3 passed" in (results / "gpu.log").read_text()
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
@@ -116,9 +115,17 @@ def test_a_step_that_fails_does_not_end_the_run(
         ("first", 3),
         ("last", 0),
     ]
-    assert (tmp_path / "gpu-first.log").read_text() == "one\n"
+    log = (tmp_path / "gpu.log").read_text()
+    assert "\none\n== second: /nowhere/python\n" in log
     # On disk before the last one started.
-    assert "'second'" in (tmp_path / "gpu-last.log").read_text()
+    assert "'second'" in log.partition("== last: ")[2]
+    hardware.run_all([step("first", "")], tmp_path, {})
+    found = load(tmp_path / "gpu.json")
+    assert [(row["step"], row["status"]) for row in found["results"]] == [
+        ("last", 0),
+        ("first", 0),
+    ]
+    assert (tmp_path / "gpu.log").read_text().startswith(log)
 
 
 def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:
@@ -133,55 +140,95 @@ def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:
         journal.end()
 
 
+def steps(*only: str, engine: bool = False) -> dict[str, Step]:
+    """On a machine with a GPU."""
+    names = hardware.chosen(only, engine, dry_run=False)
+    return {name: hardware.step(name, False, Path("/results")) for name in names}
+
+
+@pytest.fixture
+def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "bin/compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("sanitizer")
 def test_on_a_gpu_only_what_a_gpu_can_pass_is_run() -> None:
-    found = {step.name: step for step in hardware.steps(True, False, Path("/results"))}
-    assert [word for word in found["tests"].command if word.startswith("tests/")] == [
+    found = steps(engine=True)
+    assert [*found] == [*hardware.NAMES]
+    assert [*steps()] == [name for name in found if name not in ("parity", "engine")]
+    files = [word for step in found.values() for word in step.command if word[:6] == "tests/"]
+    assert files[:4] == [
+        "tests/cuda/test_gpu.py",
         "tests/cuda/test_kernels.py",
         "tests/cuda/test_caps_and_sinks.py",
         "tests/cuda/test_sparse.py",
-        "tests/cuda/test_gpu.py",
     ]
-    timed = {"kernels", "providers", "sparse_kernels"}
-    assert timed | {"parity", "engine"} <= set(found)
+    for file in files:
+        assert (ROOT / file).exists()
     for step in found.values():
         assert "--dry-run" not in step.command
 
 
-@pytest.mark.parametrize(
-    ("step", "lengths"),
-    [
-        *((name, [(200, 130), (65, 0)]) for name in test_gpu.PREFILLS),
-        ("decode", [(200, 199), (66, 63), (1, 0)]),
-    ],
-)
-def test_the_gpus_tests_run_what_they_say(step: str, lengths: list[tuple[int, int]]) -> None:
-    on_device = test_gpu.OnDevice(lengths)
-    test_gpu.runs(on_device, step)()
-    on_device.batch.assert_close(on_device.output.cpu())
+@pytest.mark.usefixtures("sanitizer")
+def test_the_results_are_eight_files_at_most() -> None:
+    """As many come back from a machine that is lent."""
+    outputs = [
+        step.command[step.command.index("--output") + 1]
+        for step in steps(engine=True).values()
+        if "--output" in step.command
+    ]
+    assert len(outputs) == len({*outputs}) == 5
+    assert {"gpu.json", "gpu.log"}.isdisjoint(Path(output).name for output in outputs)
+    assert len(outputs) + len(("gpu.json", "gpu.log")) <= 8
 
 
-def test_the_gpus_tests_of_graphs_and_waiting_hold_on_a_pretended_one() -> None:
-    with pretended_gpu():
-        test_gpu.test_a_captured_graph_replays_across_chunk_borders(3)
-        test_gpu.test_nothing_synchronises("decode")
+def test_a_gpu_tries_few_random_cases_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each compiles kernels."""
+    monkeypatch.delenv("DCA_CASES", raising=False)
+    assert {steps(name)[name].environment["DCA_CASES"] for name in hardware.TESTS} == {"4"}
+    monkeypatch.setenv("DCA_CASES", "50")
+    found = steps("test_kernels")["test_kernels"]
+    assert str(found).startswith("DCA_CASES=50 ")
 
 
-def test_a_graph_that_froze_its_lengths_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the replay test is for: a plan whose buffers are not those of the capture."""
-    made = []
+@pytest.mark.usefixtures("sanitizer")
+def test_the_sanitizer_sees_every_allocation() -> None:
+    """In the segments of torch's allocator nothing is out of bounds."""
+    found = steps("sanitizer")["sanitizer"]
+    assert found.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert str(found).startswith("PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer ")
 
-    class Moves(DecodePlanner):
-        def plan(self, *args: Any) -> Any:
-            planner = DecodePlanner(*made[-1])
-            return planner.plan(*args)
 
-        def __init__(self, *args: Any) -> None:
-            made.append(args)
-            super().__init__(*args)
+def test_a_step_has_its_environment(tmp_path: Path) -> None:
+    show = "import os; print(os.environ['SHOWN'], 'PATH' in os.environ)"
+    shown = Step("shown", [sys.executable, "-c", show], {"SHOWN": "so it is"})
+    assert hardware.run(shown, tmp_path / "log") == 0
+    log = (tmp_path / "log").read_text()
+    assert log.startswith("== shown: SHOWN='so it is' ")
+    assert log.endswith("\nso it is True\n")
 
-    monkeypatch.setattr(test_kernels, "DecodePlanner", Moves)
-    with pretended_gpu(), pytest.raises(AssertionError, match=r"> .* for Shape"):
-        test_gpu.test_a_captured_graph_replays_across_chunk_borders(1)
+
+def test_steps_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [*steps("engine", "test_gpu")] == ["test_gpu", "engine"]
+    assert hardware.chosen(["providers"], False, dry_run=True) == ["providers"]
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "sanitizer" not in steps()
+    for only, dry_run, why in (
+        ("sanitizer", False, "compute-sanitizer is not on the path"),
+        ("test_gpu", True, "it needs a GPU"),
+    ):
+        with pytest.raises(ValueError, match=f"--only {only}: {why}"):
+            hardware.chosen([only], False, dry_run)
+
+
+def test_help_names_the_steps() -> None:
+    words = gpu("--help").stdout.replace(",", " ").split()
+    assert {*hardware.NAMES} <= {*words}
+    assert "invalid choice: 'nothing'" in gpu("--only", "nothing").stderr
 
 
 def run(module: str, output: Path) -> dict[str, Any]:
@@ -220,6 +267,31 @@ def test_the_engine_is_held_against_the_reference(tmp_path: Path) -> None:
         assert len(backends) == (2 if "sliding_window" in parity.MODELS[row["model"]][1] else 1)
         distances = row["rms_from_fp64"]
         assert 0 < distances["engine"] <= 2 * distances["bf16 reference"]
+
+
+def test_on_a_gpu_the_engine_compiles_and_has_graphs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As it is asked for, and as it is found."""
+    asked: list[dict[str, Any]] = []
+
+    def engine(model: Path, **options: Any) -> Any:
+        asked.append({**inprocess.EXECUTION, **options})
+        raise NotImplementedError
+
+    monkeypatch.setattr(inprocess, "engine", engine)
+    for dry_run in (False, True):
+        with pytest.raises(NotImplementedError):
+            parity.by_engine(tmp_path, False, dry_run)
+    assert asked[1]["enforce_eager"]
+    served = CompilationConfig(**asked[0]["compilation_config"])
+    assert served.mode == CompilationMode.VLLM_COMPILE
+    assert served.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+    parity.check_execution(served)
+    for less in ({"mode": 0}, {"cudagraph_mode": "FULL_DECODE_ONLY"}):
+        found = CompilationConfig(**{**asked[0]["compilation_config"], **less})
+        with pytest.raises(AssertionError, match="FULL_AND_PIECEWISE"):
+            parity.check_execution(found)
 
 
 def test_a_record_goes_on_where_the_same_run_was_cut_short(tmp_path: Path) -> None:
