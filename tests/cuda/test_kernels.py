@@ -16,8 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scripts.bench import balance, moves
 from tests.cpu.test_attention import DTYPES, shapes
 from tests.helpers import interpreter
+from tests.helpers.caches import fp8_dtypes
 from tests.helpers.cases import cases
-from tests.helpers.paged import CPU_OPERATIONS, DEVICE, Batch, Shape, query_start_loc
+from tests.helpers.paged import (
+    CPU_OPERATIONS,
+    DEVICE,
+    Batch,
+    Shape,
+    query_start_loc,
+)
 from vllm_dca.cuda import plan_decode, tuning
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.device import WALK, prefill_by
@@ -126,10 +133,8 @@ def prefill(batch: Batch, by: Prefill = WALK) -> torch.Tensor:
 def cached_shapes(draw: st.DrawFn, decode: bool = False) -> Shape:
     """Shapes with every kind of cache: FP8, and either order in memory; capped, with sinks."""
     shape = draw(shapes(decode, softmax=True))
-    kinds = [None, torch.float8_e4m3fn, torch.float8_e5m2]
-    return dataclasses.replace(
-        shape, cache_dtype=draw(st.sampled_from(kinds)), tokens_first=draw(st.booleans())
-    )
+    kinds = st.sampled_from([None, *fp8_dtypes()])
+    return dataclasses.replace(shape, cache_dtype=draw(kinds), tokens_first=draw(st.booleans()))
 
 
 @settings(max_examples=cases(40), deadline=None)
@@ -298,7 +303,7 @@ def test_packed_rows_are_as_rows_alone(softmax: dict[str, Any]) -> None:
             assert error.abs().max() <= batch.tolerance()
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter counts launches")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="compiles dozens; the interpreter tells")
 @pytest.mark.parametrize("group", [7, 14])
 def test_any_rows_find_a_kernel_of_a_power_of_two(group: int) -> None:
     """What `vllm_dca.engine.warmup` launches; in fp32 there are several blocks."""

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
 
 _TORCH = {
     tl.float32: torch.float32,
@@ -54,12 +55,12 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type:
     return interpreter.TensorHandle(product.numpy() + d.data, d.dtype.scalar)
 
 
-def _create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):  # type: ignore[no-untyped-def]
-    return _LOAD(self, ptrs, _booleans(mask), other, cache_policy, is_volatile)
+def _create_masked_load(self, ptrs, mask, other, *how):  # type: ignore[no-untyped-def]
+    return _LOAD(self, ptrs, _booleans(mask), other, *how)
 
 
-def _create_masked_store(self, ptrs, value, mask, cache_policy):  # type: ignore[no-untyped-def]
-    return _STORE(self, ptrs, value, _booleans(mask), cache_policy)
+def _create_masked_store(self, ptrs, value, mask, *how):  # type: ignore[no-untyped-def]
+    return _STORE(self, ptrs, value, _booleans(mask), *how)
 
 
 def _booleans(mask: interpreter.TensorHandle) -> interpreter.TensorHandle:
@@ -104,33 +105,44 @@ def patch_for_good() -> None:
 
 @contextlib.contextmanager
 def launches() -> Iterator[Counter[tuple[Any, ...]]]:
-    """Counts launches by kernel and by what a GPU's compiler would specialise it for."""
-    found: Counter[tuple[Any, ...]] = Counter()
-    run = interpreter.InterpretedFunction.run
+    """Counts launches by kernel and by what a GPU's compiler specialises it for.
 
-    def counted(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        values = {**dict(zip(function.arg_names, args, strict=False)), **kwargs}
-        exempt = function.kwargs["do_not_specialize"] or ()
-        annotations = function.fn.__annotations__
-        found[
-            (
-                function.fn.__name__.strip("_"),
-                *(
-                    (
-                        name,
-                        value
-                        if annotations.get(name) is tl.constexpr
-                        else _kind(value, name in exempt),
-                    )
-                    for name, value in values.items()
-                ),
-            )
-        ] += 1
-        return run(function, *args, grid=grid, warmup=warmup, **kwargs)
+    On a GPU too, where kernels are compiled functions and no interpreted ones.
+    """
+    found: Counter[tuple[Any, ...]] = Counter()
+
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            found[_key(function, args, kwargs)] += 1
+            return run(function, *args, grid=grid, warmup=warmup, **kwargs)
+
+        return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "run", counted)
+        for kind in (interpreter.InterpretedFunction, JITFunction):
+            patch.setattr(kind, "run", counting(kind.run))
         yield found
+
+
+def _key(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    values = {**dict(zip(function.arg_names, args, strict=False)), **kwargs}
+    if isinstance(function, JITFunction):
+        exempt = function.do_not_specialize
+    else:
+        exempt = function.kwargs["do_not_specialize"]
+    annotations = function.fn.__annotations__
+    return (
+        function.fn.__name__.strip("_"),
+        *(
+            (
+                name,
+                value
+                if annotations.get(name) is tl.constexpr
+                else _kind(value, name in (exempt or ())),
+            )
+            for name, value in values.items()
+        ),
+    )
 
 
 def _kind(value: Any, exempt: bool) -> Any:
