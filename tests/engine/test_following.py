@@ -22,7 +22,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tests.helpers import checkpoints
 from vllm_dca.engine import rotary_tables
 from vllm_dca.engine.following import NotUnderstoodError, rotation_of
+from vllm_dca.engine.remap import _periodic, _Tables
 from vllm_dca.engine.turning import check_turns
+from vllm_dca.method.config import resolve_settings
 from vllm_dca.method.rotary import QueryRotation, unit_table
 
 
@@ -194,6 +196,43 @@ def test_queries_that_do_not(kind: type[Layer]) -> None:
     layer = kind()
     with pytest.raises(NotUnderstoodError, match="do not turn with their positions"):
         check_turns("self_attn.attn", model_of(layer), rotation_in(layer), 64)
+
+
+class Hidden(Layer):
+    """By what does nothing to tensors without data, as an operator's fake may."""
+
+    heads = (0, 1)
+
+    def rotate(self, positions: Any, query: Any, key: Any, qkv: Any) -> Any:
+        if query.is_meta:
+            return query, key
+        rotated = self.rotary_emb(positions, query.clone(), key.clone())
+        return tuple((rotated if i in self.heads else (query, key))[i] for i in (0, 1))
+
+
+class HiddenForKeys(Hidden):
+    heads = (1,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Unrotated, None), (Hidden, "its queries depend"), (HiddenForKeys, "its keys depend")],
+)
+def test_what_no_module_was_seen_to_rotate_stays_as_it_is(
+    kind: type[Layer], reason: str | None
+) -> None:
+    model = model_of(kind())
+    found = rotation_of("self_attn.attn", model)
+    assert found is None
+    settings = resolve_settings({"chunk_size": 96, "local_size": 32}, None, 128, 16)
+    config = VllmConfig(additional_config={"dca": settings.to_dict()})
+    given = ("self_attn.attn", found, model, config, _Tables(settings, 128))
+    if reason is None:
+        assert _periodic(*given).cos_sin.unique(dim=0).tolist() == [[1, 0]]
+    else:
+        message = f"{reason} on their positions, by code that cannot be followed"
+        with pytest.raises(NotImplementedError, match=message):
+            _periodic(*given)
 
 
 @triton.jit

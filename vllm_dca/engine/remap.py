@@ -102,11 +102,12 @@ def _periodic(
     if found is None:
         # However its queries are turned, nothing is rotated: DCA is ordinary attention.
         nothing = torch.tensor([[1.0, 0.0]], dtype=torch.float32)
-        return QueryRotation(nothing.repeat(geometry.chunk_size + 1, 1), True)
-    parent = model.get_submodule(layer_name.rpartition(".")[0])
-    rotation = tables.remap(layer_name, found, parent)
+        rotation = QueryRotation(nothing.repeat(geometry.chunk_size + 1, 1), True)
+    else:
+        parent = model.get_submodule(layer_name.rpartition(".")[0])
+        rotation = tables.remap(layer_name, found, parent)
     with _naming(layer_name), set_current_vllm_config(vllm_config):
-        check_turns(layer_name, model, rotation, geometry.chunk_len)
+        check_turns(layer_name, model, rotation, geometry.chunk_len, found is not None)
     return rotation
 
 

@@ -1,8 +1,9 @@
 """Whether a layer's queries and keys turn with their positions as its rotary table says.
 
 DCA turns queries that the model has rotated already. Where a model does more to them, such as a
-norm after the rotation, or rotates other entries of a head, that gives something else. So the
-layer's own code runs on random numbers at three positions.
+norm after the rotation, or rotates other entries of a head, that gives something else, as it
+does where nothing was seen to rotate a layer, and something hidden does. So the layer's own
+code runs on random numbers at three positions.
 """
 
 from typing import Any
@@ -24,7 +25,11 @@ _TOLERANCE = 0.05
 
 
 def check_turns(
-    layer_name: str, model: torch.nn.Module, rotation: QueryRotation, chunk_len: int
+    layer_name: str,
+    model: torch.nn.Module,
+    rotation: QueryRotation,
+    chunk_len: int,
+    is_rotated: bool = True,
 ) -> None:
     """Compare what reaches the attention at some positions; nothing without a device.
 
@@ -33,6 +38,7 @@ def check_turns(
         model: with rotary modules that DCA has replaced, before its weights are loaded.
         rotation: of the layer.
         chunk_len: s.
+        is_rotated: whether a rotary module was found; else `rotation` turns nothing.
 
     Raises:
         NotUnderstoodError: they differ.
@@ -47,6 +53,10 @@ def check_turns(
     for name, at in (("queries", query), ("keys", key)):
         turned = turn_queries(at[:1].float(), rotation, torch.zeros_like(turns), turns)
         if not (turned - at[1:]).abs().max() <= _TOLERANCE * at.abs().max():
+            if not is_rotated:
+                raise NotUnderstoodError(
+                    f"its {name} depend on their positions, by code that cannot be followed"
+                )
             raise NotUnderstoodError(
                 f"its {name} do not turn with their positions as its rotary table says; it may "
                 "change them after the rotation, or rotate other entries"
