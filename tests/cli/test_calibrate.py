@@ -75,6 +75,7 @@ def _on_two_ranks(folder: Path) -> Any:
         (("--output", "no-such-folder/budgets.json"), 2, "--output"),
         (("--output", "/proc/budgets.json"), 2, "--output"),
         (("--additional-config", '{"dca": []}'), 1, '"dca" must be an object'),
+        (("--additional-config", "[1]"), 2, "--additional-config"),
         (("--text", "latin-1"), 1, "latin-1 is no text in UTF-8"),
     ],
 )
@@ -118,3 +119,26 @@ def arguments(folder: Path, output: Path) -> list[str]:
     options = ("--recall", "0.7", "--output", str(output), "--text", str(folder / "text"))
     dca = ("--additional-config", json.dumps({"dca": SIZES}), "--dtype", "float32")
     return ["calibrate", str(folder / "model"), "--max-model-len", "1200", *options, *dca]
+
+
+def test_an_engine_has_the_options_of_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those that a reading has no use for."""
+    given: dict[str, Any] = {}
+
+    def llm(_: str, **options: Any) -> None:
+        given.update(options)
+        raise RuntimeError
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    (tmp_path / "text").write_text("long")
+    monkeypatch.setattr("vllm_dca.engine.calibrate.LLM", llm)
+    ngram = '{"method": "ngram", "num_speculative_tokens": 2}'
+    words = ("--trust-remote-code", "--block-size", "32", "--hf-overrides", '{"a": 1}')
+    words += ("--max-num-batched-tokens", "1K", "--port", "8001", "--speculative-config", ngram)
+    assert run(*arguments(tmp_path, tmp_path / "budgets.json"), *words).exit_code == 1
+    wanted = {"trust_remote_code": True, "block_size": 32, "max_num_batched_tokens": 1024}
+    wanted |= {"hf_overrides": {"a": 1}, "speculative_config": None, "max_model_len": 1200}
+    assert wanted.items() <= given.items()
+    assert "port" not in given

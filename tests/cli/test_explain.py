@@ -71,6 +71,14 @@ def test_memory_of_the_kv_cache(
     assert said["KV cache"][0].endswith(f"on each of {ranks} ranks") == (ranks is not None)
 
 
+def test_memory_where_others_share_it(llama: str) -> None:
+    """Engines beside it share none, nor do the nodes of one engine; stages share its layers."""
+    one = explained(llama, "--max-model-len", "1024", *BLOCK)["KV cache"][0]
+    more = ("--pipeline-parallel-size", "2", "--data-parallel-size", "2", "--nnodes", "2")
+    said = explained(llama, "--max-model-len", "1024", *BLOCK, *more)["KV cache"][0]
+    assert said == f"{one}, over the 2 stages of the pipeline"
+
+
 def test_an_engine_allocates_what_was_told(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path, "LlamaConfig")
     options = ("--max-model-len", "1024", "--dtype", "float32")
@@ -210,10 +218,13 @@ def test_the_printed_command_starts_the_same(llama: str) -> None:
         "--dtype": "float16",
         "--kv-cache-dtype": "float16",
         "--tensor-parallel-size": "2",
+        "--port": "8001",
     }
-    said = explained(llama, *(word for option in given.items() for word in option))
+    given_words = [word for option in given.items() for word in option]
+    said = explained(*given_words[:2], llama, *given_words[2:])
     vllm, serve, *words = shlex.split(said["start it"][0])
     assert (vllm, serve) == ("vllm", "serve")
+    assert words[3:] == [*given_words[2:], "--attention-backend", "dca"]
     config = served(words).create_engine_config()
     assert config.model_config.model == llama
     assert config.model_config.max_model_len == 2048
@@ -236,5 +247,5 @@ def test_a_length_by_auto(auto: str, llama: str) -> None:
         "room for"
     ]
     command = shlex.split(said["start it"][0])
-    assert command[command.index("--max-model-len") + 1] == "auto"
+    assert command[command.index("--max-model-len") + 1] == auto
     assert served(command[2:]).create_engine_config().model_config.original_max_model_len == -1

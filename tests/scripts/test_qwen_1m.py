@@ -23,20 +23,23 @@ def qwen_1m(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def serving(*arguments: str) -> Any:
-    """The engine's arguments, by vLLM's own parser, of what a dry run prints."""
+def words_of(*arguments: str) -> list[str]:
+    """What a dry run prints, behind `vllm serve`."""
     run = qwen_1m("--dry-run", *arguments)
     assert run.returncode == 0, run.stderr
     vllm, serve, *words = shlex.split(run.stdout)
     assert (vllm, serve) == ("vllm", "serve")
-    return served(words)
+    return words
 
 
-def explained(arguments: Any) -> str:
-    """What `vllm-dca explain` says of the options that it shares with `vllm serve`."""
-    options = ["--max-model-len", str(arguments.max_model_len)]
-    options += ["--tensor-parallel-size", str(arguments.tensor_parallel_size)]
-    result = CliRunner().invoke(app, ["explain", arguments.model, *options])
+def serving(*arguments: str) -> Any:
+    """The engine's arguments, by vLLM's own parser, of what a dry run prints."""
+    return served(words_of(*arguments))
+
+
+def explained(*arguments: str) -> str:
+    """What `vllm-dca explain` says of what a dry run prints."""
+    result = CliRunner().invoke(app, ["explain", *words_of(*arguments)])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -71,7 +74,7 @@ def test_qwen_1m_starts_a_checkpoint_with_chunk_sizes(tmp_path: Path) -> None:
     assert arguments.enable_chunked_prefill
     assert arguments.max_num_batched_tokens == 32768
     assert arguments.gpu_memory_utilization == 0.92
-    said = explained(arguments)
+    said = explained(str(model), "2")
     assert "262144 tokens, the checkpoint's dual_chunk_attention_config" in said
     assert "28 of 28 layers" in said
     assert "for one request of 1010000 tokens on each of 2 ranks" in said
@@ -100,7 +103,7 @@ def test_qwen_1m_asks_for_the_chunk_sizes_of_qwen3(tmp_path: Path) -> None:
     assert given.additional_config == {"dca": sizes}
 
     shutil.copy(model / "config_1m.json", model / "config.json")
-    said = explained(serving(str(model), "2"))
+    said = explained(str(model), "2")
     assert "131072 tokens, the checkpoint's dual_chunk_attention_config" in said
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,13 +13,6 @@ from vllm_dca.method.sparse_cost import Bounds, bounds
 # The authors list models of 7 and 13 billion parameters up to 8 times their window
 # (https://github.com/HKUNLP/ChunkLlama).
 FARTHEST_LISTED = 8
-# Options of `vllm serve` that are given as JSON.
-JSON_OPTIONS = (
-    "additional_config",
-    "hf_overrides",
-    "limit_mm_per_prompt",
-    "speculative_config",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +30,7 @@ class Explanation:
         token_bytes: KV cache of one more token in DCA's layers, on each rank.
         request_bytes: KV cache of one request of max_model_len tokens, on each rank.
         ranks: of tensor parallelism.
+        stages: of pipeline parallelism, which share the layers.
         sparse: what sparse prefill keeps and takes of a prompt of max_model_len tokens; None
             where it is off.
         warnings: for people to read.
@@ -53,6 +46,7 @@ class Explanation:
     token_bytes: int
     request_bytes: int
     ranks: int
+    stages: int
     sparse: Bounds | None
     warnings: list[str]
 
@@ -62,15 +56,12 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
 
     Args:
         model: a checkpoint's directory or name.
-        given: options of `vllm serve`, JSON as text.
+        given: the engine's options.
         warnings: where the plugin's own arrive.
 
     Raises:
-        ValueError, NotImplementedError, OSError, IncompatibleVllmError: as a start would.
+        ValueError, NotImplementedError, OSError, ImportError: as a start would.
     """
-    from vllm_dca.engine import shims
-
-    shims.apply()
     from vllm.config import get_layers_from_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -79,12 +70,8 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
 
     from vllm_dca.engine.settings import settings_of
 
-    parsed = {
-        name: json.loads(value) if name in JSON_OPTIONS else value
-        for name, value in given.items()
-    }
-    args = EngineArgs(model, attention_backend="dca", skip_tokenizer_init=True, **parsed)
-    vllm_config = args.create_engine_config()
+    own = {"attention_backend": "dca", "skip_tokenizer_init": True}
+    vllm_config = EngineArgs(model, **{**given, **own}).create_engine_config()
     with _one_rank(vllm_config):
         built = [_build(*each) for each in _models(vllm_config)]
         # As an engine does once the model is there.
@@ -99,7 +86,8 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         for each, offset in zip(built, [total, *[None] * (len(built) - 1)], strict=True)
     )
     dca = [name for each in (of_model, *of_drafter) for name in each.dca]
-    ranks = vllm_config.parallel_config.tensor_parallel_size
+    parallel_config = vllm_config.parallel_config
+    ranks = parallel_config.tensor_parallel_size
     # The model was built as for one rank; vLLM gives each at least one KV head.
     for name, spec in specs.items():
         if isinstance(spec, AttentionSpec):
@@ -119,6 +107,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         token_bytes=sum(specs[name].page_size_bytes // specs[name].block_size for name in dca),
         request_bytes=sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values()),
         ranks=ranks,
+        stages=parallel_config.pipeline_parallel_size,
         sparse=None
         if settings.sparse is None
         else bounds(
@@ -161,6 +150,10 @@ def _one_rank(vllm_config: Any) -> Iterator[None]:
         init_distributed_environment,
     )
 
+    # One process is all of one engine: for other engines and nodes torch would wait.
+    parallel_config = vllm_config.parallel_config
+    parallel_config.data_parallel_size = parallel_config.nnodes = 1
+    parallel_config.enable_elastic_ep = False
     with (
         tempfile.TemporaryDirectory() as directory,
         set_current_vllm_config(vllm_config),

@@ -1,6 +1,5 @@
 """The command line: what DCA would do with a model, its budgets, and the installation."""
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -8,7 +7,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.text import Text
 from vllm_dca.cli.doctor import findings
 from vllm_dca.cli.explain import Explanation, find_out
 from vllm_dca.cli.quiet import quiet_vllm
+from vllm_dca.cli.serve_options import parse
 from vllm_dca.method.sparse_cost import Bounds
 
 # vLLM is imported by the commands, after its log is turned down: it takes seconds, and --help
@@ -36,18 +36,6 @@ console = Console(highlight=False, soft_wrap=True)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
-def _tokens(text: str) -> int:
-    from vllm.utils.argparse_utils import human_readable_int_or_auto
-
-    try:
-        tokens = human_readable_int_or_auto(text)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise typer.BadParameter(f"{text!r} is no number of tokens") from error
-    if tokens <= 0 and tokens != AUTO:
-        raise typer.BadParameter(f"{text!r} is no positive number of tokens")
-    return tokens
-
-
 def _to_write(path: Path) -> Path:
     """What exists typer tries itself."""
     if not path.exists():
@@ -58,76 +46,36 @@ def _to_write(path: Path) -> Path:
     return path
 
 
-def _object(text: str) -> str:
-    try:
-        parsed = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise typer.BadParameter(f"{text!r} is no JSON object")
-    return text
-
-
-Model = Annotated[str, typer.Argument(help="A checkpoint's directory or name.")]
-MaxModelLen = Annotated[
-    int | None,
-    typer.Option(parser=_tokens, metavar="TOKENS", help="As 32768, 32K or auto."),
+# As they stand, for vLLM's own parser.
+WORDS = {"ignore_unknown_options": True}
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL [OPTION]",
+        help="A checkpoint's directory or name, and any option of `vllm serve`, such as "
+        "--max-model-len 32K, --additional-config JSON (DCA's options), --hf-overrides JSON, "
+        "--dtype, --kv-cache-dtype, --block-size, --tensor-parallel-size, "
+        "--trust-remote-code. All are listed by `vllm serve --help=all`.",
+    ),
 ]
-AdditionalConfig = Annotated[
-    str | None, typer.Option(parser=_object, metavar="JSON", help="DCA's options.")
-]
-Dtype = Annotated[str | None, typer.Option(help="Of the model.")]
-TensorParallelSize = Annotated[int | None, typer.Option(min=1, help="Ranks.")]
 
 
-@app.command()
+@app.command(context_settings=WORDS)
 def explain(
-    model: Model,
-    max_model_len: MaxModelLen = None,
-    block_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a KV-cache page.")
-    ] = None,
-    additional_config: AdditionalConfig = None,
-    hf_overrides: Annotated[
-        str | None, typer.Option(parser=_object, metavar="JSON", help="Over config.json.")
-    ] = None,
-    dtype: Dtype = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache.")] = None,
-    tensor_parallel_size: TensorParallelSize = None,
-    language_model_only: Annotated[
-        bool, typer.Option("--language-model-only", help="Text alone.")
-    ] = False,
-    limit_mm_per_prompt: Annotated[
-        str | None, typer.Option(parser=_object, metavar="JSON", help="Images and others.")
-    ] = None,
-    speculative_config: Annotated[
-        str | None, typer.Option(parser=_object, metavar="JSON", help="Of a drafter.")
-    ] = None,
+    words: Words,
     plot: Annotated[
         Path | None, typer.Option(help="Write the relative positions to this picture.")
     ] = None,
 ) -> None:
-    """Say what DCA would do with a model, without its weights. Options are `vllm serve`'s."""
-    options: dict[str, Any] = {
-        "max_model_len": max_model_len,
-        "block_size": block_size,
-        "additional_config": additional_config,
-        "hf_overrides": hf_overrides,
-        "dtype": dtype,
-        "kv_cache_dtype": kv_cache_dtype,
-        "tensor_parallel_size": tensor_parallel_size,
-        "language_model_only": language_model_only or None,
-        "limit_mm_per_prompt": limit_mm_per_prompt,
-        "speculative_config": speculative_config,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    """Say what DCA would do with a model, without its weights."""
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         errors.print("--plot needs matplotlib: pip install matplotlib")
         raise typer.Exit(1)
     with errors.status("Asking vLLM"), quiet_vllm() as warnings, _refusals():
+        model, given = parse(words)
         explanation = find_out(model, given, warnings)
-    _print_explanation(explanation, is_auto=max_model_len == AUTO)
-    _line("start it", shlex.join(_serve_command(model, given)))
+    _print_explanation(explanation, is_auto=given.get("max_model_len") == AUTO)
+    _line("start it", shlex.join(_serve_command(words)))
     if plot is not None:
         from vllm_dca.cli.picture import draw
 
@@ -136,9 +84,9 @@ def explain(
         _line("picture", str(plot))
 
 
-@app.command()
+@app.command(context_settings=WORDS)
 def calibrate(
-    model: Model,
+    words: Words,
     text: Annotated[
         Path,
         typer.Option(
@@ -157,24 +105,13 @@ def calibrate(
             help="Where to write the budgets.",
         ),
     ] = Path("sparse_attention_config.json"),
-    max_model_len: MaxModelLen = None,
-    additional_config: AdditionalConfig = None,
-    dtype: Dtype = None,
-    tensor_parallel_size: TensorParallelSize = None,
 ) -> None:
     """Find budgets of sparse prefill for a model, on your own text."""
     from vllm_dca.cli.calibrate import run
 
-    given: dict[str, Any] = {
-        "max_model_len": max_model_len,
-        "dtype": dtype,
-        "tensor_parallel_size": tensor_parallel_size,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    additional = json.loads(additional_config or "{}")
-    given["additional_config"] = additional
-    # An engine that fails, such as for want of memory, says so by a RuntimeError.
-    with quiet_vllm() as warnings, _refusals(RuntimeError):
+    with quiet_vllm() as warnings, _refusals():
+        model, given = parse(words)
+        additional = given.setdefault("additional_config", {})
         try:
             run(model, text, recall, output, given, console)
         finally:  # They may be why it failed.
@@ -204,26 +141,26 @@ def doctor() -> None:
 
 
 @contextlib.contextmanager
-def _refusals(*others: type[Exception]) -> Iterator[None]:
-    """What vLLM, DCA or the file system refuses is a message and exit code 1."""
+def _refusals() -> Iterator[None]:
+    """What vLLM, DCA or the file system refuses is a message and exit code 1.
+
+    vLLM says by an ImportError what an option needs to be installed, and by a RuntimeError why
+    an engine failed, such as for want of memory.
+    """
     from pydantic import ValidationError
 
-    from vllm_dca.engine.shims import IncompatibleVllmError
-
-    refused: tuple[type[Exception], ...] = (
-        ValueError,
-        NotImplementedError,
-        OSError,
-        IncompatibleVllmError,
-        *others,
-    )
     try:
         yield
     except ValidationError as error:
-        messages = [reason["msg"].removeprefix("Value error, ") for reason in error.errors()]
+        messages = [
+            ": ".join(
+                [*map(str, reason["loc"][:1]), reason["msg"].removeprefix("Value error, ")]
+            )
+            for reason in error.errors()
+        ]
         errors.print(Text("; ".join(messages)))
         raise typer.Exit(1) from error
-    except refused as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         errors.print(Text(str(error)))
         raise typer.Exit(1) from error
 
@@ -257,6 +194,8 @@ def _print_explanation(found: Explanation, is_auto: bool) -> None:
         _line("sparse prefill", settings.sparse.described)
         _print_bounds(found.sparse, found.max_model_len, settings.sparse.budgets is not None)
     rank = f" on each of {found.ranks} ranks" if found.ranks > 1 else ""
+    if found.stages > 1:
+        rank += f", over the {found.stages} stages of the pipeline"
     _line(
         "KV cache",
         f"{_size(found.token_bytes)} a token, {_size(found.request_bytes)} for one request of "
@@ -293,9 +232,7 @@ def _size(count: int) -> str:
     return f"{count / unit:.4g} {suffix}"
 
 
-def _serve_command(model: str, given: dict[str, Any]) -> list[str]:
-    command = ["vllm", "serve", model, "--attention-backend", "dca"]
-    for name, value in given.items():
-        said = "auto" if value == AUTO else str(value)
-        command += [f"--{name.replace('_', '-')}", *([] if value is True else [said])]
-    return command
+def _serve_command(words: list[str]) -> list[str]:
+    backend = "--attention-backend"
+    is_named = any(word.replace("_", "-").startswith(backend) for word in words)
+    return ["vllm", "serve", *words, *([] if is_named else [backend, "dca"])]

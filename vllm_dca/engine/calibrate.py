@@ -127,7 +127,8 @@ def calibrate(
         model: a checkpoint's directory or name.
         text: a file; its first max_model_len - 1 tokens are read.
         recall: the share of attention that each head is to keep.
-        given: the engine's options; those of DCA are taken from there too.
+        given: the engine's options; those of DCA are taken from there too. The text is read
+            once, eagerly, and nothing is drafted, whatever they say of that.
         seen: called after each step, with the number of steps.
 
     Raises:
@@ -139,7 +140,7 @@ def calibrate(
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{text} is no text in UTF-8: {error}") from error
-    additional = given.pop("additional_config", {})
+    additional = given.get("additional_config", {})
     options = additional.get(OPTIONS, {})
     if isinstance(options, dict):
         # All lines: dense.
@@ -147,15 +148,15 @@ def calibrate(
     validate_options(options)
     # The engine in this process, so that its steps can be counted.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    llm = LLM(
-        model,
-        attention_backend="dca",
-        additional_config={**additional, OPTIONS: options},
-        worker_extension_cls=f"{Calibration.__module__}.{Calibration.__qualname__}",
-        enable_prefix_caching=False,
-        enforce_eager=True,
-        **given,
-    )
+    own = {
+        "attention_backend": "dca",
+        "additional_config": {**additional, OPTIONS: options},
+        "worker_extension_cls": f"{Calibration.__module__}.{Calibration.__qualname__}",
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "speculative_config": None,
+    }
+    llm = LLM(model, **{**given, **own})
     try:
         config = llm.llm_engine.vllm_config
         tokens = llm.get_tokenizer().encode(content)[: config.model_config.max_model_len - 1]
