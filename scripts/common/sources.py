@@ -75,7 +75,6 @@ MEASUREMENTS = {
     "scripts.bench.linear_memory": Measurement(("linear-memory",), ()),
     "scripts.bench.prefill_kernels": Measurement(("prefill-kernels",), COMPILED),
     "scripts.bench.sparse": Measurement(("sparse-32k", "sparse-128k"), CPU, is_sparse=True),
-    "scripts.bench.turing": Measurement(("turing",), COMPILED),
     "scripts.load.faults": Measurement(
         ("faults",), ("vllm_dca/engine/choice.py", *ENGINE_ON_CPU)
     ),

@@ -5,30 +5,6 @@ from typing import Any
 from scripts.docs.page import load, markdown
 
 
-def turing() -> str:
-    kernels = load("turing")["kernels"]
-
-    def most(key: str, kernel: str, tiles: str) -> str:
-        of = (row[key] for row in kernels if (row["kernel"], row["tiles"]) == (kernel, tiles))
-        return f"{max(of):,}"
-
-    keys = ("spilled_bytes", "shared_bytes", "tensor_core_instructions")
-    return markdown(
-        (
-            "kernel",
-            "tiles",
-            "spilled, bytes",
-            "shared memory, bytes",
-            "tensor-core instructions",
-        ),
-        *(
-            (kernel, tiles, *(most(key, kernel, tiles) for key in keys))
-            for kernel in dict.fromkeys(row["kernel"] for row in kernels)
-            for tiles in ("other cards'", "smaller")
-        ),
-    )
-
-
 def balance() -> str:
     cards = load("balance")["busiest"]
     return markdown(
