@@ -196,7 +196,6 @@ MADE_BY = (
     load_tables.faults,
     load_tables.soak,
     load_tables.soak_rounds,
-    gpu_tables.turing,
     sparse,
     first_token,
     quality_tables.sparse_quality,
