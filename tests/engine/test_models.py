@@ -101,6 +101,23 @@ def test_llama(changes: dict[str, Any], tmp_path: Path) -> None:
         assert_agrees(llm, model, SIZES)
 
 
+def test_windows_that_are_switched_off_by_transformers_code(tmp_path: Path) -> None:
+    """One rotary module serves two types of layers, and DCA attends both."""
+    kinds = ["sliding_attention", "full_attention"]
+    changes = {"layer_types": kinds, "sliding_window": 32}
+    windows = checkpoints.write(tmp_path / "windows", "Olmo3Config", **changes)
+    changes["layer_types"] = kinds[1:] * 2
+    whole = checkpoints.write(tmp_path / "whole", "Olmo3Config", **changes)
+    options = {"disable_sliding_window": True, "additional_config": {"dca": SIZES}}
+    prompt = checkpoints.tokens(LENGTH)
+    # Before vLLM changes transformers' modules.
+    expected, ordinary = prompt_logprobs(whole, prompt, **SIZES), prompt_logprobs(whole, prompt)
+    with engine(windows, **options) as llm:
+        [output] = generate(llm, [prompt], prompt_logprobs=0)
+    assert (of_prompt(output).double() - expected).abs().max() <= ATOL
+    assert (ordinary - expected).abs().max() > 10 * ATOL
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the CPU has a compiled kernel")
 def test_without_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dca_log: list[str]

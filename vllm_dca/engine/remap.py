@@ -189,6 +189,7 @@ class _Tables:
         self.settings = settings
         self.max_model_len = max_model_len
         self.heirs: dict[tuple[int, str | None], Any] = {}
+        self.shared: dict[int, transformers_rotary.PeriodicRotary] = {}
         self.placed: dict[tuple[int, str], torch.nn.Module] = {}
         self.replaced: set[int] = set()
 
@@ -209,9 +210,13 @@ class _Tables:
                         rotary, geometry.chunk_size, geometry.chunk_len, self.max_model_len
                     )
                 else:
-                    self.heirs[key] = transformers_rotary.remap(
+                    made, rotation = transformers_rotary.remap(
                         rotary, geometry.chunk_size, geometry.chunk_len, layer_type
                     )
+                    # One for all types of layers that DCA attends.
+                    shared = self.shared.setdefault(id(rotary), made)
+                    shared.layer_types |= made.layer_types
+                    self.heirs[key] = shared, rotation
             except ValueError as error:
                 raise refusal(layer_name, str(error), _ROTARY) from error
         periodic, rotation = self.heirs[key]

@@ -21,7 +21,7 @@ class PeriodicRotary(torch.nn.Module):
     Attributes:
         rotary: the module.
         chunk_len: s, the period.
-        layer_type: whose positions repeat, where the module serves several types of layers.
+        layer_types: whose positions repeat; None of a module that knows no types of layers.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class PeriodicRotary(torch.nn.Module):
         super().__init__()
         self.rotary = rotary
         self.chunk_len = chunk_len
-        self.layer_type = layer_type
+        self.layer_types = {layer_type}
 
     def forward(
         self,
@@ -39,7 +39,7 @@ class PeriodicRotary(torch.nn.Module):
         layer_type: str | None = None,
     ) -> Any:
         """Cosines and sines of the offsets in the chunks, as the module itself gives them."""
-        if layer_type == self.layer_type:
+        if layer_type in self.layer_types:
             position_ids = position_ids % self.chunk_len
         if layer_type is None:
             return self.rotary(x, position_ids)
