@@ -3,6 +3,7 @@
 Never an error of Python's own, never another attention, never a setting passed over.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +60,40 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "no attention": ("MambaConfig", "MambaForCausalLM", {}, "without attention"),
     "ALiBi": ("BloomConfig", "BloomForCausalLM", {"n_head": 4}, "ALiBi"),
-    "windows": (
-        "MistralConfig",
-        "MistralForCausalLM",
-        {"sliding_window": 32},
-        "sliding-window",
-    ),
 }
 SPECULATION: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
     "none by ngram": {"method": "ngram", "num_speculative_tokens": 0},
     "ngram_gpu": {"method": "ngram_gpu", "num_speculative_tokens": 2},
+    "suffix": {"method": "suffix", "num_speculative_tokens": 2},
     "nonsense": {"method": "nonsense", "num_speculative_tokens": 2},
+}
+# Models that are served, with a window or two.
+WINDOWED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "windows": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 32}),
+    "some windows": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "original_max_position_embeddings": checkpoints.WINDOW,
+    "rope_theta": 1e4,
+}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "longer": {"max_position_embeddings": 256},
+    "YaRN": {"max_position_embeddings": 256, "rope_parameters": _YARN},
+    "YaRN alone": {"rope_parameters": _YARN},
+    "a window": {"sliding_window": 48},
+    "a window of nothing": {"sliding_window": 0},
+    "no window": {"sliding_window": None},
 }
 GIVEN = st.fixed_dictionaries(
     {"dca": OPTIONS | st.sampled_from([None, [], "chunk_size", 64])},
@@ -81,11 +104,24 @@ GIVEN = st.fixed_dictionaries(
         "kv_cache_dtype": st.sampled_from(["auto", "fp8", "bfloat16", "nonsense"]),
         "dtype": st.sampled_from(["float32", "bfloat16", "float64"]),
         "scaling": st.sampled_from(list(checkpoints.SCALINGS)),
-        "kind": st.sampled_from(list(KINDS)),
+        "kind": st.sampled_from([*KINDS, *WINDOWED]),
+        "overrides": st.sampled_from(list(OVERRIDES)),
+        "disable_sliding_window": st.booleans(),
         "speculative_config": st.sampled_from(list(SPECULATION)),
         "max_num_batched_tokens": st.sampled_from([1, 64, 256, 8192, 0, -1]),
         "decode_context_parallel_size": st.sampled_from([1, 2]),
         "prefill_context_parallel_size": st.sampled_from([1, 2]),
+    },
+)
+# Most of which is served.
+WINDOWS = st.fixed_dictionaries(
+    {"dca": st.just({})},
+    optional={
+        "scaling": st.sampled_from(list(checkpoints.SCALINGS)),
+        "kind": st.sampled_from(list(WINDOWED)),
+        "overrides": st.sampled_from(list(OVERRIDES)),
+        "disable_sliding_window": st.booleans(),
+        "max_model_len": st.sampled_from([1, 32, 64, 500]),
     },
 )
 # What a refusal may name instead of the key: what people type, and what DCA worked out from it.
@@ -97,7 +133,9 @@ WORDS = {
     "kv_cache_dtype": ("--kv-cache-dtype", "cache_dtype"),
     "dtype": ("dtype",),
     "scaling": ("scaling",),
-    "kind": tuple(word for *_, word in KINDS.values()),
+    "kind": (*(word for *_, word in KINDS.values()), "sliding-window"),
+    "overrides": ("sliding-window",),
+    "disable_sliding_window": (),
     "speculative_config": ("specul", "ngram"),
     "max_num_batched_tokens": ("max_num_batched_tokens", "max-num-batched-tokens"),
     "decode_context_parallel_size": ("decode", "dcp"),
@@ -108,7 +146,7 @@ ALWAYS_REFUSED: dict[str, tuple[Any, ...]] = {
     "kind": tuple(KINDS),
     "kv_cache_dtype": ("fp8", "nonsense"),
     "dtype": ("float64",),
-    "speculative_config": ("none by ngram", "ngram_gpu", "nonsense"),
+    "speculative_config": ("none by ngram", "ngram_gpu", "suffix", "nonsense"),
     "max_model_len": (0,),
     "max_num_batched_tokens": (0, -1),
     "decode_context_parallel_size": (2,),
@@ -124,6 +162,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
         made[name] = checkpoints.write(
             folder / name.replace(" ", "-"), "LlamaConfig", rope_parameters=parameters
         )
+    for name, (config, _, changes) in WINDOWED.items():
+        made[name] = checkpoints.write(folder / name.replace(" ", "-"), config, **changes)
     for name, (config, architecture, changes, _) in KINDS.items():
         made[name] = checkpoints.write_config(
             folder / name.replace(" ", "-"), config, architecture, **changes
@@ -133,12 +173,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
 
 def arguments(given: dict[str, Any], models: dict[str | None, Path]) -> dict[str, Any]:
     """The engine's arguments for what was given."""
-    apart = ("dca", "checkpoint", "scaling", "kind", "speculative_config")
+    apart = ("dca", "checkpoint", "scaling", "kind", "overrides", "speculative_config")
     rest = {key: given[key] for key in given if key not in apart}
     if "speculative_config" in given:
         rest["speculative_config"] = dict(SPECULATION[given["speculative_config"]])
+    rest["hf_overrides"] = dict(OVERRIDES.get(given.get("overrides"), {}))
     if "checkpoint" in given:
-        rest["hf_overrides"] = {"dual_chunk_attention_config": given["checkpoint"]}
+        rest["hf_overrides"]["dual_chunk_attention_config"] = given["checkpoint"]
     return {
         "model": str(models[given.get("kind", given.get("scaling"))]),
         "attention_backend": "dca",
@@ -150,15 +191,63 @@ def arguments(given: dict[str, Any], models: dict[str | None, Path]) -> dict[str
     }
 
 
-def assert_served_as_asked(given: dict[str, Any], found: Any) -> None:
+def is_windows_only(given: dict[str, Any]) -> bool:
+    """Whether every layer has a window, which DCA refuses."""
+    overridden = OVERRIDES.get(given.get("overrides"), {})
+    has_windows = overridden.get("sliding_window", given.get("kind") == "windows")
+    kept = has_windows and not given.get("disable_sliding_window")
+    return bool(kept) and given.get("kind") != "some windows"
+
+
+def can_be_overridden(given: dict[str, Any]) -> bool:
+    """Not what is refused for its kind."""
+    return "overrides" not in given or given.get("kind") not in KINDS
+
+
+def trained_window(given: dict[str, Any], asked: int, models: dict[str | None, Path]) -> int:
+    """The length that vLLM takes by itself, but for what docs/configuration.md excepts."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = arguments(given, models)
+    for of_dca in ("attention_backend", "additional_config", "max_model_len"):
+        options.pop(of_dca, None)
+    alone = EngineArgs(**options).create_model_config()
+    config, window = alone.hf_text_config, int(alone.max_model_len)
+    overridden = OVERRIDES.get(given.get("overrides"), {})
+    scaling = (
+        None if {"kind", "rope_parameters"} & {*given, *overridden} else given.get("scaling")
+    )
+    if scaling == "LongRoPE":
+        short = checkpoints.SCALINGS[scaling]["original_max_position_embeddings"]
+        window = short if asked <= short else config.max_position_embeddings
+    if scaling in ("LongRoPE", "dynamic NTK"):
+        window = min(window, config.max_position_embeddings)
+        if given.get("disable_sliding_window"):
+            window = min(window, overridden.get("sliding_window") or window)
+    checkpoint = given.get("checkpoint", {})
+    if "chunk_size" in checkpoint:
+        reached = checkpoint.get("original_max_position_embeddings") or 0
+        window = min(window, max(checkpoint["chunk_size"], reached))
+    return window
+
+
+def assert_served_as_asked(
+    given: dict[str, Any], found: Any, models: dict[str | None, Path]
+) -> None:
     """Everything that was given is what the engine will have."""
     from vllm_dca.engine.backend import DcaBackend
 
     for key, values in ALWAYS_REFUSED.items():
         assert given.get(key) not in values
-    assert found.attention_config.backend.get_class() is DcaBackend
+    assert not is_windows_only(given)
+    attention = found.attention_config
+    # Layers with a window keep one of vLLM's choice.
+    backend = attention.backend or attention.backend_per_kind["full_attention"]
+    assert backend.get_class() is DcaBackend
     settled = found.additional_config["dca"]
     assert set(given["dca"]) <= set(OPTION_KEYS)
+    window = trained_window(given, found.model_config.max_model_len, models)
+    assert settled["window"] == window
     asked = dict(given["dca"])
     sparse = {key: asked.pop(key) for key in SPARSE_KEYS if key in asked}
     assert (settled["sparse"] is not None) == (sparse.pop("sparse", "off") != "off")
@@ -185,9 +274,9 @@ def assert_refused_by_name(given: dict[str, Any], error: Exception) -> None:
     assert any(word in str(error) for word in words), error
 
 
-@given(given=GIVEN)
+@given(given=GIVEN | WINDOWS)
 @settings(
-    max_examples=300,
+    max_examples=400,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -197,34 +286,56 @@ def test_settled_as_asked_or_refused_by_name(
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
+    assume(can_be_overridden(given))
     # vLLM itself divides by the heads of a model that has none.
     ranks = given.get("decode_context_parallel_size", 1)
     assume(given.get("kind") != "no attention" or ranks == 1)
     try:
-        found = EngineArgs(**arguments(given, models)).create_engine_config()
+        with pytest.MonkeyPatch.context() as patch:
+            # As with the package of suffix decoding installed, which vLLM asks for first.
+            patch.setattr("vllm.config.speculative.has_arctic_inference", lambda: True)
+            found = EngineArgs(**arguments(given, models)).create_engine_config()
     except (ValueError, NotImplementedError) as error:
         assert_refused_by_name(given, error)
     else:
-        assert_served_as_asked(given, found)
+        assert_served_as_asked(given, found, models)
+
+
+def as_served(model: Path, given: dict[str, Any], directory: Path) -> Path:
+    """The checkpoint that says itself what the overrides and options make of it."""
+    config = json.loads((model / "config.json").read_text())
+    config |= OVERRIDES.get(given.get("overrides"), {})
+    if given.get("disable_sliding_window") or not config.get("sliding_window"):
+        config["sliding_window"] = None
+    (directory / "config.json").write_text(json.dumps(config))
+    for weights in model.glob("*.safetensors"):
+        (directory / weights.name).symlink_to(weights)
+    return directory
 
 
 @pytest.mark.nightly
-@given(given=GIVEN)
+@given(given=GIVEN | WINDOWS)
 @settings(max_examples=60, deadline=None, print_blob=True)
 def test_what_starts_agrees_with_the_reference(
-    given: dict[str, Any], models: dict[str | None, Path]
+    given: dict[str, Any],
+    models: dict[str | None, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    assume(can_be_overridden(given))
+    # What serves its windows on a CPU takes few shapes; tests/engine/test_models.py has those.
+    assume(given.get("kind") != "some windows")
     # With numba in this process vLLM 0.32 starts no other engine; tests/engine/test_features.py
     # speculates in one of its own.
-    if given.get("speculative_config") == "ngram":
+    if given.get("speculative_config") in ("ngram", "suffix"):
         del given["speculative_config"]
     options = arguments(given, models)
     model = Path(options.pop("model"))
+    served = as_served(model, given, tmp_path_factory.mktemp("served"))
     prompt = checkpoints.tokens(300)
     try:
         with engine(model, **options) as llm:
             found = llm.llm_engine.vllm_config
-            assert_served_as_asked(given, found)
+            assert_served_as_asked(given, found, models)
             if found.model_config.max_model_len <= len(prompt):
                 return
             [answer] = generate(llm, [prompt], prompt_logprobs=0)
@@ -236,7 +347,7 @@ def test_what_starts_agrees_with_the_reference(
         return
     temperature = settled["original_max_position_embeddings"]
     expected = prompt_logprobs(
-        model,
+        served,
         prompt,
         chunk_size=settled["chunk_size"],
         local_size=settled["local_size"],
