@@ -103,14 +103,19 @@ def test_llama(changes: dict[str, Any], tmp_path: Path) -> None:
 
 def test_windows_that_are_switched_off_by_transformers_code(tmp_path: Path) -> None:
     """One rotary module serves two types of layers, and DCA attends both."""
+    # vLLM changes transformers' modules for the model, for good.
+    in_a_child(_windows_switched_off, tmp_path)
+
+
+def _windows_switched_off(directory: Path) -> None:
     kinds = ["sliding_attention", "full_attention"]
     changes = {"layer_types": kinds, "sliding_window": 32}
-    windows = checkpoints.write(tmp_path / "windows", "Olmo3Config", **changes)
+    windows = checkpoints.write(directory / "windows", "Olmo3Config", **changes)
     changes["layer_types"] = kinds[1:] * 2
-    whole = checkpoints.write(tmp_path / "whole", "Olmo3Config", **changes)
+    whole = checkpoints.write(directory / "whole", "Olmo3Config", **changes)
     options = {"disable_sliding_window": True, "additional_config": {"dca": SIZES}}
     prompt = checkpoints.tokens(LENGTH)
-    # Before vLLM changes transformers' modules.
+    # Before vLLM changes them.
     expected, ordinary = prompt_logprobs(whole, prompt, **SIZES), prompt_logprobs(whole, prompt)
     with engine(windows, **options) as llm:
         [output] = generate(llm, [prompt], prompt_logprobs=0)
