@@ -23,9 +23,13 @@ CHUNK_LEN = DEMO_SIZES["chunk_size"] - DEMO_SIZES["local_size"]
 
 @pytest.fixture(scope="module")
 def demo_llm() -> Iterator[LLM]:
-    """The demo model in fp32, with vLLM's defaults: torch.compile, prefix caching."""
+    """The demo model in fp32, in a process of its own, with vLLM's other defaults.
+
+    Compiling its 30 layers takes minutes: test_features compiles a smaller one.
+    """
     llm = LLM(
         str(DEMO_MODEL),
+        enforce_eager=True,
         dtype="float32",
         attention_backend="dca",
         additional_config={"dca": DEMO_SIZES},

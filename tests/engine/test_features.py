@@ -45,6 +45,18 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=ATOL)
 
 
+def test_torch_compile(llama: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    with engine(llama, enforce_eager=False, **DCA) as llm:
+        [output] = generate(llm, [PROMPT], prompt_logprobs=0, max_tokens=8)
+    assert counters["stats"]["unique_graphs"]
+    assert_close(of_prompt(output), prompt_logprobs(llama, PROMPT, **SIZES))
+    tokens, logprobs = of_answer(output)
+    assert_close(logprobs, answered(llama, PROMPT, tokens))
+
+
 def test_samples_share_a_prompt(llama: Path) -> None:
     from vllm import SamplingParams
 

@@ -30,7 +30,7 @@ PROOFS = {
     "prefix caching": "test_engine::test_a_cached_prefix_equals_a_fresh_one",
     "mixed batches": "test_engine::test_batched_equals_single",
     "preemption": "test_models::test_preempted_requests_answer_as_if_alone",
-    "torch.compile": "test_engine::test_prompt_logprobs_agree_with_the_reference",
+    "torch.compile": "test_features::test_torch_compile",
     "`--enforce-eager`": "test_models::test_llama",
     "`n` samples": "test_features::test_samples_share_a_prompt",
     "beam search": "test_features::test_beam_search",
