@@ -14,6 +14,7 @@ from scripts.common.record import ROOT
 # Stands for the Python of an environment: writes down what it is asked, and fails where told.
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$ASKED"
+[[ " $* " =~ " uv pip " ]] && echo "${UV_COMPILE_BYTECODE-0}" >>"$ASKED.bytecode"
 [[ " $* " =~ " pip show " || " $* " =~ $FAILS ]] && exit 1
 [[ $1 == -c ]] && echo needed
 exit 0
@@ -151,3 +152,18 @@ install.index-url='https://its.example/simple'
     ]
     with pytest.raises(KeyError, match="client-cert"):
         pip_settings.exports(pip_settings.told("global.client-cert='mine.pem'\n"))
+
+
+@pytest.mark.parametrize("variable", ["", "1"])
+def test_bytecode_is_compiled_where_imports_leave_none(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all packages: without it, a process that imports vLLM does so for a minute or more."""
+    written(tmp_path / "venv/bin/python", PYTHON)
+    asked = tmp_path / "asked"
+    monkeypatch.delenv("UV_COMPILE_BYTECODE", raising=False)
+    run = set_up(tmp_path, ASKED=str(asked), FAILS="nothing", PYTHONDONTWRITEBYTECODE=variable)
+    assert run.returncode == 0, run.stderr
+    told = Path(f"{asked}.bytecode").read_text().split()
+    assert len(told) > 4
+    assert {*told} == {variable or "0"}
