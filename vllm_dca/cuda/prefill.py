@@ -100,8 +100,9 @@ def _prefill_kernel(
 
     kv_head = tl.program_id(1)
     chunk_begins = tl.load(chunks + segment) * chunk_len
+    segment_begins = chunk_begins + tl.load(offsets + segment)
     _, row, _ = _queries(cu_seqlens_q, segment, tile, GROUP, QUERIES)
-    sees = chunk_begins + tl.load(offsets + segment) + row + 1
+    sees = segment_begins + row + 1
     d = tl.arange(0, HEAD_PADDED)
     factor = tl.zeros([QUERIES], tl.float32) + scale_log2
     if HAS_SCALE:
@@ -118,7 +119,7 @@ def _prefill_kernel(
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, HEAD_PADDED], tl.float32)
     succ_begins = tl.maximum(chunk_begins - chunk_len, 0)
-    end = tl.max(sees, 0)
+    end = segment_begins + tl.cdiv(tl.minimum(first + QUERIES, num_queries), GROUP)
     at = 0
     while at < end:
         to = tl.where(at < succ_begins, succ_begins, chunk_begins)
@@ -231,6 +232,6 @@ def walk_attention(
         HAS_SCALE=k_scale is not None,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
-        # Three programs of small heads fit.
-        maxnreg=168 if head_padded <= 64 else tuning.registers,
+        # Three programs of small heads fit; in fp32 the compiler would spill.
+        maxnreg=168 if head_padded <= 64 and query.dtype.itemsize == 2 else tuning.registers,
     )
