@@ -60,7 +60,7 @@ MEASUREMENTS = {
     "scripts.bench.balance": Measurement(("balance",), CUDA),
     "scripts.bench.compile_kernels": Measurement(("kernels",), COMPILED, is_sparse=True),
     "scripts.bench.cpu": Measurement(("cpu", "cpu-avx2", "cpu-growth"), CPU),
-    "scripts.bench.engine": Measurement(("engine-cpu",), ENGINE_ON_CPU),
+    "scripts.bench.engine": Measurement(("engine-cpu", "engine-cpu-avx2"), ENGINE_ON_CPU),
     "scripts.bench.first_answer": Measurement(
         ("first-answer",),
         (

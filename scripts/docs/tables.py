@@ -80,7 +80,7 @@ def cpu_growth() -> str:
     )
 
 
-def engine(record: str = "engine-cpu") -> str:
+def _engine(record: str) -> str:
     def milliseconds(of: dict[str, float]) -> str:
         median, low, high = (f"{of[key] * 1e3:.1f}" for key in ("median", "low", "high"))
         return f"{median} ({low} to {high})"
@@ -92,6 +92,14 @@ def engine(record: str = "engine-cpu") -> str:
             for what, of in load(record)["results"].items()
         ),
     )
+
+
+def engine() -> str:
+    return _engine("engine-cpu")
+
+
+def engine_avx2() -> str:
+    return _engine("engine-cpu-avx2")
 
 
 def first_answer() -> str:

@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from scripts.common.bytecode import compile_modules
 from scripts.common.record import ROOT
 
 # Where what was made is kept.
@@ -81,6 +82,7 @@ def _finish(target: Path, source: Path) -> Path:
     if LATER:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*pip, "--target", target, *LATER], check=True, stdout=sys.stderr)
+    compile_modules(package)
     return target
 
 

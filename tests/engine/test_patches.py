@@ -161,8 +161,10 @@ def _overlay(root: Path, patches: list[Path]) -> Path:
             path = folder / entry.name
             if path in changed:
                 shutil.copyfile(entry, root / path)
-            # Not __pycache__, where the patched files would be cached for all.
-            elif path not in folders and entry.name != "__pycache__":
+            # Its own, where patched files are cached for it alone; that of files as installed.
+            elif entry.name == "__pycache__":
+                shutil.copytree(entry, root / path)
+            elif path not in folders:
                 (root / path).symlink_to(entry)
     for patch in patches:
         _git(root, "apply", "--check", patch)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.common.bytecode import compile_modules
 from scripts.common.record import ROOT
 
 # The one that goes with the torch that scripts/setup installs.
@@ -64,6 +65,7 @@ def _download() -> None:
             archive.extractall(unpacked, [n for n in names if ".libs/" not in n])
         init = unpacked / "torchvision/__init__.py"
         init.write_text(_DECLARED.format(names=_OPERATORS) + init.read_text())
+        compile_modules(unpacked)
         unpacked.rename(FOLDER)
 
 

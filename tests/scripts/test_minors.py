@@ -46,6 +46,8 @@ def test_an_overlay_has_the_others_python_and_the_installed_libraries(
         env={**os.environ, "PYTHONPATH": str(made)},
     )
     assert run.stdout.strip() == "0.99.0"
+    # Whether imports may leave it or not.
+    assert list(made.glob("vllm/__pycache__/__init__.*.pyc"))
     library = made / "vllm" / "_C.abi3.so"
     assert library.is_symlink()
     assert library.stat().st_size > len("for another torch")

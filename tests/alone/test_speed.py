@@ -8,7 +8,6 @@ import torch
 from scripts.bench.cpu import measure
 from vllm_dca.cpu import compiled
 
-pytestmark = pytest.mark.alone
 # Of CPU_ATTN's time, by the instructions for which the kernel was compiled. The record
 # (docs/results/cpu.json) has for this shape, in this order, 0.94, 0.49, 0.91 and 0.54 on
 # AVX512_BF16. On AVX2, three turns of what this test does, on a quiet machine, had at most
