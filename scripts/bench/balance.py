@@ -2,16 +2,14 @@
 
 Usage: python -m scripts.bench.balance [--batches N] [--output FILE]
 
-Random batches are given to the plan of `vllm_dca.cuda.plan_decode`, and to the plan that it
-replaced: splits of equal length, one program each. A place is a program that runs at a time. A
-piece of work costs the keys that it reads, and START more to begin. Fails if the busiest place
-has more than LIMITS allow, in terms of the mean place.
+Random batches are given to the plan of `vllm_dca.cuda.plan_decode`. A place is a program that
+runs at a time. A piece of work costs the keys that it reads, and START more to begin. Fails if
+the busiest place has more than LIMITS allow, in terms of the mean place.
 """
 
 import argparse
-import heapq
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +21,6 @@ MULTIPROCESSORS = {"A100": 108, "H100": 132, "B200": 148}
 # Keys that could be read while a piece's queries and its first tile are waited for.
 START = plan_decode.PACK_COST * plan_decode.UNIT
 LIMITS = {"median": 1.1, "worst": 1.25}
-# The plan before: keys a split at least, its splits' multiple, and programs a multiprocessor.
-OLD_MIN_SPLIT, OLD_TILE, OLD_PROGRAMS = 256, 64, 4
 
 
 class Step(NamedTuple):
@@ -99,7 +95,7 @@ def pieces(step: Step, programs: int) -> Pieces:
     return Pieces(*(column[read] for column in found))
 
 
-def new(step: Step, multiprocessors: int) -> Cut:
+def cut(step: Step, multiprocessors: int) -> Cut:
     """The plan of `vllm_dca.cuda.plan_decode`."""
     found = pieces(step, plan_decode.programs(multiprocessors))
     places = np.bincount(found.program, found.keys + START)
@@ -111,25 +107,6 @@ def new(step: Step, multiprocessors: int) -> Cut:
     plan = 4 * (len(step.keys) * (step.rows + 2) + 6 * packs)
     again = (int(found.keys.sum()) - int(step.keys.sum()) * step.kv_heads) * step.key_bytes
     return Cut(float(places.max() / places.mean()), step.floor + again + partials + plan)
-
-
-def old(step: Step, multiprocessors: int) -> Cut:
-    """Splits of equal length, a program each, that start in order as places become free."""
-    spare = -(-OLD_PROGRAMS * multiprocessors // step.kv_heads)
-    keys = (step.keys[:, None] - np.arange(step.rows)[::-1]).flatten()
-    wanted = -(-int(keys.sum()) // spare)
-    length = max(-(-wanted // OLD_TILE) * OLD_TILE, OLD_MIN_SPLIT)
-    splits = -(-keys // length)
-    costs = np.full(int(splits.sum()), length)
-    costs[splits.cumsum() - 1] = keys - (splits - 1) * length
-    free = [0] * (OLD_PROGRAMS * multiprocessors)
-    for cost in np.tile(costs + START, step.kv_heads).tolist():
-        heapq.heapreplace(free, free[0] + cost)
-    used = np.array([place for place in free if place])
-    partials = 2 * len(costs) * step.heads * (step.head_size + 1) * 4
-    plan = 4 * (len(costs) + 3 * len(keys))
-    again = int(keys.sum() - step.keys.sum()) * step.kv_heads * step.key_bytes
-    return Cut(float(used.max() / used.mean()), step.floor + again + partials + plan)
 
 
 def random_step(generator: np.random.Generator) -> Step:
@@ -175,35 +152,28 @@ def main() -> None:
     args = parser.parse_args()
     generator = np.random.default_rng(0)
     steps = [random_step(generator) for _ in range(args.batches)]
-    plans = {"new": new, "old": old}
     busiest = {
-        card: {
-            name: distribution([plan(step, multiprocessors) for step in steps])
-            for name, plan in plans.items()
-        }
+        card: distribution([cut(step, multiprocessors) for step in steps])
         for card, multiprocessors in MULTIPROCESSORS.items()
     }
     moved = {
-        label: {"floor": step.floor}
-        | {name: plan(step, MULTIPROCESSORS["H100"]).moved for name, plan in plans.items()}
+        label: {"floor": step.floor, "moved": cut(step, MULTIPROCESSORS["H100"]).moved}
         for label, step in STEPS.items()
     }
-    table = Table("", "new, median", "worst", "old, median", "worst", title="busiest / mean")
+    table = Table("", "median", "worst", title="busiest place / mean place")
     for card, found in busiest.items():
-        table.add_row(card, *(f"{x:.2f}" for of in found.values() for x in of.values()))
+        table.add_row(card, *(f"{x:.2f}" for x in found.values()))
     Console().print(table)
-    table = Table(
-        "a layer's step", "floor, MB", "new", "old", title="moved on 132 multiprocessors"
-    )
+    table = Table("a layer's step", "floor, MB", "MB", title="moved on 132 multiprocessors")
     for label, sizes in moved.items():
         table.add_row(label, *(f"{size / 1e6:,.1f}" for size in sizes.values()))
     Console().print(table)
     if args.output:
-        found: dict[str, Any] = {"batches": args.batches, "busiest": busiest, "moved": moved}
-        record.write(args.output, record.provenance("numpy") | found)
+        facts = {**record.provenance("numpy"), "batches": args.batches}
+        record.write(args.output, {**facts, "busiest": busiest, "moved": moved})
     for card, found in busiest.items():
         for which, limit in LIMITS.items():
-            assert found["new"][which] <= limit, f"{card}: {which} {found['new'][which]:.3f}"
+            assert found[which] <= limit, f"{card}: {which} {found[which]:.3f}"
 
 
 if __name__ == "__main__":

@@ -63,5 +63,5 @@ def decode(case: Case, multiprocessors: int) -> dict[str, int]:
     shape = case.shape
     keys = np.full(case.batch, case.context)
     step = balance.Step(keys, case.new, shape.heads, shape.kv_heads, shape.head_size, ITEM)
-    moved = balance.new(step, multiprocessors).moved
+    moved = balance.cut(step, multiprocessors).moved
     return {"floor_bytes": step.floor, "moved_bytes": moved}

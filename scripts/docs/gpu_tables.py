@@ -8,9 +8,9 @@ from scripts.docs.page import load, markdown
 def balance() -> str:
     cards = load("balance")["busiest"]
     return markdown(
-        ("busiest place / mean place", "now: median", "worst", "before: median", "worst"),
+        ("busiest place / mean place", "median", "worst"),
         *(
-            (card, *(f"{value:.2f}" for of in found.values() for value in of.values()))
+            (card, *(f"{value:.2f}" for value in found.values()))
             for card, found in cards.items()
         ),
     )
@@ -18,7 +18,7 @@ def balance() -> str:
 
 def decode_bytes() -> str:
     return markdown(
-        ("a layer's step, MB", "floor", "now", "before"),
+        ("a layer's step, MB", "floor", "moved"),
         *(
             (step, *(f"{size / 1e6:,.1f}" for size in sizes.values()))
             for step, sizes in load("balance")["moved"].items()
@@ -26,7 +26,7 @@ def decode_bytes() -> str:
     )
 
 
-def _compiled(kernels: list[dict[str, Any]], **wanted: object) -> str:
+def _compiled(kernels: list[dict[str, Any]], **wanted: object) -> list[str]:
     """Registers, programs a multiprocessor, and KiB in flight there, for each capability.
 
     No more than two programs a multiprocessor are launched, whatever fits.
@@ -38,26 +38,19 @@ def _compiled(kernels: list[dict[str, Any]], **wanted: object) -> str:
         row["bytes_in_flight"] * min(n, 2) >> 10 for row, n in zip(rows, programs, strict=True)
     ]
     numbers = ([row["registers"] for row in rows], programs, flights)
-    return " | ".join(" / ".join(map(str, column)) for column in numbers)
+    return [" / ".join(map(str, column)) for column in numbers]
 
 
 def decode_kernels() -> str:
-    """The decode kernel as compiled, beside the one before it."""
-    now, before = (
-        [row for row in load(name)["kernels"] if row["capability"] != 86]
-        for name in ("kernels", "kernels-before")
-    )
-    columns = ("registers", "programs", "KiB in flight")
+    """The decode kernel as compiled."""
+    kernels = [row for row in load("kernels")["kernels"] if row["capability"] != 86]
     rows = []
     for shape, group in (("SmolLM2-135M", 3), ("Llama-3-8B", 4), ("Gemma-like", 2)):
         for cache in ("bfloat16", "float8_e5m2"):
             wanted = {"shape": shape, "dtype": "bfloat16", "kv_cache": cache}
-            kernel = "decode_kernel, 16 queries"
-            new = _compiled(now, **wanted, kernel=kernel).split(" | ")
-            old = _compiled(before, **wanted, kernel="split_kernel").split(" | ")
-            rows.append((f"{shape}, group of {group}", cache, *new, *old))
-    head = (*(f"now: {name}" for name in columns), *(f"before: {name}" for name in columns))
-    return markdown(("shape", "KV cache", *head), *rows)
+            found = _compiled(kernels, **wanted, kernel="decode_kernel, 16 queries")
+            rows.append((f"{shape}, group of {group}", cache, *found))
+    return markdown(("shape", "KV cache", "registers", "programs", "KiB in flight"), *rows)
 
 
 def prefill_kernels() -> str:

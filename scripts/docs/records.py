@@ -19,9 +19,6 @@ from rich.table import Table
 from scripts.common import sources
 from scripts.docs.page import RESULTS
 
-# Kept as they are: what a later one is compared with, and what tells its commit in its text.
-OF_THE_PAST = ("kernels-before", "nightly")
-
 
 def runs(record: Any) -> Iterator[dict[str, Any]]:
     """The parts of a record that say which commit made them."""
@@ -58,8 +55,6 @@ def note(*names: str, said: str = "Measured") -> str:
 def main() -> None:
     table = Table("record", "commit", "changed since")
     for path in sorted(RESULTS.glob("*.json")):
-        if path.stem in OF_THE_PAST:
-            continue
         every = list(runs(json.loads(path.read_text())))
         commits = {run.get("commit", "unknown")[:7] for run in every}
         known = every and all("sources" in run for run in every)

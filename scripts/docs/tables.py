@@ -83,7 +83,7 @@ def cpu_growth() -> str:
 def _engine(record: str) -> str:
     def milliseconds(of: dict[str, float]) -> str:
         median, low, high = (f"{of[key] * 1e3:.1f}" for key in ("median", "low", "high"))
-        return f"{median} ({low} to {high})"
+        return f"{median} ({low} to {high})" if of["turns"] > 1 else median
 
     return markdown(
         ("", "DCA / CPU_ATTN", "DCA, ms (quartiles)", "CPU_ATTN, ms (quartiles)"),
