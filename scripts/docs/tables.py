@@ -199,6 +199,7 @@ MADE_BY = (
     by_torch,
     cpu_growth,
     engine,
+    engine_avx2,
     first_answer,
     linear_memory,
     load_tables.faults,
