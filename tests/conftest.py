@@ -1,7 +1,6 @@
 """Engines, logs and text that test modules share."""
 
 import gc
-import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import runners
+from tests.helpers import log, runners
 
 # pytest-xdist's workers share the cores: what waits in a loop for its threads must not wait for
 # those of another worker.
@@ -65,19 +64,5 @@ def runner(request: pytest.FixtureRequest) -> Iterator[tuple[str, ProcessPoolExe
 @pytest.fixture
 def dca_log() -> Iterator[list[str]]:
     """What the plugin logs in this process."""
-    from vllm.config.logging import LoggingConfig
-    from vllm.logger import configure_logging_if_needed
-
-    # Else the first engine would, and take away what was added.
-    configure_logging_if_needed(LoggingConfig())
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    messages: list[str] = []
-    collector = Collector()
-    logger = logging.getLogger("vllm.plugins.dca")
-    logger.addHandler(collector)
-    yield messages
-    logger.removeHandler(collector)
+    with log.collected() as messages:
+        yield messages

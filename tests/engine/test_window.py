@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from scripts.common.record import ROOT
-from tests.helpers import checkpoints, vision
+from tests.helpers import checkpoints, log, vision
+from tests.helpers.answers import accepted, drafted, generate
 from tests.helpers.command_line import BLOCK, explained, served
 from tests.helpers.companions import write_eagle
-from tests.helpers.inprocess import in_a_child, settle
+from tests.helpers.inprocess import engine, in_a_child, settle
+from tests.helpers.rehearsal import OPTIONS, assert_agrees
+from tests.helpers.runners import under
 
 pytestmark = pytest.mark.each_minor
 
@@ -178,3 +181,42 @@ def test_a_drafter_goes_no_further_than_the_user_says(
     assert config.model_config.max_model_len == 1024
     assert config.speculative_config.attention_backend.name == "DCA"
     assert not any("drafter's window" in line for line in dca_log)
+
+
+@under("V1", "V2")
+def test_answers_past_the_drafter_s_length_are_right(tmp_path: Path) -> None:
+    """V1 stops drafting there. V2 cannot, so the drafter's table goes as far as the model's."""
+    llama = checkpoints.write(tmp_path, "LlamaConfig")
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
+    draft |= {"max_model_len": 40}
+    prompts = [checkpoints.tokens(60), checkpoints.tokens(29)]
+    with log.collected() as lines, engine(llama, speculative_config=draft, **OPTIONS) as llm:
+        config = llm.llm_engine.vllm_config
+        is_v2 = config.use_v2_model_runner
+        warned = "drafting does not stop at the speculative config's max_model_len of 40"
+        assert sum(warned in line for line in lines) == is_v2
+        assert config.model_config.max_model_len == OPTIONS["max_model_len"]
+        of_the_drafter = config.speculative_config.draft_model_config.max_model_len
+        assert of_the_drafter == (OPTIONS["max_model_len"] if is_v2 else 40)
+        [long] = generate(llm, prompts[:1], max_tokens=9)
+        # The model drafts for itself: if its layers attend as they should, each draft is right.
+        # In place of drafts V1 verifies zeros.
+        right = accepted(llm)
+        assert right == (drafted(llm) if is_v2 else 0)
+        assert drafted(llm) > 3
+        [short] = generate(llm, prompts[1:], max_tokens=20)
+        assert accepted(llm) > right
+    for prompt, output in zip(prompts, (long, short), strict=True):
+        assert_agrees(llama, prompt, output)
+
+
+@under("V2")
+def test_a_drafter_shortens_no_context_that_nobody_asked_for(tmp_path: Path) -> None:
+    """vLLM 0.33 lowers the model's own length as well, or that by auto."""
+    llama = checkpoints.write_config(tmp_path, "LlamaConfig", "LlamaForCausalLM")
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
+    draft |= {"max_model_len": 40}
+    for given in ({}, {"max_model_len": -1}):
+        config = settle(llama, speculative_config=draft, **given)
+        assert config.model_config.max_model_len == 128
+        assert config.speculative_config.draft_model_config.max_model_len == 128

@@ -15,7 +15,7 @@ from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.shims import names_dca
 from vllm_dca.engine.sparse import say_sparse, settle_sparse
 from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS, PROVED_MODELS
-from vllm_dca.engine.window import eagle_window, own_window
+from vllm_dca.engine.window import default_length, eagle_window, own_window
 from vllm_dca.method.config import DcaSettings, resolve_settings, validate_options
 
 CHECKPOINT_CONFIG = "dual_chunk_attention_config"
@@ -40,6 +40,7 @@ def configure(vllm_config: VllmConfig) -> None:
     _check_supported(vllm_config)
     model_config = vllm_config.model_config
     _take_no_embeddings(vllm_config)
+    _restore_length(vllm_config)
     if has_sliding_layers(model_config):
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
@@ -178,9 +179,25 @@ def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
     )
 
 
+def _restore_length(vllm_config: VllmConfig) -> None:
+    """vLLM 0.33 lowers the model's to its drafter's where Model Runner V2 serves. DCA extends
+    the drafter's to the model's.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+        return
+    if not vllm_config.use_v2_model_runner:
+        return
+    model_config = vllm_config.model_config
+    length = model_config.original_max_model_len
+    if length is None or length < 0:  # by auto
+        length = default_length(model_config)
+    model_config.max_model_len = max(model_config.max_model_len, length)
+
+
 def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
-    """A drafter's attention layers are DCA's too: it drafts as far as the model answers, or as
-    the user said.
+    """A drafter's attention layers are DCA's too: it drafts as far as the model answers, or
+    under Model Runner V1 as the user said.
     """
     speculative = vllm_config.speculative_config
     if speculative.method not in DRAFTERS_WITH_LAYERS:
@@ -191,11 +208,17 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
     if speculative.attention_backend is None:
         speculative.attention_backend = vllm_config.attention_config.backend
     if speculative.max_model_len is not None:
-        return  # vLLM has seen to it that this is within the drafter's window.
-    asked = model_config.original_max_model_len
-    if asked is not None and asked > model_config.max_model_len:
-        # vLLM 0.33 lowers it to the drafter's where Model Runner V2 serves.
-        model_config.max_model_len = asked
+        if not vllm_config.use_v2_model_runner:
+            return  # vLLM has seen to it that this is within the drafter's window.
+        if speculative.max_model_len < model_config.max_model_len:
+            logger.warning(
+                "DCA: under vLLM's Model Runner V2 drafting does not stop at the speculative "
+                "config's max_model_len of %d tokens: the drafter drafts as far as the model "
+                "answers, %d tokens. Leave it out, or take V1, which stops there: "
+                "VLLM_USE_V2_MODEL_RUNNER=0.",
+                speculative.max_model_len,
+                model_config.max_model_len,
+            )
     draft.max_model_len = model_config.max_model_len
     is_eagle = speculative.method in ("eagle", "eagle3")
     window = (eagle_window if is_eagle else own_window)(draft, draft.max_model_len)

@@ -13,6 +13,12 @@ from vllm.transformers_utils.config import (
 from vllm_dca.engine.refusals import rope_types
 
 
+def default_length(model_config: ModelConfig) -> int:
+    """Tokens of the longest request, where nobody says how many."""
+    length: int = _limited(model_config)[0].get_and_verify_max_len(None)
+    return length
+
+
 def own_window(model_config: ModelConfig, max_model_len: int) -> int:
     """Tokens that vLLM takes without DCA, dynamic NTK's stretch apart: its table has no rows
     for that. LongRoPE's are those of the factors that vLLM chooses by the longest request.
@@ -21,12 +27,7 @@ def own_window(model_config: ModelConfig, max_model_len: int) -> int:
         model_config: of a model, or of a drafter.
         max_model_len: tokens of the longest request.
     """
-    limited, limits = model_config, []
-    if model_config.disable_sliding_window and (own := _sliding_window(model_config)):
-        # It takes no more than such a layer ever saw. vLLM has forgotten it by now.
-        limited, limits = copy.copy(model_config), [own]
-        limited.hf_text_config = copy.copy(model_config.hf_text_config)
-        limited.hf_text_config.sliding_window = own
+    limited, limits = _limited(model_config)
     window: int = limited.get_and_verify_max_len(None)
     config = model_config.hf_text_config
     if "dynamic" in rope_types(model_config):
@@ -43,6 +44,18 @@ def eagle_window(draft: ModelConfig, max_model_len: int) -> int:
     """As `own_window`, of an EAGLE head: into its config vLLM writes the model's length."""
     window = own_window(draft, max_model_len)
     return min(window, getattr(_as_read(draft), "max_position_embeddings", window))
+
+
+def _limited(model_config: ModelConfig) -> tuple[ModelConfig, list[int]]:
+    """The config as vLLM takes its length from, and the limit of a window that is switched off:
+    a model takes no more than such a layer ever saw. vLLM has forgotten it by now.
+    """
+    if not model_config.disable_sliding_window or not (own := _sliding_window(model_config)):
+        return model_config, []
+    limited = copy.copy(model_config)
+    limited.hf_text_config = copy.copy(model_config.hf_text_config)
+    limited.hf_text_config.sliding_window = own
+    return limited, [own]
 
 
 def _sliding_window(model_config: ModelConfig) -> int | None:
