@@ -22,6 +22,17 @@ from tests.helpers.inprocess import engine, settle
 pytestmark = pytest.mark.each_minor
 
 SIZES = {"chunk_size": 96, "local_size": 32}
+# What vLLM asks a backend about.
+BASE = {
+    "head_size": 128,
+    "dtype": torch.bfloat16,
+    "kv_cache_dtype": "auto",
+    "block_size": 16,
+    **dict.fromkeys(("use_mla", "has_sink", "use_sparse", "use_mm_prefix"), False),
+    "use_per_head_quant_scales": False,
+    "device_capability": None,
+    "attn_type": "decoder",
+}
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +357,59 @@ def test_dca_for_a_drafter_alone_is_refused(llama: Path) -> None:
         settle(llama, **{**options, "attention_backend": "dca"})
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "int8_per_token_head",
+        "nvfp4",
+        "bfloat16",
+        pytest.param(
+            "fp8", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="served there")
+        ),
+    ],
+)
+def test_a_drafter_s_own_cache_is_refused(given: str, llama: Path) -> None:
+    """Before any weights are read, and not in the words of the model's."""
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    words = f"the speculative config's kv_cache_dtype {given} (without it the drafter"
+    with pytest.raises(NotImplementedError, match=re.escape(words)) as refusal:
+        settle(llama, speculative_config={**draft, "kv_cache_dtype": given})
+    assert "--kv-cache-dtype" not in str(refusal.value)
+    settle(llama, speculative_config={**draft, "kv_cache_dtype": "auto"})
+
+
+def test_a_drafter_s_own_cache_that_is_served(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model in bfloat16 its own dtype, and on a GPU FP8."""
+    from vllm_dca.engine import refusals
+
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    draft |= {"kv_cache_dtype": "bfloat16"}
+    config = settle(llama, dtype="bfloat16", speculative_config=draft)
+    config.speculative_config.kv_cache_dtype = "fp8_e5m2"
+    gpu = types.SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    monkeypatch.setattr(refusals, "current_platform", gpu)
+    assert refusals.refusals(config) == []
+
+
+@pytest.mark.parametrize("method", ["draft_model", "mtp"])
+def test_adaptive_verification_is_refused(method: str, llama: Path) -> None:
+    """vLLM refuses it where there are no CUDA graphs, and else once the model is loaded."""
+    from vllm_dca.engine.refusals import refusals
+
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    config = settle(llama, speculative_config=draft)
+    config.speculative_config.method = method
+    assert refusals(config) == []
+    config.speculative_config.enable_adaptive_verification = True
+    [words] = refusals(config)
+    assert words.startswith("adaptive verification of drafts, the speculative config's enable_")
+    # vLLM does nothing about it there.
+    config.speculative_config.method = "ngram"
+    assert refusals(config) == []
+
+
 @pytest.mark.parametrize("method", ["draft_model", "eagle3"])
 def test_parallel_drafting_is_refused(method: str, llama: Path) -> None:
     """Its drafts are in the device's lengths, and not in those that the host is told."""
@@ -565,18 +629,15 @@ def test_a_server_that_cannot_start_says_why_and_exits(llama: Path) -> None:
 def test_what_vllm_is_told_that_dca_cannot(use: str, reason: str) -> None:
     from vllm_dca.engine.backend import DcaBackend
 
-    base = {
-        "head_size": 128,
-        "dtype": torch.bfloat16,
-        "kv_cache_dtype": "auto",
-        "block_size": 16,
-        **dict.fromkeys(("use_mla", "has_sink", "use_sparse", "use_mm_prefix"), False),
-        "use_per_head_quant_scales": False,
-        "device_capability": None,
-        "attn_type": "decoder",
-    }
-    assert DcaBackend.validate_configuration(**base) == []
-    assert DcaBackend.validate_configuration(**{**base, use: True}) == [reason]
+    assert DcaBackend.validate_configuration(**BASE) == []
+    assert DcaBackend.validate_configuration(**{**BASE, use: True}) == [reason]
+
+
+def test_a_cache_that_dca_does_not_know_is_vllm_s_to_refuse() -> None:
+    from vllm_dca.engine.backend import DcaBackend
+
+    reasons = DcaBackend.validate_configuration(**{**BASE, "kv_cache_dtype": "nvfp4"})
+    assert reasons == ["kv_cache_dtype not supported"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from vllm_dca.engine.support import (
     DRAFTERS,
     DRAFTERS_WITH_LAYERS,
     KV_CACHE_DTYPES,
+    cache_dtype_of,
     cache_name_of,
 )
 from vllm_dca.method.sparse_config import MODE_KEY, OFF
@@ -156,6 +157,40 @@ def _drafter_backend(vllm_config: VllmConfig) -> str:
     )
 
 
+def _adaptive_verification(vllm_config: VllmConfig) -> str:
+    """It replays CUDA graphs of decodes of unequal lengths, and DCA's are of equal ones. vLLM
+    does not do it for drafters without layers, whatever is asked.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+        return ""
+    if not speculative.enable_adaptive_verification:
+        return ""
+    return (
+        "adaptive verification of drafts, the speculative config's "
+        "enable_adaptive_verification (without it all drafts are verified)"
+    )
+
+
+def _drafter_cache_dtype(vllm_config: VllmConfig) -> str:
+    """Without one of its own a drafter has its model's, of which `_cache_dtype` tells."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+        return ""
+    name, dtype = speculative.kv_cache_dtype, vllm_config.model_config.dtype
+    if name is None:
+        return ""
+    if name in KV_CACHE_DTYPES:
+        cache_dtype = cache_dtype_of(name, dtype)
+        is_fp8 = cache_dtype.itemsize == 1
+        if cache_dtype == dtype or (is_fp8 and not current_platform.is_cpu()):
+            return ""
+    return (
+        f"the speculative config's kv_cache_dtype {name} (without it the drafter's KV cache is "
+        "as its model's)"
+    )
+
+
 def _sparse(vllm_config: VllmConfig) -> str:
     """Its kernels are compiled for tensor cores only."""
     options = vllm_config.additional_config.get(OPTIONS)
@@ -204,6 +239,7 @@ REFUSALS: Sequence[Refusal] = (
     ),
     Refusal("models", "sliding windows in all layers", _windows_only),
     Refusal("dtypes", "other quantised KV caches, FP8 on the CPU", _cache_dtype),
+    Refusal("dtypes", "these for a drafter alone", _drafter_cache_dtype),
     Refusal(
         "engine",
         "a backend per kind of layer",
@@ -215,6 +251,7 @@ REFUSALS: Sequence[Refusal] = (
     ),
     Refusal("engine", "speculative decoding by other methods", _drafter),
     Refusal("engine", "parallel drafting (P-EAGLE, PARD)", _parallel_drafting),
+    Refusal("engine", "adaptive verification of drafts", _adaptive_verification),
     Refusal("engine", "another attention backend for the drafter", _drafter_backend),
     Refusal("engine", "sparse prefill in fp32 on CUDA", _sparse),
     Refusal(

@@ -98,5 +98,5 @@ def cache_name_of(dtype: torch.dtype) -> str | None:
 
 
 def cache_dtype_of(kv_cache_dtype: "CacheDType", model_dtype: torch.dtype) -> torch.dtype:
-    """What the KV cache holds, by its name in vLLM."""
-    return KV_CACHE_DTYPES[kv_cache_dtype] or model_dtype
+    """What the KV cache holds, by its name in vLLM, which refuses those that are not here."""
+    return KV_CACHE_DTYPES.get(kv_cache_dtype) or model_dtype
