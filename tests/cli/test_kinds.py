@@ -1,6 +1,7 @@
 """`vllm-dca explain` on each kind of attention and of positions, from a config alone."""
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,26 @@ def test_a_drafter_s_layers(tmp_path: Path) -> None:
     draft = json.dumps({"model": llama, "num_speculative_tokens": 1, "method": "draft_model"})
     said = explained(llama, *OPTIONS, "--speculative-config", draft)
     assert (said["DCA attends"], said["of the drafter"]) == ([ALL], [ALL])
+
+
+def test_a_drafter_s_own_cache_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8 is for GPUs: what refuses it on a CPU is told that this is one."""
+    from vllm_dca.engine import backend, refusals
+
+    gpu = types.SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    for module in (backend, refusals):
+        monkeypatch.setattr(module, "current_platform", gpu)
+    llama = write(tmp_path, "LlamaForCausalLM")
+    draft = {"model": llama, "num_speculative_tokens": 1, "method": "draft_model"}
+    # Keys and values of 2 layers with 2 KV heads of 16 entries.
+    entries = 2 * 2 * 2 * 16
+    for given, itemsize in ({}, 2), ({"kv_cache_dtype": "fp8"}, 1):
+        config = json.dumps({**draft, **given})
+        options = (*OPTIONS, "--dtype", "bfloat16", "--speculative-config", config)
+        said = explained(llama, *options)["KV cache"][0]
+        assert said.startswith(f"{entries * (2 + itemsize)} bytes a token")
 
 
 def test_mrope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,10 @@ def _models(vllm_config: Any) -> list[tuple[Any, Any, str]]:
     draft, prefix = speculative.draft_model_config, ""
     attention = replace(vllm_config.attention_config, backend=speculative.attention_backend)
     changes = {"attention_config": attention}
+    if speculative.kv_cache_dtype is not None:
+        changes["cache_config"] = replace(
+            vllm_config.cache_config, cache_dtype=speculative.kv_cache_dtype
+        )
     if speculative.method == "draft_model":
         prefix = "draft_model"
         changes |= {"quant_config": None, "model_config": draft}
