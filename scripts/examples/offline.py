@@ -31,7 +31,18 @@ def main(
     # What is wrong with the files should show before the model is loaded.
     with prompts.open(encoding="utf-8") as file:
         lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    rows = [{"id": number, **json.loads(line)} for number, line in lines]
+    rows = []
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise typer.BadParameter(f"line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise typer.BadParameter(
+                f"line {number} is no JSON object but {line.strip()[:40]}; one would be "
+                '{"prompt": "Once upon a time"}'
+            )
+        rows.append({"id": number, **row})
     if wrong := [row["id"] for row in rows if not isinstance(row.get("prompt"), str)]:
         raise typer.BadParameter(f"no text as `prompt` in {wrong}")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -132,6 +132,13 @@ def test_offline_takes_a_prompt_that_leaves_room_for_one_token(
     prompts.write_text('{"prompt": "a"}\n\n{"text": "b"}\n{"prompt": 4}\n')
     with pytest.raises(typer.BadParameter, match=r"no text as `prompt` in \[3, 4\]"):
         main("no such model", prompts, output, max_model_len=1000)
+    for line, message in (
+        ('["a"]', r'line 2 is no JSON object but \["a"\]; one would be {"prompt": "Once'),
+        ('{"prompt": a}', "line 2 is no JSON: Expecting value"),
+    ):
+        prompts.write_text(f'{{"prompt": "a"}}\n{line}\n')
+        with pytest.raises(typer.BadParameter, match=message):
+            main("no such model", prompts, output, max_model_len=1000)
 
     prompts_file(prompts, [{"prompt": "a" * length} for length in (999, 1000)])
     try:
