@@ -201,11 +201,9 @@ def test_answers_past_the_drafter_s_length_are_right(tmp_path: Path) -> None:
         [long] = generate(llm, prompts[:1], max_tokens=9)
         # The model drafts for itself: if its layers attend as they should, each draft is right.
         # In place of drafts V1 verifies zeros.
-        right = accepted(llm)
-        assert right == (drafted(llm) if is_v2 else 0)
+        assert accepted(llm) == (drafted(llm) if is_v2 else 0)
         assert drafted(llm) > 3
         [short] = generate(llm, prompts[1:], max_tokens=20)
-        assert accepted(llm) > right
     for prompt, output in zip(prompts, (long, short), strict=True):
         assert_agrees(llama, prompt, output)
 
