@@ -260,7 +260,7 @@ def test_every_split_of_a_prefill_equals_the_whole(
             [t[0][:cut]] for t in (batch.queries, batch.keys, batch.values)
         )
         split = torch.cat([prefill(head), prefill(tail)])
-        assert (split - whole).abs().max() <= batch.tolerance(), cut
+        assert (split - whole).abs().max() <= batch.tolerance, cut
 
 
 @PREFILLS
@@ -287,7 +287,7 @@ def test_decode_row_equals_prefill_row(dtype: torch.dtype, temperature: int | No
     batch = Batch.random(shape)
     prefill = batch.prefill()
     for decode in (batch.decode(), batch.compiled()):
-        assert (decode - prefill).abs().max() <= batch.tolerance()
+        assert (decode - prefill).abs().max() <= batch.tolerance
 
 
 def test_a_prefill_takes_no_more_room_than_it_says() -> None:
@@ -331,7 +331,7 @@ def test_below_one_chunk_dca_is_ordinary_attention(dtype: torch.dtype) -> None:
     ordinary, _ = op(query, key, value, 0.0, True, scale=shape.scale)
     ordinary = ordinary[0].transpose(0, 1).to(dtype)
     torch.testing.assert_close(batch.prefill(), ordinary, rtol=0, atol=0)
-    assert (batch.compiled() - ordinary).abs().max() <= batch.tolerance()
+    assert (batch.compiled() - ordinary).abs().max() <= batch.tolerance
 
 
 def test_tolerance_would_catch_a_wrong_region() -> None:
@@ -341,4 +341,4 @@ def test_tolerance_would_catch_a_wrong_region() -> None:
         batch, shape=dataclasses.replace(batch.shape, local_size=batch.shape.local_size - 1)
     )
     for output in (wrong.prefill(), wrong.compiled()):
-        assert (output.double() - batch.reference()).abs().max() > 100 * batch.tolerance()
+        assert (output.double() - batch.exact).abs().max() > 100 * batch.tolerance

@@ -129,11 +129,11 @@ def test_attends_to_given_lines(path: str, shape: Shape, threshold: int, share: 
 def test_all_lines_are_dense_attention(path: str) -> None:
     """A row's verticals twice over, as distances too."""
     batch = Batch.random(Shape([(600, 0)], 320, 64, block_size=16))
-    plan, dense = helper.plan(batch), batch.reference()
+    plan, dense = helper.plan(batch), batch.exact
     for segment in plan.segments:
         every = helper.random_lines(batch, segment, 1.0)
         found = attend(batch, segment, plan, every, path).double()
-        assert (found - dense[segment.rows]).abs().max() <= batch.tolerance()
+        assert (found - dense[segment.rows]).abs().max() <= batch.tolerance
 
 
 def weigh(batch: Batch, rule: Rule, path: str) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -29,10 +29,10 @@ def test_every_cut_equals_the_whole() -> None:
     for cut in (1, 16, 31, 48, 69):
         tail = dataclasses.replace(batch, shape=dataclasses.replace(shape, lengths=[(70, cut)]))
         tail.queries = [batch.queries[0][cut:]]
-        assert (prefill(tail) - whole[cut:]).abs().max() <= batch.tolerance(), cut
+        assert (prefill(tail) - whole[cut:]).abs().max() <= batch.tolerance, cut
     for num_programs in (1, 2, 11):
         error = decode(tail, num_programs) - whole[69:]
-        assert error.abs().max() <= batch.tolerance(), num_programs
+        assert error.abs().max() <= batch.tolerance, num_programs
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_keys_beside_a_large_sink_keep_their_digits() -> None:
     shape = Shape([(600, 599)], dtype=torch.float16, **sizes)
     without = Batch.random(shape)
     batch = Batch.random(dataclasses.replace(shape, has_sinks=True, sinks_at=14.0))
-    expected = batch.reference()
+    expected = batch.exact
     # All that a sink does is to leave the keys of its head a share, rounded to what fp16 has.
-    share = expected.norm(dim=-1) / without.reference().norm(dim=-1)
+    share = expected.norm(dim=-1) / without.exact.norm(dim=-1)
     assert share.min() < 1e-5 < 1e-3 < share.max()
     limits = torch.finfo(torch.float16)
-    tolerance = without.tolerance() * share + limits.smallest_normal * limits.eps
+    tolerance = without.tolerance * share + limits.smallest_normal * limits.eps
     prefills = [prefill(batch, by) for by in PREFILLS.values()]
     for output in (decode(batch, 1), decode(batch, 5), *prefills):
         assert ((output.double() - expected).abs().amax(-1) <= tolerance).all()
@@ -80,8 +80,8 @@ def test_tolerance_would_catch_what_is_left_out(softmax: dict[str, Any]) -> None
     batch = Batch.random(dataclasses.replace(shape, **softmax))
     without = dataclasses.replace(batch, shape=shape)
     for output in (decode(without), prefill(without)):
-        error = (output.double() - batch.reference()).abs().max()
-        assert error > 100 * batch.tolerance()
+        error = (output.double() - batch.exact).abs().max()
+        assert error > 100 * batch.tolerance
 
 
 def test_caps_and_sinks_launch_nothing_more() -> None:

@@ -181,7 +181,7 @@ def test_decode_row_equals_prefill_row(
     """One request at every length around three chunks, and all of its rows at once."""
     shape = Shape([(70, 30)], original_max_position_embeddings=temperature, **softmax)
     batch = Batch.random(shape)
-    assert (decode(batch) - prefill(batch)).abs().max() <= batch.tolerance()
+    assert (decode(batch) - prefill(batch)).abs().max() <= batch.tolerance
 
 
 def parts_of(plan: DecodePlan, sequences: int) -> list[list[tuple[int, int, int]]]:
@@ -272,7 +272,7 @@ def test_rows_that_cross_every_border(cached: int) -> None:
     batch = Batch.random(shape)
     together = decode(batch, 5)
     batch.assert_close(together)
-    assert (together - prefill(batch)).abs().max() <= batch.tolerance()
+    assert (together - prefill(batch)).abs().max() <= batch.tolerance
 
 
 @SOFTMAX
@@ -284,7 +284,7 @@ def test_one_launch_crosses_every_border(softmax: dict[str, Any]) -> None:
     together = prefill(batch)
     batch.assert_close(together)
     by_passes = prefill(batch, PREFILLS["triton_passes"])
-    assert (together - by_passes).abs().max() <= batch.tolerance()
+    assert (together - by_passes).abs().max() <= batch.tolerance
 
 
 @SOFTMAX
@@ -300,7 +300,7 @@ def test_packed_rows_are_as_rows_alone(softmax: dict[str, Any]) -> None:
             seq_lens = torch.tensor([40 + first + len(rows)], dtype=torch.int32, device=DEVICE)
             found = steps.plan(starts, seq_lens, batch.block_table.to(DEVICE), len(rows))
             error = attend(batch, rows, found) - whole[first : first + size]
-            assert error.abs().max() <= batch.tolerance()
+            assert error.abs().max() <= batch.tolerance
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="compiles dozens; the interpreter tells")
@@ -363,8 +363,8 @@ def test_tolerance_would_catch_a_wrong_region() -> None:
     wrong = dataclasses.replace(
         batch, shape=dataclasses.replace(batch.shape, local_size=batch.shape.local_size - 1)
     )
-    error = (decode(wrong).double() - batch.reference()).abs().max()
-    assert error > 100 * batch.tolerance()
+    error = (decode(wrong).double() - batch.exact).abs().max()
+    assert error > 100 * batch.tolerance
 
 
 class NeverWaits(TorchDispatchMode):

@@ -124,13 +124,13 @@ def test_attends_to_given_lines(shape: Shape, threshold: int, share: float) -> N
 def test_all_lines_are_dense_attention() -> None:
     """A row's verticals twice over, as distances too."""
     batch = Batch.random(Shape([(600, 0)], 320, 64, block_size=16))
-    plan, dense = helper.plan(batch), batch.reference()
+    plan, dense = helper.plan(batch), batch.exact
     output = attend(
         batch, plan, [helper.random_lines(batch, each, 1.0) for each in plan.segments]
     )
     for segment in plan.segments:
         error = output[segment.rows].double() - dense[segment.rows]
-        assert error.abs().max() <= batch.tolerance()
+        assert error.abs().max() <= batch.tolerance
 
 
 @pytest.mark.parametrize("cache_dtype", fp8_dtypes())
