@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.cpu.test_attention import shapes
+from tests.helpers.cases import cases
 from tests.helpers.paged import Batch, Shape, query_start_loc
 from tests.helpers.xformers_on_cuda import card, fmha
 from vllm_dca.cpu.merge import merge_parts
@@ -58,7 +59,7 @@ def attend(operator: Any = StandIn) -> Any:
     return functools.partial(xformers_pass._attention, fmha, operator, WeakKeyDictionary())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=cases(40), deadline=None)
 @given(shapes())
 def test_prefill_agrees_with_reference(shape: Shape) -> None:
     batch = Batch.random(shape)
@@ -76,7 +77,7 @@ def planned(shape: Shape) -> PrefillPlan:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=cases(40), deadline=None)
 @given(shapes())
 def test_masks_let_each_query_see_its_segments_keys(shape: Shape) -> None:
     for segments in planned(shape).passes:
