@@ -66,3 +66,15 @@ def dca_log() -> Iterator[list[str]]:
     """What the plugin logs in this process."""
     with log.collected() as messages:
         yield messages
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine has none: there is no compiled kernel for its CPU."""
+    from vllm_dca.cpu import compiled
+    from vllm_dca.cpu.build import BuildError
+
+    def library() -> None:
+        raise BuildError("no C++ compiler")
+
+    monkeypatch.setattr(compiled, "library", library)

@@ -11,8 +11,6 @@ import torch
 from typer.testing import Result
 
 from tests.helpers.command_line import BLOCK, explained, run, without_a_platform
-from vllm_dca.cpu import compiled
-from vllm_dca.cpu.build import BuildError
 from vllm_dca.cpu.processor import Processor
 from vllm_dca.engine import devices
 
@@ -188,11 +186,8 @@ def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(found["problem"]) == 1
 
 
-def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def library() -> None:
-        raise BuildError("no C++ compiler")
-
-    monkeypatch.setattr(compiled, "library", library)
+@pytest.mark.usefixtures("no_compiler")
+def test_doctor_without_a_compiler() -> None:
     result = run("doctor")
     assert result.exit_code == 0
     found = findings(result)

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import checkpoints
-from tests.helpers.answers import generate, of_prompt
+from tests.helpers.answers import assert_close, generate, of_prompt
 from tests.helpers.inprocess import engine
 from vllm_dca.method.config import OPTION_KEYS
 from vllm_dca.method.sparse_config import SPARSE_KEYS
 from vllm_dca.reference.model import prompt_logprobs
 
-ATOL = 1e-3
 SIZES = st.sampled_from([8, 16, 32, 48, 64, 96, 100, 128, 256])
 NONSENSE = st.sampled_from([0, -16, 1.5, "64", "", True, None, [], {}, 10**30])
 VALUES = SIZES | NONSENSE
@@ -324,7 +322,7 @@ def test_what_starts_agrees_with_the_reference(
     assume(can_be_overridden(given))
     # What serves its windows on a CPU takes few shapes; tests/engine/test_models.py has those.
     assume(given.get("kind") != "some windows")
-    # With numba in this process vLLM 0.32 starts no other engine; tests/engine/test_features.py
+    # With numba in this process vLLM 0.32 starts no other engine; tests/engine/test_models.py
     # speculates in one of its own.
     if given.get("speculative_config") in ("ngram", "suffix"):
         del given["speculative_config"]
@@ -353,4 +351,4 @@ def test_what_starts_agrees_with_the_reference(
         local_size=settled["local_size"],
         original_max_position_embeddings=temperature,
     )
-    torch.testing.assert_close(of_prompt(answer).double(), expected, rtol=0, atol=ATOL)
+    assert_close(of_prompt(answer), expected)

@@ -15,8 +15,7 @@ import torch
 from triton import knobs
 
 from tests.helpers.paged import Batch, Shape
-from vllm_dca.cpu import compiled, paged_pass
-from vllm_dca.cpu.build import BuildError
+from vllm_dca.cpu import paged_pass
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cuda import flash_attn
 from vllm_dca.cuda.decode import decode_attention
@@ -187,11 +186,8 @@ def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("cuda", None, NEEDS)
 
 
-def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
-    def library() -> None:
-        raise BuildError("no C++ compiler")
-
-    monkeypatch.setattr(compiled, "library", library)
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_torch_attends() -> None:
     assert choose("cpu", None, NEEDS)[0] == "torch"
     with pytest.raises(ValueError, match=r"compiled: it cannot be compiled here \(no C\+\+"):
         choose("cpu", "compiled", NEEDS)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.helpers import checkpoints, interpreter
-from tests.helpers.answers import generate, of_prompt
+from tests.helpers.answers import assert_close, generate, of_prompt
 from tests.helpers.inprocess import engine
-from tests.helpers.rehearsal import DCA, OPTIONS, SIZES, assert_agrees, assert_close
+from tests.helpers.rehearsal import DCA, OPTIONS, SIZES, assert_agrees
 from tests.helpers.runners import under
 from vllm_dca.reference.model import prompt_logprobs
 

@@ -10,9 +10,8 @@ from prometheus_client import REGISTRY
 
 from tests.helpers import checkpoints, interpreter
 from tests.helpers import sparse as helper
-from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.answers import assert_close, generate, of_answer, of_prompt
 from tests.helpers.inprocess import engine
-from tests.helpers.rehearsal import assert_close
 from tests.helpers.runners import under
 from vllm_dca.reference.sparse import Rule
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from tests.helpers import checkpoints, vision
-from tests.helpers.answers import accepted, drafted, generate, of_answer
+from tests.helpers.answers import accepted, assert_close, drafted, generate, of_answer
+from tests.helpers.checkpoints import SIZES
 from tests.helpers.inprocess import engine, in_a_child, runner_of
 from vllm_dca.reference.model import forward, prompt_logprobs
 
-ATOL = 1e-3
-SIZES = {"chunk_size": 96, "local_size": 32}
 SPECULATIVE = {"method": "mtp", "num_speculative_tokens": 1}
 # A token whose embedding is zero, as the drafter takes the first one to be.
 NOTHING = 2
@@ -226,7 +225,7 @@ def assert_drafts_are_the_layer_s(model: Path, length: int) -> None:
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens, logprobs = of_answer(output)
         expected = prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
-        torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+        assert_close(logprobs, expected)
         with_dca += by_reference(model, prompt, tokens, **SIZES)[1]
         without += by_reference(model, prompt, tokens)[1]
     # A request's last draft may not be needed any more.
@@ -258,4 +257,4 @@ def test_medusa_heads_draft_from_what_dca_left(mimo: Path, tmp_path: Path) -> No
         assert drafted(llm) > 0
     tokens, logprobs = of_answer(output)
     expected = prompt_logprobs(mimo, prompt + tokens, **SIZES)[-len(tokens) :]
-    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+    assert_close(logprobs, expected)

@@ -14,10 +14,16 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.conftest import DEMO_MODEL, DEMO_SIZES
-from tests.helpers.answers import assert_same_answer, generate, of_answer, of_prompt
+from tests.helpers.answers import (
+    ATOL,
+    assert_close,
+    assert_same_answer,
+    generate,
+    of_answer,
+    of_prompt,
+)
 from vllm_dca.reference.model import forward, prompt_logprobs
 
-ATOL = 1e-3
 CHUNK_LEN = DEMO_SIZES["chunk_size"] - DEMO_SIZES["local_size"]
 
 
@@ -57,7 +63,7 @@ def test_below_one_chunk_dca_is_ordinary_attention(demo_llm: LLM, prose: list[in
     prompt = prose[:CHUNK_LEN]
     [output] = generate(demo_llm, [prompt], prompt_logprobs=0)
     ordinary = prompt_logprobs(DEMO_MODEL, prompt, dtype=torch.float32)
-    torch.testing.assert_close(of_prompt(output), ordinary, rtol=0, atol=ATOL)
+    assert_close(of_prompt(output), ordinary)
 
 
 def test_batched_equals_single(demo_llm: LLM, prose: list[int]) -> None:
@@ -68,7 +74,7 @@ def test_batched_equals_single(demo_llm: LLM, prose: list[int]) -> None:
     demo_llm.reset_prefix_cache()
     for prompt, expected in zip(prompts, together, strict=True):
         [alone] = generate(demo_llm, [prompt], max_tokens=8)
-        assert_same_answer(alone, expected, ATOL)
+        assert_same_answer(alone, expected)
 
 
 @pytest.mark.parametrize("shared", [CHUNK_LEN - 10, 2 * CHUNK_LEN, 2000])
@@ -84,7 +90,7 @@ def test_a_cached_prefix_equals_a_fresh_one(
     generate(demo_llm, [prose[:shared] + prose[9000:10500]])
     [cached] = generate(demo_llm, [prompt], max_tokens=8)
     assert cached.num_cached_tokens == shared // 128 * 128
-    assert_same_answer(cached, fresh, ATOL)
+    assert_same_answer(cached, fresh)
 
 
 def test_decode_rows_equal_prefill_rows(demo_llm: LLM, prose: list[int]) -> None:
@@ -95,7 +101,7 @@ def test_decode_rows_equal_prefill_rows(demo_llm: LLM, prose: list[int]) -> None
         tokens, logprobs = of_answer(output)
         demo_llm.reset_prefix_cache()
         [again] = generate(demo_llm, [prompt + tokens], prompt_logprobs=0)
-        torch.testing.assert_close(of_prompt(again)[-16:], logprobs, rtol=0, atol=ATOL)
+        assert_close(of_prompt(again)[-16:], logprobs)
 
 
 @pytest.mark.each_minor

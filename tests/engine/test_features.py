@@ -9,22 +9,22 @@ import torch
 
 from tests.helpers import checkpoints, rounding
 from tests.helpers.answers import (
+    ATOL,
     accepted,
+    assert_close,
     drafted,
     generate,
     generate_from_embeddings,
     of_answer,
     of_prompt,
 )
+from tests.helpers.checkpoints import SIZES
 from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, runner_of
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 pytestmark = pytest.mark.each_minor
 
-# What the project promises for fp32.
-ATOL = 1e-3
-SIZES = {"chunk_size": 96, "local_size": 32}
 DCA = {"additional_config": {"dca": SIZES}}
 PROMPT = checkpoints.tokens(300)
 
@@ -39,10 +39,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answered(model: Path, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     """Log-probabilities of an answer by the reference."""
     return prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ATOL)
 
 
 def test_torch_compile(llama: Path) -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import checkpoints
-from tests.helpers.answers import generate, of_prompt
+from tests.helpers.answers import ATOL, generate, of_prompt
+from tests.helpers.checkpoints import SIZES
 from tests.helpers.inprocess import engine, in_a_child
 from vllm_dca.reference.model import prompt_logprobs
 
 pytestmark = pytest.mark.nightly
-ATOL = 1e-3
-SIZES = {"chunk_size": 96, "local_size": 32}
 PROMPT = checkpoints.tokens(300)
 BLOCK_SIZES = (8, 32, 64)
 

@@ -14,6 +14,7 @@ from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints, rounding
 from tests.helpers.answers import (
     accepted,
+    assert_close,
     drafted,
     generate,
     generate_from_embeddings,
@@ -24,7 +25,7 @@ from tests.helpers.answers import (
 from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, runner_of
 from tests.helpers.ranks import one_core_each
-from tests.helpers.rehearsal import OPTIONS, SIZES, assert_agrees, assert_close
+from tests.helpers.rehearsal import OPTIONS, SIZES, assert_agrees
 from tests.helpers.runners import under
 from vllm_dca.reference.model import forward, prompt_logprobs
 
@@ -218,7 +219,7 @@ def test_sliding_layers(tmp_path: Path) -> None:
     assert_agrees_fresh_and_cached(model, block_size=32)
 
 
-@under("V1", "V2")
+@under("V2")
 def test_longrope(tmp_path: Path) -> None:
     """Its long factors, whose table has a period of its own."""
     rope = checkpoints.SCALINGS["LongRoPE"]

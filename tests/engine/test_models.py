@@ -11,6 +11,8 @@ from scripts.models.proof import prove
 from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints, rounding
 from tests.helpers.answers import (
+    ATOL,
+    assert_close,
     assert_same_answer,
     drafted,
     generate,
@@ -18,14 +20,10 @@ from tests.helpers.answers import (
     of_prompt,
     preemptions,
 )
-from tests.helpers.inprocess import engine, in_a_child
-from vllm_dca.cpu import compiled
-from vllm_dca.cpu.build import BuildError
+from tests.helpers.checkpoints import SIZES
+from tests.helpers.inprocess import engine, in_a_child, settle
 from vllm_dca.reference.model import prompt_logprobs
 
-# What the project promises for fp32.
-ATOL = 1e-3
-SIZES = {"chunk_size": 96, "local_size": 32}
 TEMPERED = {**SIZES, "original_max_position_embeddings": 64}
 # As Qwen-1M checkpoints have them.
 SPARSE = {
@@ -56,7 +54,7 @@ def assert_agrees(
     prompt = checkpoints.tokens(length)
     [output] = generate(llm, [prompt], prompt_logprobs=0)
     expected = prompt_logprobs(model, prompt, **settings)
-    torch.testing.assert_close(of_prompt(output).double(), expected, rtol=0, atol=ATOL)
+    assert_close(of_prompt(output), expected)
     # The check can fail: ordinary attention is far away.
     assert (prompt_logprobs(model, prompt) - expected).abs().max() > 100 * ATOL
 
@@ -77,13 +75,14 @@ def test_qwen_1m_checkpoints_start_unmodified(
 
 
 def test_sparse_config_file_alone_asks_for_sparse(tmp_path: Path, dca_log: list[str]) -> None:
-    model = checkpoints.write(tmp_path, "Qwen2Config", dual_chunk_attention_config=SIZES)
+    changes = {"dual_chunk_attention_config": SIZES}
+    model = checkpoints.write_config(tmp_path, "Qwen2Config", "Qwen2ForCausalLM", **changes)
     for expected, content in ((0, None), (1, {"0": {"0": ["vertical_and_slash", 1, 1, 1]}})):
         if content:
             (tmp_path / "sparse_attention_config.json").write_text(json.dumps(content))
-        with engine(model):
-            asked = sum("the checkpoint asks for sparse prefill" in line for line in dca_log)
-            assert asked == expected
+        settle(model)
+        asked = sum("the checkpoint asks for sparse prefill" in line for line in dca_log)
+        assert asked == expected
 
 
 @pytest.mark.parametrize(
@@ -124,11 +123,9 @@ def _windows_switched_off(directory: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the CPU has a compiled kernel")
-def test_without_a_compiler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dca_log: list[str]
-) -> None:
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler(tmp_path: Path, dca_log: list[str]) -> None:
     """By torch: whole and in pieces, and decode rows as prefill rows."""
-    monkeypatch.setattr(compiled, "library", no_compiler)
     model = checkpoints.write(tmp_path, "LlamaConfig")
     options = {"max_num_batched_tokens": 90, "max_num_seqs": 90}
     with engine(model, additional_config={"dca": SIZES}, **options) as llm:
@@ -138,13 +135,9 @@ def test_without_a_compiler(
         [output] = generate(llm, [prompt], max_tokens=12)
         answer, logprobs = of_answer(output)
         expected = prompt_logprobs(model, prompt + answer, **SIZES)[-12:]
-        torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ATOL)
+        assert_close(logprobs, expected)
     assert any("prefill by torch" in line for line in dca_log)
     assert any("DCA attends by torch" in line and "no C++" in line for line in dca_log)
-
-
-def no_compiler() -> None:
-    raise BuildError("no C++ compiler")
 
 
 @pytest.mark.parametrize("architecture", KINDS.values(), ids=list(KINDS))
@@ -240,7 +233,7 @@ def test_preempted_requests_answer_as_if_alone(llama: Path) -> None:
         for prompt, expected in zip(prompts, crowded, strict=True):
             llm.reset_prefix_cache()
             [alone] = generate(llm, [prompt], max_tokens=180)
-            assert_same_answer(alone, expected, ATOL)
+            assert_same_answer(alone, expected)
 
 
 def test_speculation_by_ngram_changes_no_answer(tmp_path: Path) -> None:
@@ -264,4 +257,4 @@ def _speculate_by_ngram(tmp_path: Path) -> None:
     speculated, some = answers(speculative_config={**lookup, "num_speculative_tokens": 4})
     assert some > 0
     for one, other in zip(speculated, expected, strict=True):
-        assert_same_answer(one, other, ATOL)
+        assert_same_answer(one, other)

@@ -10,14 +10,13 @@ import pytest
 
 from scripts.common.server import Server
 from tests.helpers import checkpoints, rehearsal, vision
-from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.answers import ATOL, generate, of_answer, of_prompt
+from tests.helpers.checkpoints import SIZES
 from tests.helpers.command_line import served
 from tests.helpers.inprocess import engine, in_a_child
 from tests.helpers.runners import under
 from vllm_dca.reference.model import prompt_logprobs
 
-SIZES = {"chunk_size": 96, "local_size": 32}
-ATOL = 1e-3
 CHUNKED = {"mrope_section": [2, 3, 3], "rope_theta": 1e4}
 INTERLEAVED = {"mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

@@ -11,12 +11,10 @@ import torch
 
 from scripts.common.server import Server
 from tests.helpers import checkpoints
-from tests.helpers.answers import generate, of_answer, of_prompt
+from tests.helpers.answers import assert_close, generate, of_answer, of_prompt
+from tests.helpers.checkpoints import SIZES
 from tests.helpers.ranks import one_core_each
 from vllm_dca.reference.model import forward, prompt_logprobs
-
-ATOL = 1e-3
-SIZES = {"chunk_size": 96, "local_size": 32}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,7 @@ def test_ranks_agree_with_reference(
     tokens, logprobs = of_answer(output)
     expected = prompt_logprobs(model, prompt + tokens, **SIZES)
     found = torch.cat([of_prompt(output), logprobs]).double()
-    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+    assert_close(found, expected)
 
 
 def test_data_parallel_engines_answer_alike(tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ import torch
 from ray.cluster_utils import Cluster
 
 from tests.helpers import checkpoints
-from tests.helpers.answers import generate, of_answer, of_prompt
-from tests.helpers.on_ray import OPTIONS, SIZES, write_model
+from tests.helpers.answers import assert_close, generate, of_answer, of_prompt
+from tests.helpers.checkpoints import SIZES
+from tests.helpers.inprocess import settle
+from tests.helpers.on_ray import OPTIONS, write_model
 
 ROOT = Path(__file__).parents[2]
-ATOL = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_an_engine_over_two_nodes_agrees_with_the_reference(
     tokens, logprobs = of_answer(output)
     expected = prompt_logprobs(model, prompt + tokens, **SIZES)
     answered = torch.cat([of_prompt(output), logprobs]).double()
-    torch.testing.assert_close(answered, expected, rtol=0, atol=ATOL)
+    assert_close(answered, expected)
 
 
 FRESH = """
@@ -157,11 +158,7 @@ def test_a_config_means_the_same_in_another_process(way: str, model: Path) -> No
     serve` makes the config anew from the same arguments, and none crosses the network. Ray's
     executors and data-parallel engines send it to other nodes with their own cloudpickle.
     """
-    from vllm.engine.arg_utils import EngineArgs
-
-    config = EngineArgs(
-        str(model), attention_backend="dca", max_model_len=1024, **OPTIONS
-    ).create_engine_config()
+    config = settle(model, max_model_len=1024, **OPTIONS)
     here = observe(config)
     assert here["class"] == "DcaBackend"
     assert here["settings"].items() >= SIZES.items()

@@ -12,6 +12,8 @@ from prometheus_client import REGISTRY
 
 from tests.helpers import checkpoints
 from tests.helpers.answers import (
+    ATOL,
+    assert_close,
     assert_same_answer,
     drafted,
     generate,
@@ -22,7 +24,6 @@ from tests.helpers.answers import (
 from tests.helpers.companions import write_adapter, write_eagle
 from tests.helpers.inprocess import engine, in_a_child, runner_of
 from tests.helpers.sparse_served import (
-    ATOL,
     AUTO,
     AUTO_RULE,
     LENGTH,
@@ -30,12 +31,9 @@ from tests.helpers.sparse_served import (
     SIZES,
     STEPS,
     THRESHOLD,
-    assert_close,
     expected,
     options,
 )
-from vllm_dca.cpu import compiled
-from vllm_dca.cpu.build import BuildError
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
 
@@ -120,7 +118,7 @@ def test_auto_agrees_with_the_reference(
         # A cached prefix answers as the steps did that made it.
         [again] = generate(llm, [checkpoints.tokens(LENGTH, 1)], max_tokens=8)
         assert again.num_cached_tokens == LENGTH // 16 * 16
-        assert_same_answer(again, output, ATOL)
+        assert_same_answer(again, output)
     count, recall, keys = [now - then for now, then in zip(kept(), before, strict=True)]
     # Of its first sixteen sparse steps one, with a segment: two layers of four heads.
     assert count == 8
@@ -246,13 +244,8 @@ def test_only_dca_s_layers_of_a_hybrid(tmp_path: Path) -> None:
         assert (error.max() <= ATOL) == (own["sparse"] == "auto")
 
 
-def test_torch_agrees_with_the_reference(
-    llama: Path, by_reference: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_compiler() -> None:
-        raise BuildError("no C++ compiler")
-
-    monkeypatch.setattr(compiled, "library", no_compiler)
+@pytest.mark.usefixtures("no_compiler")
+def test_torch_agrees_with_the_reference(llama: Path, by_reference: torch.Tensor) -> None:
     with engine(llama, **options(**AUTO)) as llm:
         [output] = generate(llm, [PROMPT], prompt_logprobs=0)
     assert_close(of_prompt(output), by_reference)

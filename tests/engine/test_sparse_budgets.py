@@ -10,17 +10,15 @@ import torch
 
 from tests.helpers import checkpoints
 from tests.helpers import sparse as helper
-from tests.helpers.answers import generate, of_prompt
-from tests.helpers.inprocess import engine
+from tests.helpers.answers import ATOL, assert_close, generate, of_prompt
+from tests.helpers.inprocess import engine, settle
 from tests.helpers.ranks import one_core_each
 from tests.helpers.sparse_served import (
-    ATOL,
     AUTO,
     PROMPT,
     SIZES,
     STEPS,
     THRESHOLD,
-    assert_close,
     expected,
     options,
 )
@@ -131,40 +129,27 @@ REFUSED = [
 
 @pytest.mark.parametrize(("given", "message"), REFUSED)
 def test_refused_at_start_up(llama: Path, given: dict[str, Any], message: str) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     refused = options() | {"additional_config": {"dca": {**SIZES, **given}}}
     with pytest.raises(ValueError, match=re.escape(message)):
-        EngineArgs(
-            str(llama), attention_backend="dca", block_size=2, **refused
-        ).create_engine_config()
+        settle(llama, block_size=2, **refused)
 
 
 def test_who_shares_keys_must_have_the_same_options(llama: Path, dca_log: list[str]) -> None:
     from vllm.config import KVTransferConfig
-    from vllm.engine.arg_utils import EngineArgs
 
-    EngineArgs(
-        str(llama),
-        attention_backend="dca",
-        block_size=16,
-        kv_transfer_config=KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both"),
-        **options(**AUTO),
-    ).create_engine_config()
+    shared = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    settle(llama, kv_transfer_config=shared, **options(**AUTO))
     [warning] = [line for line in dca_log if "as DCA rotated them" in line]
     assert "with these options of sparse prefill; give" in warning
 
 
 def test_fp32_is_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     from vllm_dca.engine import refusals
 
     given = options(**AUTO)
-    args = EngineArgs(str(llama), attention_backend="dca", block_size=16, **given)
-    config = args.create_engine_config()
+    config = settle(llama, **given)
     config.additional_config = given["additional_config"]
-    config.model_config.dtype = torch.float32
+    assert config.model_config.dtype == torch.float32
     assert refusals.refusals(config) == []
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
@@ -186,20 +171,14 @@ def test_fp32_is_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_budgets_of_every_head_are_needed(
     llama: Path, tmp_path: Path, sparse: Any, message: str
 ) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     file = tmp_path / "budgets.json"
     file.write_text(json.dumps(sparse or {"0": as_list(BUDGETS)[0]}))
     given = options(sparse="checkpoint", sparse_budgets=str(file))
     with pytest.raises(ValueError, match=re.escape(message)):
-        EngineArgs(
-            str(llama), attention_backend="dca", block_size=16, **given
-        ).create_engine_config()
+        settle(llama, **given)
 
 
 def test_layers_whose_window_is_off_need_budgets(tmp_path: Path) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     model = checkpoints.write_config(
         tmp_path,
         "Gemma3TextConfig",
@@ -210,12 +189,7 @@ def test_layers_whose_window_is_off_need_budgets(tmp_path: Path) -> None:
     )
     file = tmp_path / "budgets.json"
     file.write_text(json.dumps({"1": as_list(BUDGETS)[1]}))
-    given = {
-        **options(sparse="checkpoint", sparse_budgets=str(file)),
-        "attention_backend": "dca",
-        "skip_tokenizer_init": True,
-        "block_size": 16,
-    }
-    EngineArgs(str(model), **given).create_engine_config()
+    given = options(sparse="checkpoint", sparse_budgets=str(file))
+    settle(model, **given)
     with pytest.raises(ValueError, match="has None for head 0 of layer 0"):
-        EngineArgs(str(model), disable_sliding_window=True, **given).create_engine_config()
+        settle(model, disable_sliding_window=True, **given)

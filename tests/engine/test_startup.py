@@ -17,11 +17,11 @@ from scripts.common.serving import VLLM, free_port
 from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints
 from tests.helpers.answers import generate
+from tests.helpers.checkpoints import SIZES
 from tests.helpers.inprocess import engine, settle
 
 pytestmark = pytest.mark.each_minor
 
-SIZES = {"chunk_size": 96, "local_size": 32}
 # What vLLM asks a backend about.
 BASE = {
     "head_size": 128,

@@ -11,6 +11,7 @@ import pytest
 from scripts.common.record import ROOT
 from tests.helpers import checkpoints, log, vision
 from tests.helpers.answers import accepted, drafted, generate
+from tests.helpers.checkpoints import SIZES
 from tests.helpers.command_line import BLOCK, explained, served
 from tests.helpers.companions import write_eagle
 from tests.helpers.inprocess import engine, in_a_child, settle
@@ -19,7 +20,6 @@ from tests.helpers.runners import under
 
 pytestmark = pytest.mark.each_minor
 
-SIZES = {"chunk_size": 96, "local_size": 32}
 WINDOWS_OFF: dict[str, Any] = {"disable_sliding_window": True, "block_size": 8}
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
 

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+# What the project promises of log-probabilities in fp32.
+ATOL = 1e-3
+
 
 def generate(
     llm: Any, prompts: list[list[int]], max_tokens: int = 1, **params: Any
@@ -60,11 +63,15 @@ def of_answer(output: Any) -> tuple[list[int], torch.Tensor]:
     )
 
 
-def assert_same_answer(one: Any, other: Any, atol: float) -> None:
+def assert_close(found: torch.Tensor, expected: torch.Tensor, atol: float = ATOL) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=atol)
+
+
+def assert_same_answer(one: Any, other: Any) -> None:
     """The same tokens, with the same log-probabilities."""
     (tokens, logprobs), (other_tokens, other_logprobs) = of_answer(one), of_answer(other)
     assert tokens == other_tokens
-    torch.testing.assert_close(logprobs, other_logprobs, rtol=0, atol=atol)
+    assert_close(logprobs, other_logprobs)
 
 
 def drafted(llm: Any) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 WINDOW = 128
+# Chunks of 64 tokens in it.
+SIZES = {"chunk_size": 96, "local_size": 32}
 VOCAB = 256
 
 SHAPE = {

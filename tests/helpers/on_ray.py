@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import checkpoints
+from tests.helpers.checkpoints import SIZES
 
-SIZES = {"chunk_size": 96, "local_size": 32}
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,

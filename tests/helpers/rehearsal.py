@@ -3,21 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.helpers.answers import of_answer
+from tests.helpers.answers import assert_close, of_answer
 from vllm_dca.reference.model import prompt_logprobs
 
-# What the project promises for fp32.
-ATOL = 1e-3
 SIZES = {"chunk_size": 48, "local_size": 16}
 DCA = {"additional_config": {"dca": {**SIZES, "prefill_provider": "triton"}}}
 # Two steps for most prompts, cut at odd places.
 OPTIONS: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 53, **DCA}
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ATOL)
 
 
 def assert_agrees(model: Path, prompt: list[int], output: Any) -> None:

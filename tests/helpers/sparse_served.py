@@ -9,8 +9,6 @@ from tests.helpers import checkpoints
 from tests.helpers import sparse as helper
 from vllm_dca.reference.sparse import Rule
 
-# What the project promises for fp32.
-ATOL = 1e-3
 SIZES = {"chunk_size": 512, "local_size": 64}  # chunks of 448
 THRESHOLD = 150
 STEP = 512
@@ -39,7 +37,3 @@ def expected(
     return helper.prompt_logprobs(
         model, prompt, steps=steps, threshold=threshold, rules=rules, **SIZES
     )
-
-
-def assert_close(found: torch.Tensor, right: torch.Tensor, atol: float = ATOL) -> None:
-    torch.testing.assert_close(found.double(), right, rtol=0, atol=atol)
