@@ -18,6 +18,8 @@ from tests.helpers import checkpoints, inprocess
 from tests.helpers.on_ray import OPTIONS, write_model
 
 ROOT = Path(__file__).parents[2]
+# An answer that takes so long that a kill lands in the midst of one.
+LONG = 400
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +30,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Batch:
     """`examples/ray_batch.py` with two replicas, of one core and one prompt at a time."""
 
-    def __init__(self, model: Path, prompts: Path, output: Path, log: Path) -> None:
+    def __init__(
+        self, model: Path, prompts: Path, output: Path, log: Path, max_tokens: int
+    ) -> None:
         self.log = log
         command = [sys.executable, str(ROOT / "scripts/examples/ray_batch.py"), str(model)]
-        command += [str(prompts), str(output), "--max-model-len=1024", "--max-tokens=400"]
+        command += [str(prompts), str(output), "--max-model-len=1024"]
+        command += [f"--max-tokens={max_tokens}"]
         command += ["--replicas=2", "--cores=1", "--batch-size=2", "--batches=1"]
         command += ["--engine-option", json.dumps({**OPTIONS, "max_num_seqs": 1})]
         environment = {**os.environ, "RAY_ADDRESS": "local", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -60,7 +65,7 @@ class Batch:
         return self.log.read_text()
 
 
-def ask(model: Path, prompts: Path) -> dict[str, list[int]]:
+def ask(model: Path, prompts: Path, max_tokens: int) -> dict[str, list[int]]:
     """Write twelve prompts; their answers by a lone engine."""
     from vllm import SamplingParams
 
@@ -71,7 +76,7 @@ def ask(model: Path, prompts: Path) -> dict[str, list[int]]:
     with inprocess.engine(model, **OPTIONS, max_num_seqs=1) as llm:
         answers = llm.generate(
             [{"prompt_token_ids": t} for t in tokens.values()],
-            SamplingParams(temperature=0, max_tokens=400, detokenize=False),
+            SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False),
             use_tqdm=False,
         )
     return {i: list(a.outputs[0].token_ids) for i, a in zip(tokens, answers, strict=True)}
@@ -86,7 +91,8 @@ def test_a_batch_outlives_a_replica_and_is_not_done_twice(
     kill: bool, model: Path, tmp_path: Path
 ) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
-    expected = ask(model, prompts)
+    max_tokens = LONG if kill else 48
+    expected = ask(model, prompts, max_tokens)
     tokens = list(expected)
 
     # What a run left that died: four answers, and a file that it was writing.
@@ -98,7 +104,7 @@ def test_a_batch_outlives_a_replica_and_is_not_done_twice(
     half = output / "half.parquet"
     half.write_bytes((output / "left.parquet").read_bytes()[:-100])
 
-    batch = Batch(model, prompts, output, tmp_path / "log")
+    batch = Batch(model, prompts, output, tmp_path / "log", max_tokens)
     deadline = time.monotonic() + 200
     seen: set[int] = set()
     killed = None
@@ -125,7 +131,7 @@ def test_a_batch_outlives_a_replica_and_is_not_done_twice(
     assert {row["id"] for row in written(output) if row["text"] == "kept"} == set(kept)
 
     files = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    again = Batch(model, prompts, output, tmp_path / "log again")
+    again = Batch(model, prompts, output, tmp_path / "log again", max_tokens)
     assert "12 prompts, 12 answered already" in again.wait()
     assert again.process.returncode == 0
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == files
@@ -134,9 +140,9 @@ def test_a_batch_outlives_a_replica_and_is_not_done_twice(
 @pytest.mark.nightly
 def test_a_batch_whose_driver_dies_is_gone_on_with(model: Path, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
-    expected = ask(model, prompts)
+    expected = ask(model, prompts, LONG)
 
-    batch = Batch(model, prompts, output, tmp_path / "log")
+    batch = Batch(model, prompts, output, tmp_path / "log", LONG)
     deadline = time.monotonic() + 200
     while len(list(output.glob("*.parquet"))) < 2:
         assert batch.process.poll() is None, batch.log.read_text()[-5000:]
@@ -157,7 +163,7 @@ def test_a_batch_whose_driver_dies_is_gone_on_with(model: Path, tmp_path: Path) 
             found += pq.read_metadata(path).num_rows
     assert 0 < found < len(expected)
 
-    again = Batch(model, prompts, output, tmp_path / "log again")
+    again = Batch(model, prompts, output, tmp_path / "log again", LONG)
     log = again.wait()
     assert again.process.returncode == 0, log[-5000:]
     assert f"12 prompts, {found} answered already" in log
