@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from tests.helpers import checkpoints
 from tests.helpers.command_line import run
-from tests.helpers.inprocess import in_a_child
+from tests.helpers.inprocess import inspect_models_here
 from tests.helpers.ranks import one_core_each
-from vllm_dca.cli import app
 from vllm_dca.engine.log import logger
 from vllm_dca.method.sparse_config import read_budgets
 
@@ -25,7 +23,7 @@ def test_budgets_keep_what_was_asked(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path / "model", "LlamaConfig")
     checkpoints.write_tokenizer(model)
     (tmp_path / "text").write_text(" ".join(f"{n * n % 997}" for n in range(600)))
-    in_a_child(_calibrate, tmp_path)
+    _alone(tmp_path)
     config = json.loads((tmp_path / "alone.json").read_text())
     budgets = read_budgets(config, [0, 1], 4)
     recalls = [entry[3] for layer in config for entry in layer.values()]
@@ -42,9 +40,21 @@ def test_budgets_keep_what_was_asked(tmp_path: Path) -> None:
             assert entry[3] == pytest.approx(right[head][3], abs=2e-4)
 
 
-def _calibrate(folder: Path) -> None:
+def _alone(folder: Path) -> None:
+    """In this process, which is left as it was."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_dca.engine.metadata import DcaMetadataBuilder
+
     output = folder / "alone.json"
-    result = CliRunner().invoke(app, arguments(folder, output))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setattr(DcaMetadataBuilder, "watched_steps", DcaMetadataBuilder.watched_steps)
+        inspect_models_here(patch)
+        try:
+            result = run(*arguments(folder, output))
+        finally:
+            cleanup_dist_env_and_memory()
     assert result.exit_code == 0, result.output
     assert f'"sparse_budgets": "{output}"' in result.stdout
     assert "chunk_size 512 is over the model's window of 128 tokens" in result.stdout
