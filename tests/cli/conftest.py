@@ -3,6 +3,9 @@
 import pytest
 
 from tests.helpers import checkpoints
+from tests.helpers.inprocess import models_are_inspected_here
+
+__all__ = ["models_are_inspected_here"]
 
 
 @pytest.fixture(scope="module")

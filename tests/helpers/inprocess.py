@@ -26,6 +26,14 @@ def inspect_models_here(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
 
 
+@pytest.fixture(scope="package", autouse=True)
+def models_are_inspected_here() -> Iterator[None]:
+    """For configs that a test makes without an engine, where a conftest.py imports this."""
+    with pytest.MonkeyPatch.context() as patch:
+        inspect_models_here(patch)
+        yield
+
+
 def settle(model: Path, **options: Any) -> Any:
     """The configuration step of a start, which `vllm serve` and `LLM` share."""
     from vllm.engine.arg_utils import EngineArgs
