@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from scripts.common import backends, record
-from tests.helpers.checkpoints import QWEN3_NEXT
+from tests.helpers.checkpoints import QWEN3_NEXT, SIZES
 
-# Chunks of 64 tokens; heads that flash-attention takes.
-SIZES = {"chunk_size": 96, "local_size": 32}
+# Heads that flash-attention takes.
 SHAPE = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 128}
 WINDOWS = {
     "num_hidden_layers": 3,

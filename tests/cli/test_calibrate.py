@@ -11,7 +11,6 @@ import pytest
 
 from tests.helpers import checkpoints
 from tests.helpers.command_line import run
-from tests.helpers.inprocess import inspect_models_here
 from tests.helpers.ranks import one_core_each
 from vllm_dca.engine.log import logger
 from vllm_dca.method.sparse_config import read_budgets
@@ -50,7 +49,6 @@ def _alone(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setattr(DcaMetadataBuilder, "watched_steps", DcaMetadataBuilder.watched_steps)
-        inspect_models_here(patch)
         try:
             result = run(*arguments(folder, output))
         finally:

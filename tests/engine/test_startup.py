@@ -393,35 +393,35 @@ def test_a_drafter_s_own_cache_that_is_served(
     assert refusals.refusals(config) == []
 
 
-@pytest.mark.parametrize("method", ["draft_model", "mtp"])
-def test_adaptive_verification_is_refused(method: str, llama: Path) -> None:
-    """vLLM refuses it where there are no CUDA graphs, and else once the model is loaded."""
+def refused_of_a_drafter(llama: Path, **changes: Any) -> list[str]:
+    """Where its config is changed after vLLM's own checks."""
     from vllm_dca.engine.refusals import refusals
 
     draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
     config = settle(llama, speculative_config=draft)
-    config.speculative_config.method = method
-    assert refusals(config) == []
-    config.speculative_config.enable_adaptive_verification = True
-    [words] = refusals(config)
+    for name, value in changes.items():
+        setattr(config.speculative_config, name, value)
+    return refusals(config)
+
+
+@pytest.mark.parametrize("method", ["draft_model", "mtp"])
+def test_adaptive_verification_is_refused(method: str, llama: Path) -> None:
+    """vLLM refuses it where there are no CUDA graphs, and else once the model is loaded."""
+    asked = {"enable_adaptive_verification": True}
+    assert refused_of_a_drafter(llama, method=method) == []
+    [words] = refused_of_a_drafter(llama, method=method, **asked)
     assert words.startswith("adaptive verification of drafts, the speculative config's enable_")
     # vLLM does nothing about it there.
-    config.speculative_config.method = "ngram"
-    assert refusals(config) == []
+    assert refused_of_a_drafter(llama, method="ngram", **asked) == []
 
 
 @pytest.mark.parametrize("method", ["draft_model", "eagle3"])
 def test_parallel_drafting_is_refused(method: str, llama: Path) -> None:
     """Its drafts are in the device's lengths, and not in those that the host is told."""
-    from vllm_dca.engine.refusals import refusals
-
-    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
-    config = settle(llama, speculative_config=draft)
-    config.speculative_config.method = method
-    assert refusals(config) == []
-    config.speculative_config.parallel_drafting = True
+    assert refused_of_a_drafter(llama, method=method) == []
     words = f"parallel drafting by {method} (drafting one after the other does)"
-    assert refusals(config) == [words]
+    assert refused_of_a_drafter(llama, method=method, parallel_drafting=True) == [words]
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
     with pytest.raises(NotImplementedError, match="parallel drafting by draft_model"):
         settle(llama, speculative_config={**draft, "parallel_drafting": True})
 

@@ -174,8 +174,8 @@ def test_on_a_gpu_only_what_a_gpu_can_pass_is_run() -> None:
 
 
 @pytest.mark.usefixtures("sanitizer")
-def test_the_results_are_eight_files_at_most() -> None:
-    """As many come back from a machine that is lent."""
+def test_the_results_are_seven_files() -> None:
+    """No more than eight come back from a machine that is lent."""
     outputs = [
         Path(step.command[step.command.index("--output") + 1]).name
         for step in steps(engine=True).values()
@@ -183,7 +183,7 @@ def test_the_results_are_eight_files_at_most() -> None:
     ]
     assert {"gpu-kernels.json", "gpu-engine.json"} <= {*outputs}
     files = [*outputs, "gpu.json", "gpu.log"]
-    assert len({*files}) == len(files) <= 8
+    assert len({*files}) == len(files) == 7
 
 
 def test_a_gpu_tries_few_random_cases_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,11 +174,11 @@ def _models(vllm_config: Any) -> list[tuple[Any, Any, str]]:
     """
     from vllm.config import replace
 
-    from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS
+    from vllm_dca.engine.support import drafter_of
 
     model = (vllm_config, vllm_config.model_config, "")
-    speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+    speculative = drafter_of(vllm_config)
+    if speculative is None:
         return [model]
     draft, prefix = speculative.draft_model_config, ""
     attention = replace(vllm_config.attention_config, backend=speculative.attention_backend)

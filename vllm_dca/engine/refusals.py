@@ -16,10 +16,10 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import (
     DRAFTERS,
-    DRAFTERS_WITH_LAYERS,
     KV_CACHE_DTYPES,
     cache_dtype_of,
     cache_name_of,
+    drafter_of,
 )
 from vllm_dca.method.sparse_config import MODE_KEY, OFF
 
@@ -146,13 +146,13 @@ def _parallel_drafting(vllm_config: VllmConfig) -> str:
 
 def _drafter_backend(vllm_config: VllmConfig) -> str:
     """A drafter's positions go as far as the model's, and only DCA's tables do."""
-    speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+    drafter = drafter_of(vllm_config)
+    if drafter is None:
         return ""
-    if speculative.attention_backend in (None, vllm_config.attention_config.backend):
+    if drafter.attention_backend in (None, vllm_config.attention_config.backend):
         return ""
     return (
-        f"drafting with {speculative.attention_backend.name}, the speculative config's "
+        f"drafting with {drafter.attention_backend.name}, the speculative config's "
         "attention_backend (without it the drafter runs DCA too)"
     )
 
@@ -161,10 +161,8 @@ def _adaptive_verification(vllm_config: VllmConfig) -> str:
     """It replays CUDA graphs of decodes of unequal lengths, and DCA's are of equal ones. vLLM
     does not do it for drafters without layers, whatever is asked.
     """
-    speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
-        return ""
-    if not speculative.enable_adaptive_verification:
+    drafter = drafter_of(vllm_config)
+    if drafter is None or not drafter.enable_adaptive_verification:
         return ""
     return (
         "adaptive verification of drafts, the speculative config's "
@@ -174,12 +172,10 @@ def _adaptive_verification(vllm_config: VllmConfig) -> str:
 
 def _drafter_cache_dtype(vllm_config: VllmConfig) -> str:
     """Without one of its own a drafter has its model's, of which `_cache_dtype` tells."""
-    speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+    drafter = drafter_of(vllm_config)
+    if drafter is None or drafter.kv_cache_dtype is None:
         return ""
-    name, dtype = speculative.kv_cache_dtype, vllm_config.model_config.dtype
-    if name is None:
-        return ""
+    name, dtype = drafter.kv_cache_dtype, vllm_config.model_config.dtype
     if name in KV_CACHE_DTYPES:
         cache_dtype = cache_dtype_of(name, dtype)
         is_fp8 = cache_dtype.itemsize == 1

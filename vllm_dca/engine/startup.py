@@ -14,7 +14,7 @@ from vllm_dca.engine.refusals import has_sliding_layers, refusals
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.shims import names_dca
 from vllm_dca.engine.sparse import say_sparse, settle_sparse
-from vllm_dca.engine.support import DRAFTERS_WITH_LAYERS, PROVED_MODELS
+from vllm_dca.engine.support import PROVED_MODELS, drafter_of
 from vllm_dca.engine.window import default_length, eagle_window, own_window
 from vllm_dca.method.config import DcaSettings, resolve_settings, validate_options
 
@@ -60,8 +60,7 @@ def configure(vllm_config: VllmConfig) -> None:
         OPTIONS: settings.to_dict(),
     }
 
-    if vllm_config.speculative_config is not None:
-        _extend_drafter(vllm_config, settings)
+    _extend_drafter(vllm_config, settings)
 
     geometry = settings.geometry
     logger.info(
@@ -183,10 +182,7 @@ def _restore_length(vllm_config: VllmConfig) -> None:
     """vLLM 0.33 lowers the model's to its drafter's where Model Runner V2 serves. DCA extends
     the drafter's to the model's.
     """
-    speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
-        return
-    if not vllm_config.use_v2_model_runner:
+    if drafter_of(vllm_config) is None or not vllm_config.use_v2_model_runner:
         return
     model_config = vllm_config.model_config
     length = model_config.original_max_model_len
@@ -199,8 +195,8 @@ def _extend_drafter(vllm_config: VllmConfig, settings: DcaSettings) -> None:
     """A drafter's attention layers are DCA's too: it drafts as far as the model answers, or
     under Model Runner V1 as the user said.
     """
-    speculative = vllm_config.speculative_config
-    if speculative.method not in DRAFTERS_WITH_LAYERS:
+    speculative = drafter_of(vllm_config)
+    if speculative is None:
         return
     model_config, draft = vllm_config.model_config, speculative.draft_model_config
     _take_checkpoint_config(draft)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from vllm.config import SpeculativeConfig, VllmConfig
     from vllm.config.cache import CacheDType
 
 # Whose answers were checked against Hugging Face's own code, by model_type: docs/models.md.
@@ -90,6 +91,14 @@ DRAFTERS_WITHOUT_LAYERS = ("ngram", "medusa")
 # Speculation whose drafters' attention layers are DCA's too, with the model's chunk sizes.
 DRAFTERS_WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")
 DRAFTERS = (*DRAFTERS_WITHOUT_LAYERS, *DRAFTERS_WITH_LAYERS)
+
+
+def drafter_of(vllm_config: "VllmConfig") -> "SpeculativeConfig | None":
+    """What is asked of a drafter that has attention layers; None where there is no such one."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
+        return None
+    return speculative
 
 
 def cache_name_of(dtype: torch.dtype) -> str | None:
