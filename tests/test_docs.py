@@ -163,6 +163,11 @@ def test_an_older_record_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert records.changed("made-up", tmp_path) == ["vllm_dca/kernel.py"]
     kernel.unlink()
     assert records.changed("made-up", tmp_path) == ["vllm_dca/kernel.py"]
+    # A run of vLLM's own attention measured no kernel.
+    record.write_text(json.dumps({"plain": {**run, "backend": "CPU_ATTN"}}))
+    assert records.changed("made-up", tmp_path) == []
+    own.write_text("x = 2\n")
+    assert records.changed("made-up", tmp_path) == ["scripts/bench/made_up.py"]
     # Nobody knows what made this one.
     record.write_text(json.dumps({"commit": "abc-dirty"}))
     assert records.changed("made-up", tmp_path) == ["scripts/bench/made_up.py"]
