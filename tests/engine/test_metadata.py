@@ -35,16 +35,18 @@ def test_lengths_on_the_host_are_exact_of_what_is_planned_as_prefill(
     )
     if not verifies:
         accepted[2] = true[2]  # vLLM's are exact for prefills
-    builder = types.SimpleNamespace(reorder_batch_threshold=1 + drafts, more=more)
+    builder = types.SimpleNamespace(may_verify_late=drafts > 0, more=more)
     lengths = DcaMetadataBuilder._host_lengths(builder, common, slice(1, 3))
     assert lengths.tolist()[1:] == (true + more).tolist()[1:]
 
 
-def test_no_length_is_fetched_from_a_device_for_prefills() -> None:
-    builder = types.SimpleNamespace(reorder_batch_threshold=4, more=0)
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_no_length_is_fetched_from_a_device_for_prefills(runner: str) -> None:
+    builder = types.SimpleNamespace(may_verify_late=runner == "V1", more=0)
     common = types.SimpleNamespace(
         seq_lens=None,
         seq_lens_cpu_upper_bound=torch.tensor([10, 20]),
-        is_prefilling=torch.tensor([False, True]),
+        # V2 says this of all that a draft model reads.
+        is_prefilling=torch.tensor([False, runner == "V1"]),
     )
     assert DcaMetadataBuilder._host_lengths(builder, common, slice(1, 2)).tolist() == [10, 20]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from scripts.models.recipes import RECIPES
 from tests.helpers import checkpoints, rounding
@@ -27,6 +28,7 @@ from tests.helpers.inprocess import engine, runner_of
 from tests.helpers.ranks import one_core_each
 from tests.helpers.rehearsal import OPTIONS, SIZES, assert_agrees
 from tests.helpers.runners import under
+from vllm_dca.engine.metadata import DcaMetadataBuilder
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 PROMPT = checkpoints.tokens(100)
@@ -181,13 +183,27 @@ def test_eagle(tmp_path: Path) -> None:
 @pytest.mark.each_minor
 @under("V1", "V2")
 def test_a_draft_model(tmp_path: Path) -> None:
-    """The model drafts for itself: if its layers attend as they should, each draft is right."""
+    """The model drafts for itself: if its layers attend as they should, each draft is right.
+
+    With V2 no length is fetched from the device.
+    """
+    host_lengths = DcaMetadataBuilder._host_lengths
+
+    def without_the_device(
+        builder: DcaMetadataBuilder, common: CommonAttentionMetadata, planned: slice
+    ) -> torch.Tensor | None:
+        if builder.vllm_config.use_v2_model_runner:
+            common = common.replace(seq_lens=None)
+        return host_lengths(builder, common, planned)
+
     llama = write(tmp_path)
     draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
     prompts = [checkpoints.tokens(60), checkpoints.tokens(29)]
-    with engine(llama, speculative_config=draft, **OPTIONS) as llm:
-        outputs = generate(llm, prompts, max_tokens=9)
-        assert accepted(llm) == drafted(llm) > 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DcaMetadataBuilder, "_host_lengths", without_the_device)
+        with engine(llama, speculative_config=draft, **OPTIONS) as llm:
+            outputs = generate(llm, prompts, max_tokens=9)
+            assert accepted(llm) == drafted(llm) > 6
     for prompt, output in zip(prompts, outputs, strict=True):
         assert_agrees(llama, prompt, output)
 

@@ -22,7 +22,11 @@ SEARCH = 256  # of packs, looked at side by side
 
 
 def programs(num_multiprocessors: int) -> int:
-    """As many as run at once; `vllm_dca.cuda.tuning` leaves room for them."""
+    """How many share a step's work.
+
+    With one row a request `vllm_dca.cuda.tuning` leaves room for so many at once on 8.0, 9.0
+    and 10.0. Else half of them run after the others.
+    """
     return PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
 
 

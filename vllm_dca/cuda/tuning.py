@@ -42,7 +42,7 @@ def padded(head_size: int) -> int:
 def decode_tuning(
     head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: int
 ) -> Tuning:
-    """Room for two programs a multiprocessor, each with IN_FLIGHT bytes on their way.
+    """Each program with IN_FLIGHT bytes on their way; two fit where docs/gpu.md says so.
 
     Args:
         head_size: entries of a head.

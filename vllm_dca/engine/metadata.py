@@ -83,6 +83,9 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         check_one_plan({name: layers[name] for name in layer_names}, vllm_config)
         scheduler = vllm_config.scheduler_config
         assert self.reorder_batch_threshold is not None
+        # V2 puts requests with drafts first, and says of no draft model's that it prefills.
+        verifies = self.reorder_batch_threshold > 1
+        self.may_verify_late = verifies and not vllm_config.use_v2_model_runner
         impls = [layers[name].impl for name in layer_names]
         for impl in impls:
             impl.block_size = self.block_size
@@ -154,8 +157,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         device is waited for.
         """
         prefilling = common.is_prefilling
-        speculates = self.reorder_batch_threshold > 1 and prefilling is not None
-        if speculates and not prefilling[planned].all():
+        if self.may_verify_late and prefilling is not None and not prefilling[planned].all():
             return common.seq_lens.cpu()
         lengths = common.seq_lens_cpu_upper_bound
         return lengths if lengths is None else lengths + self.more
