@@ -4,8 +4,12 @@ import types
 
 import pytest
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.utils import select_common_block_size
 
+from vllm_dca.engine import backend
 from vllm_dca.engine.metadata import DcaMetadataBuilder
 
 pytestmark = pytest.mark.each_minor
@@ -50,3 +54,27 @@ def test_no_length_is_fetched_from_a_device_for_prefills(runner: str) -> None:
         is_prefilling=torch.tensor([False, runner == "V1"]),
     )
     assert DcaMetadataBuilder._host_lengths(builder, common, slice(1, 2)).tolist() == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("chunk_len", "page", "part"),
+    [(5120, 256, 256), (5120, 1056, 32), (20480, 400, 80), (163840, 544, 32), (5120, 8, None)],
+)
+def test_a_gpu_s_pages_are_split_until_they_divide_a_chunk(
+    chunk_len: int, page: int, part: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For linear-attention layers vLLM raises the size of a page after the start-up checks."""
+    geometry = types.SimpleNamespace(chunk_len=chunk_len)
+    monkeypatch.setattr(
+        backend, "settings_of", lambda _: types.SimpleNamespace(geometry=geometry)
+    )
+    monkeypatch.setattr(backend.current_platform, "is_cpu", lambda: False)
+    spec = FullAttentionSpec(page, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    with set_current_vllm_config(VllmConfig()):
+        if part is None:
+            with pytest.raises(ValueError, match="No common block size for 8"):
+                select_common_block_size(page, [backend.DcaBackend], [spec])
+            return
+        assert select_common_block_size(page, [backend.DcaBackend], [spec]) == part
+        # The metadata builders are told the part's size, and ask again.
+        assert select_common_block_size(part, [backend.DcaBackend], [spec]) == part
