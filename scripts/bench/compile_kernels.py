@@ -43,17 +43,26 @@ from scripts.bench.launches import name_of
 from scripts.common import record
 
 # Bytes of shared memory that a block may have at most, by compute capability (CUDA programming
-# guide, appendix on compute capabilities). 8.9 and 12.0 have what 8.6 has.
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# guide, appendix on compute capabilities).
+SHARED_MEMORY = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
 # Of a multiprocessor, in all; each program wants 1 KiB of it beside its own.
 SHARED_MEMORY_IN_ALL = {
     75: 64 << 10,
     80: 164 << 10,
     86: 100 << 10,
+    89: 100 << 10,
     90: 228 << 10,
     100: 228 << 10,
+    120: 100 << 10,
 }
-# Those for which the kernels' tiles were chosen. 8.6 is there for its shared memory.
+# Those for which the kernels' tiles were chosen. The others are there for their shared memory.
 WITHOUT_SPILLS = (80, 90, 100)
 # Kernels of prefill and decode, and those that sparse prefill has besides.
 PARTS = {"dense": launches.every, "sparse": launches.sparse}
@@ -64,7 +73,7 @@ QUICK = (80, 90)
 ALL = [*launches.SHAPES, *launches.WITH_MORE]
 DTYPES = [name_of(dtype) for dtype in launches.DTYPES]
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f8E5M2": 1, "f8E4M3FN": 1}
-WARPS_PER_MULTIPROCESSOR = {75: 32, 80: 64, 86: 48, 90: 64, 100: 64}
+WARPS_PER_MULTIPROCESSOR = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 
 
 class Compiler:

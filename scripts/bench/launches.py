@@ -63,7 +63,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def dtypes_of(capability: int, names: Sequence[str] | None = None) -> list[Any]:
     """Pairs of a model's and its KV cache's; of all models' dtypes, or of those named."""
-    fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 90)
+    fp8 = [torch.float8_e5m2] + [torch.float8_e4m3fn] * (capability >= 89)
     pairs = [(d, d) for d in DTYPES] + [(torch.bfloat16, c) for c in fp8]
     return [pair for pair in pairs if names is None or name_of(pair[0]) in names]
 

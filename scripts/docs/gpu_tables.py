@@ -43,7 +43,7 @@ def _compiled(kernels: list[dict[str, Any]], **wanted: object) -> list[str]:
 
 def decode_kernels() -> str:
     """The decode kernel as compiled."""
-    kernels = [row for row in load("kernels")["kernels"] if row["capability"] != 86]
+    kernels = [row for row in load("kernels")["kernels"] if row["capability"] in (80, 90, 100)]
     rows = []
     for shape, group in (("SmolLM2-135M", 3), ("Llama-3-8B", 4), ("Gemma-like", 2)):
         for cache in ("bfloat16", "float8_e5m2"):
