@@ -3,13 +3,13 @@
 import gc
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import log, runners
+from tests.helpers import log
+from tests.helpers.children import Children
 
 # pytest-xdist's workers share the cores: what waits in a loop for its threads must not wait for
 # those of another worker.
@@ -54,11 +54,11 @@ def prose() -> list[int]:
     return AutoTokenizer.from_pretrained(DEMO_MODEL)(load())["input_ids"]
 
 
-@pytest.fixture(scope="module")
-def runner(request: pytest.FixtureRequest) -> Iterator[tuple[str, ProcessPoolExecutor]]:
-    """A model runner of vLLM's, and a process with it; see `tests.helpers.runners.under`."""
-    with runners.start(request.param) as child:
-        yield request.param, child
+@pytest.fixture(scope="session")
+def children() -> Iterator[Children]:
+    """Processes for tests of all modules, since each takes a while to import vLLM."""
+    with Children() as children:
+        yield children
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import pytest
 
 from scripts.models.recipe import FULL_MROPE
 from scripts.models.recipes import RECIPES
-from tests.helpers import checkpoints, vision
+from tests.helpers import checkpoints
+from tests.helpers.children import Children
 from tests.helpers.command_line import explained, run
-from tests.helpers.inprocess import engine, in_a_child
+from tests.helpers.inprocess import engine
 
 pytestmark = pytest.mark.each_minor
 
@@ -111,9 +112,8 @@ def test_a_drafter_s_own_cache_is_counted(
         assert said.startswith(f"{entries * (2 + itemsize)} bytes a token")
 
 
-def test_mrope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vision.for_children_of(monkeypatch)
-    in_a_child(_mrope, tmp_path)
+def test_mrope(tmp_path: Path, children: Children) -> None:
+    children.run("vision", _mrope, tmp_path)
 
 
 def _mrope(directory: Path) -> None:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.helpers import checkpoints, vision
+from tests.helpers import checkpoints
 from tests.helpers.answers import accepted, assert_close, drafted, generate, of_answer
 from tests.helpers.checkpoints import SIZES
-from tests.helpers.inprocess import engine, in_a_child, runner_of
+from tests.helpers.children import Children
+from tests.helpers.inprocess import engine, runner_of
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 SPECULATIVE = {"method": "mtp", "num_speculative_tokens": 1}
@@ -192,12 +193,9 @@ def test_what_is_drafted_is_what_the_layer_says_with_dca(
     assert_drafts_are_the_layer_s(model, length)
 
 
-def test_a_predictor_of_a_module_that_knows_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_predictor_of_a_module_that_knows_images(tmp_path: Path, children: Children) -> None:
     """Qwen3.5, whose positions have three axes."""
-    vision.for_children_of(monkeypatch)
-    in_a_child(_drafts_of_qwen3_5, tmp_path)
+    children.run("vision", _drafts_of_qwen3_5, tmp_path)
 
 
 def _drafts_of_qwen3_5(directory: Path) -> None:

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import checkpoints, vision
-from tests.helpers.inprocess import in_a_child, settle
+from tests.helpers import checkpoints
+from tests.helpers.children import Children
+from tests.helpers.inprocess import settle
 
 
 @pytest.mark.each_minor
-def test_images_attended_both_ways_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vision.for_children_of(monkeypatch)
-    in_a_child(_both_ways, tmp_path)
+def test_images_attended_both_ways_are_refused(tmp_path: Path, children: Children) -> None:
+    children.run("vision", _both_ways, tmp_path)
 
 
 def _both_ways(directory: Path) -> None:

@@ -12,8 +12,9 @@ from scripts.common.server import Server
 from tests.helpers import checkpoints, rehearsal, vision
 from tests.helpers.answers import ATOL, generate, of_answer, of_prompt
 from tests.helpers.checkpoints import SIZES
+from tests.helpers.children import Children
 from tests.helpers.command_line import served
-from tests.helpers.inprocess import engine, in_a_child
+from tests.helpers.inprocess import engine
 from tests.helpers.runners import under
 from vllm_dca.reference.model import prompt_logprobs
 
@@ -30,13 +31,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _vision(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def vision_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
     vision.for_children_of(monkeypatch)
 
 
-def test_text_past_the_window(tmp_path: Path) -> None:
-    in_a_child(_text_past_the_window, tmp_path)
+def test_text_past_the_window(tmp_path: Path, children: Children) -> None:
+    children.run("vision", _text_past_the_window, tmp_path)
 
 
 def _text_past_the_window(directory: Path) -> None:
@@ -69,7 +70,8 @@ def _text_past_the_window(directory: Path) -> None:
             assert (logprobs.double() - of_answers).abs().max() <= ATOL, name
 
 
-@under("V1", "V2")
+@pytest.mark.usefixtures("vision_for_children")
+@under("V1", "V2", apart=("V1", "V2"), nightly=("V1",))
 def test_text_by_the_gpu_s_code(tmp_path: Path) -> None:
     """In pieces, and after a cached prefix."""
     rope = {**INTERLEAVED, **YARN}
@@ -83,8 +85,8 @@ def test_text_by_the_gpu_s_code(tmp_path: Path) -> None:
         rehearsal.assert_agrees(model, prompt, output)
 
 
-def test_images_are_refused_in_words_that_help(tmp_path: Path) -> None:
-    in_a_child(_images_are_refused, tmp_path)
+def test_images_are_refused_in_words_that_help(tmp_path: Path, children: Children) -> None:
+    children.run("vision", _images_are_refused, tmp_path)
 
 
 def _images_are_refused(directory: Path) -> None:
@@ -115,8 +117,8 @@ def _images_are_refused(directory: Path) -> None:
 
 
 @pytest.mark.each_minor
-def test_images_as_embeddings_are_refused(tmp_path: Path) -> None:
-    in_a_child(_embeddings_are_refused, tmp_path)
+def test_images_as_embeddings_are_refused(tmp_path: Path, children: Children) -> None:
+    children.run("vision", _embeddings_are_refused, tmp_path)
 
 
 def _embeddings_are_refused(directory: Path) -> None:
@@ -143,10 +145,12 @@ def _embeddings_are_refused(directory: Path) -> None:
         assert not config.model_config.supports_multimodal_inputs
 
 
-@pytest.mark.each_minor
-def test_a_request_with_an_image_gets_a_400_and_the_server_lives_on(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("vision_for_children")
+def test_a_request_with_an_image_gets_a_400_and_the_server_lives_on(
+    tmp_path: Path, children: Children
+) -> None:
     model = tmp_path / "model"
-    in_a_child(_write_a_model_that_chats, model)
+    children.run("vision", _write_a_model_that_chats, model)
     options = ["--dtype", "float32", "--enforce-eager"]
     options += ["--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0})]
     # vLLM lets those that receive keys take embeddings, as if --enable-mm-embeds were given.

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from scripts.common.record import ROOT
-from tests.helpers import checkpoints, log, vision
+from tests.helpers import checkpoints, log
 from tests.helpers.answers import accepted, drafted, generate
 from tests.helpers.checkpoints import SIZES
+from tests.helpers.children import Children
 from tests.helpers.command_line import BLOCK, explained, served
 from tests.helpers.companions import write_eagle
-from tests.helpers.inprocess import engine, in_a_child, settle
+from tests.helpers.inprocess import engine, settle
 from tests.helpers.rehearsal import OPTIONS, assert_agrees
 from tests.helpers.runners import under
 
@@ -111,7 +112,7 @@ def test_a_window_that_is_switched_off_goes_before_longrope(
 
 
 def test_the_window_that_is_switched_off_may_be_the_user_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, children: Children
 ) -> None:
     changes = {"layer_types": ONE_OF_TWO, "sliding_window": 64}
     model = checkpoints.write_config(
@@ -119,8 +120,7 @@ def test_the_window_that_is_switched_off_may_be_the_user_s(
     )
     overrides: dict[str, Any] = {"sliding_window": 32}
     assert window_of(model, hf_overrides=overrides, **WINDOWS_OFF) == 32
-    vision.for_children_of(monkeypatch)
-    in_a_child(_overridden_beside_a_tower, tmp_path / "both", changes, overrides)
+    children.run("vision", _overridden_beside_a_tower, tmp_path / "both", changes, overrides)
 
 
 def _overridden_beside_a_tower(directory: Path, changes: Any, overrides: Any) -> None:

@@ -1,59 +1,50 @@
 """vLLM's two model runners: one test under both, each in a process of its own.
 
 V1 is the CPU's default and V2 is CUDA's. Which of them an engine takes is settled when vLLM is
-imported, so the bodies of such tests run in a child, one for all of a module's.
+imported, so the bodies of such tests run in a child, one for all of a session's.
 """
 
 import functools
 import importlib
 import inspect
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 
-from tests.helpers import model_runner_v2
+from tests.helpers.children import Children
 
 
-def _v1() -> None:
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-
-
-START: dict[str, Callable[[], None]] = {"V1": _v1, "V2": model_runner_v2.activate}
-
-
-def start(runner: str) -> ProcessPoolExecutor:
-    """A process in which engines have that runner."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), START[runner])
-
-
-def under(*runners: str, apart: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
+def under(
+    *runners: str, apart: tuple[str, ...] = (), nightly: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Any]:
     """Run a test in a child, once with each of the runners; its arguments are pickled.
 
     Args:
         runners: V1, V2.
         apart: those with which it has a child of its own, for what leaves traces that later
             engines would meet.
+        nightly: those with which it runs nightly only.
     """
 
     def decorate(function: Callable[..., None]) -> Any:
         @functools.wraps(function)
-        def test(runner: tuple[str, ProcessPoolExecutor], **arguments: Any) -> None:
-            name, child = runner
-            body = functools.partial(_run, function.__module__, function.__name__, arguments)
-            if name not in apart:
-                child.submit(body).result()
-                return
-            with start(name) as own:
-                own.submit(body).result()
+        def test(runner: str, children: Children, **arguments: Any) -> None:
+            with Children() as own:
+                of_which = own if runner in apart else children
+                of_which.run(runner, _run, function.__module__, function.__name__, arguments)
 
+        own = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in ("runner", "children")
+        ]
         parameters = inspect.signature(function).parameters.values()
-        first = inspect.Parameter("runner", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        test.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
-        return pytest.mark.parametrize("runner", runners, indirect=True, scope="module")(test)
+        test.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
+        each = [
+            pytest.param(runner, marks=[pytest.mark.nightly] * (runner in nightly))
+            for runner in runners
+        ]
+        return pytest.mark.parametrize("runner", each)(test)
 
     return decorate
 
