@@ -1,9 +1,10 @@
 """Try each path on thousands of random batches against the fp64 reference.
 
-The cases are those of each path's tests, --cases of each path: batches of every shape, what
-must not be read poisoned with NaN. They come in rounds, each with a seed of its own, from
---seed on. What fails is shown as small as it can be made, with the command that repeats it.
---minutes ends a path sooner, after a round. With --output there is a record.
+Dense and sparse attention on the CPU, both compiled and in torch, and CUDA's kernels. The cases
+are those of each path's tests, --cases of each path: batches of every shape, what must not be
+read poisoned with NaN. They come in rounds, each with a seed of its own, from --seed on. What
+fails is shown as small as it can be made, with the command that repeats it. --minutes ends a
+path sooner, after a round. With --output there is a record.
 """
 
 import os
@@ -24,11 +25,7 @@ from scripts.common import record
 CPU, CUDA = "tests/cpu/test_attention.py", "tests/cuda"
 SPARSE = ("test_attends_to_given_lines", "test_weighs_lines", "test_selects_as_specified")
 PATHS = {
-    "compiled": (f"{CPU}::test_compiled_agrees_with_reference",),
-    "torch": (
-        f"{CPU}::test_prefill_agrees_with_reference",
-        f"{CPU}::test_decode_agrees_with_reference",
-    ),
+    "dense": (f"{CPU}::test_every_path_agrees_with_reference",),
     "sparse": tuple(f"tests/cpu/test_sparse.py::{name}" for name in SPARSE),
     "cuda": tuple(
         f"{CUDA}/test_kernels.py::{name}"

@@ -60,22 +60,6 @@ def shapes(draw: st.DrawFn, decode: bool = False, softmax: bool = False) -> Shap
     )
 
 
-@settings(max_examples=cases(150), deadline=None)
-@given(shapes(softmax=True))
-def test_prefill_agrees_with_reference(shape: Shape) -> None:
-    batch = Batch.random(shape)
-    batch.assert_close(batch.prefill())
-
-
-@settings(max_examples=cases(150), deadline=None)
-@given(shapes(decode=True, softmax=True), st.sampled_from([1 << 22, 100]))
-def test_decode_agrees_with_reference(shape: Shape, workspace: int) -> None:
-    batch = Batch.random(shape)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_decode, "WORKSPACE_ELEMENTS", workspace)
-        batch.assert_close(batch.decode())
-
-
 # Its scores are larger than those of the batches that its tolerance was once asked of.
 LARGE_SCORES = Shape(
     [(15, 1), (63, 14), (16, 0)],
@@ -88,12 +72,23 @@ LARGE_SCORES = Shape(
 )
 
 
-@settings(max_examples=cases(150), deadline=None)
-@given(st.one_of(shapes(softmax=True), shapes(decode=True, softmax=True)), st.booleans())
-@example(LARGE_SCORES, False)
-def test_compiled_agrees_with_reference(shape: Shape, tokens_first: bool) -> None:
+@settings(max_examples=cases(200), deadline=None)
+@given(
+    st.one_of(shapes(softmax=True), shapes(decode=True, softmax=True)),
+    st.booleans(),
+    st.sampled_from([1 << 22, 2000]),
+)
+@example(LARGE_SCORES, False, 1 << 22)
+def test_every_path_agrees_with_reference(
+    shape: Shape, tokens_first: bool, workspace: int
+) -> None:
+    """Compiled, and in torch by passes and by pages, of which few fit a small workspace."""
     batch = Batch.random(dataclasses.replace(shape, tokens_first=tokens_first))
     batch.assert_close(batch.compiled())
+    batch.assert_close(batch.prefill())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_decode, "WORKSPACE_ELEMENTS", workspace)
+        batch.assert_close(batch.decode())
 
 
 @pytest.mark.parametrize(
@@ -236,7 +231,8 @@ def test_compiled_stores_as_torch_does(
 
 
 LENGTHS = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]
-
+# Into the first chunk at every token, and around every later border of a chunk of 16.
+CUTS = [*range(1, 21), *(border + near for border in range(32, 100, 16) for near in (-1, 0, 1))]
 
 PREFILLS = pytest.mark.parametrize("prefill", [Batch.prefill, Batch.compiled])
 
@@ -244,13 +240,13 @@ PREFILLS = pytest.mark.parametrize("prefill", [Batch.prefill, Batch.compiled])
 @PREFILLS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [None, 20])
-def test_every_split_of_a_prefill_equals_the_whole(
+def test_any_split_of_a_prefill_equals_the_whole(
     dtype: torch.dtype, temperature: int | None, prefill: Callable[..., torch.Tensor]
 ) -> None:
     shape = Shape([(100, 0)], dtype=dtype, original_max_position_embeddings=temperature)
     batch = Batch.random(shape)
     whole = prefill(batch)
-    for cut in range(1, 100):
+    for cut in CUTS:
         tail = dataclasses.replace(
             batch, shape=dataclasses.replace(shape, lengths=[(100, cut)])
         )
