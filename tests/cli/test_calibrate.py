@@ -1,13 +1,11 @@
 """`vllm-dca calibrate`: budgets that an engine takes, and that keep what was asked."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import Result
 
 from tests.helpers import checkpoints
 from tests.helpers.command_line import run
@@ -40,20 +38,8 @@ def test_budgets_keep_what_was_asked(tmp_path: Path) -> None:
 
 
 def _alone(folder: Path) -> None:
-    """In this process, which is left as it was."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from vllm_dca.engine.metadata import DcaMetadataBuilder
-
     output = folder / "alone.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setattr(DcaMetadataBuilder, "watched_steps", DcaMetadataBuilder.watched_steps)
-        try:
-            result = run(*arguments(folder, output))
-        finally:
-            cleanup_dist_env_and_memory()
-    assert result.exit_code == 0, result.output
+    result = _calibrated(*arguments(folder, output))
     assert f'"sparse_budgets": "{output}"' in result.stdout
     assert "chunk_size 512 is over the model's window of 128 tokens" in result.stdout
     # Budgets belong to these chunks.
@@ -63,15 +49,27 @@ def _alone(folder: Path) -> None:
 def _on_two_ranks(folder: Path) -> Any:
     """Each has two of the heads."""
     output = folder / "two.json"
-    command = [sys.executable, "-m", "vllm_dca", *arguments(folder, output)]
-    done = subprocess.run(
-        [*command, "--tensor-parallel-size", "2"],
-        env={**os.environ, **one_core_each()},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = ("--tensor-parallel-size", "2")
+    _calibrated(*arguments(folder, output), *ranks, **one_core_each())
     return json.loads(output.read_text())
+
+
+def _calibrated(*words: str, **environment: str) -> Result:
+    """In this process, which is left as it was."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_dca.engine.metadata import DcaMetadataBuilder
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}.items():
+            patch.setenv(name, value)
+        patch.setattr(DcaMetadataBuilder, "watched_steps", DcaMetadataBuilder.watched_steps)
+        try:
+            result = run(*words)
+        finally:
+            cleanup_dist_env_and_memory()
+    assert result.exit_code == 0, result.output
+    return result
 
 
 @pytest.mark.parametrize(

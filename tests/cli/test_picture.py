@@ -10,8 +10,6 @@ from tests.helpers.command_line import BLOCK, explained, run
 from vllm_dca.cli.picture import relative_positions
 from vllm_dca.method.geometry import ChunkGeometry
 
-pytestmark = pytest.mark.each_minor
-
 
 def test_the_matrix_of_a_small_geometry() -> None:
     # By hand from the paper's table: chunks of 4, two local tokens, c = 6.
