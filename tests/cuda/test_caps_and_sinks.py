@@ -14,8 +14,8 @@ from tests.cuda.test_kernels import (
     _short_shares,
     decode,
     prefill,
-    prefill_launches,
 )
+from tests.helpers import interpreter
 from tests.helpers.paged import Batch, Shape
 
 __all__ = ["_short_shares"]  # a fixture for all of them
@@ -84,6 +84,14 @@ def test_tolerance_would_catch_what_is_left_out(softmax: dict[str, Any]) -> None
         assert error > 100 * batch.tolerance
 
 
-def test_caps_and_sinks_launch_nothing_more() -> None:
-    for lengths in ([(70, 40)], [(70, 40)] * 32, [(32, 0)], [(16, 0)]):
-        assert prefill_launches(lengths, **BOTH) == prefill_launches(lengths)
+@pytest.mark.parametrize(("lengths", "merges"), [([(16, 0)], 1), ([(70, 60)], 0)])
+def test_caps_and_sinks_launch_little_more(lengths: list[tuple[int, int]], merges: int) -> None:
+    """In one launch, nothing; by passes, the merge where there is else nothing to merge."""
+    for name, more in (("triton", 0), ("triton_passes", merges)):
+        counts = []
+        for softmax in ({}, BOTH):
+            batch = Batch.random(Shape(lengths, num_kv_heads=1, group=1, **softmax))
+            with interpreter.launches() as launched:
+                prefill(batch, PREFILLS[name])
+            counts.append(sum(launched.values()))
+        assert counts[1] == counts[0] + more
