@@ -26,13 +26,18 @@ import pytest
 if TYPE_CHECKING:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-pytestmark = pytest.mark.each_minor
-
 INSTALLED = Path(importlib.util.find_spec("vllm").origin).parents[1]
 README = Path(__file__).parents[2] / "patches/README.md"
 PATCHES = sorted(README.parent.glob("*.patch"))
 # Patches in force: none, so that the shims do it all; each alone; all, without any shim.
 SETUPS = {"shims": [], **{patch.name[:4]: [patch] for patch in PATCHES}, "patches": PATCHES}
+each_minor = pytest.mark.each_minor
+# On every minor the shims do it all, or the patches; each patch alone on the installed vLLM.
+EITHER = ("shims", "patches")
+IN_SETUPS = pytest.mark.parametrize(
+    "setup",
+    [pytest.param(name, marks=each_minor if name in EITHER else ()) for name in SETUPS],
+)
 SHIMS = ["pickle_by_name", "select_on_cpu", "extend_context", "verify_config", "prepare_model"]
 TIMEOUT = 300  # seconds
 PRELOAD = ["torch._inductor.compile_fx", "transformers.modeling_gguf_pytorch_utils", "openai"]
@@ -191,6 +196,7 @@ def overlays(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path |
     return overlay
 
 
+@each_minor
 @pytest.mark.parametrize("setup", [setup for setup in SETUPS if setup != "shims"])
 def test_patches_apply_to_the_installed_vllm(
     setup: str, overlays: Callable[[str], Path]
@@ -205,6 +211,7 @@ def test_patches_apply_to_the_installed_vllm(
             compile((root / path).read_text(), path, "exec")
 
 
+@each_minor
 def test_git_takes_the_patches_as_mails(tmp_path: Path) -> None:
     _copy_changed(tmp_path)
     _git(tmp_path, "init", "--quiet")
@@ -222,6 +229,7 @@ def test_git_takes_the_patches_as_mails(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"\[(Attention|CPU)\] [A-Z].*[a-z]", line) for line in subjects)
 
 
+@each_minor
 def test_patches_apply_to_an_installation_as_the_page_says(tmp_path: Path) -> None:
     """In an environment inside a repository, as .venv is here."""
     root = tmp_path / "environment"
@@ -592,6 +600,7 @@ def _run_upstream_tests(root: Path) -> dict[str, dict[str, str]]:
             "VLLM_PLUGINS": "",
         },
         stdout=subprocess.DEVNULL,
+        timeout=2 * TIMEOUT,
     )
     found: dict[str, dict[str, str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -618,8 +627,17 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def asked(request: pytest.FixtureRequest) -> list[str]:
+    """The setups that a selected test looks into."""
+    looking = [item for item in request.session.items if "asked" in item.fixturenames]
+    named = {item.callspec.params["setup"] for item in looking if hasattr(item, "callspec")}
+    return [setup for setup in SETUPS if setup == "shims" or setup in named]
+
+
+@pytest.fixture(scope="module")
 def observed(
     pool: Any,
+    asked: list[str],
     other: Path,
     overlays: Callable[[str], Path | None],
     tmp_path_factory: pytest.TempPathFactory,
@@ -628,7 +646,7 @@ def observed(
     model = tmp_path_factory.mktemp("model")
     (model / "config.json").write_text(json.dumps(LLAMA))
     tasks: dict[str, tuple[Any, ...]] = {
-        **{setup: (_observe, overlays(setup), model) for setup in SETUPS},
+        **{setup: (_observe, overlays(setup), model) for setup in asked},
         "other": (_observe_other, overlays("patches"), model, other),
         "gates": (_observe_gates,),
     }
@@ -638,12 +656,17 @@ def observed(
 
 @pytest.fixture(scope="module")
 def received(
-    pool: Any, observed: Observed, other: Path, overlays: Callable[[str], Path | None]
+    pool: Any,
+    asked: list[str],
+    observed: Observed,
+    other: Path,
+    overlays: Callable[[str], Path | None],
 ) -> Callable[[str], Any]:
     """What another process makes of a config that was pickled in a setup, or in "other"."""
     results = {
         setup: pool.apply_async(_receive, (overlays(setup), observed(setup)["dca"]["pickle"]))
         for setup in ("shims", "0001", "patches")
+        if setup in asked
     }
     results["other"] = pool.apply_async(
         _receive_other, (overlays("patches"), observed("other")["pickle"], other)
@@ -652,21 +675,25 @@ def received(
 
 
 @pytest.fixture(scope="module")
-def upstream_tests(
-    pool: Any, overlays: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, dict[str, str]]]:
-    """What `_run_upstream_tests` returns with all patches, and with none."""
-    patched, unpatched = overlays("patches"), tmp_path_factory.mktemp("unpatched")
-    shutil.copytree(patched / "tests", unpatched / "tests")
-    found: list[dict[str, dict[str, str]]] = pool.map_async(
-        _run_upstream_tests, (patched, unpatched), chunksize=1
-    ).get(2 * TIMEOUT)
-    return found
+def patched_tests(overlays: Callable[[str], Path]) -> dict[str, dict[str, str]]:
+    """What `_run_upstream_tests` returns with all patches."""
+    return _run_upstream_tests(overlays("patches"))
+
+
+@pytest.fixture(scope="module")
+def unpatched_tests(
+    overlays: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, str]]:
+    """The same of the vLLM that is there."""
+    root = tmp_path_factory.mktemp("unpatched")
+    shutil.copytree(overlays("patches") / "tests", root / "tests")
+    return _run_upstream_tests(root)
 
 
 # Every setup does the same, whoever does it.
 
 
+@each_minor
 def test_every_shim_names_its_patch(observed: Observed) -> None:
     docstrings = observed("shims")["docstrings"]
     assert list(docstrings) == SHIMS
@@ -674,7 +701,7 @@ def test_every_shim_names_its_patch(observed: Observed) -> None:
     assert named == [[patch.name[:4]] for patch in PATCHES]
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@IN_SETUPS
 def test_a_patch_retires_its_shim(
     setup: str, observed: Observed, overlays: Callable[[str], Path]
 ) -> None:
@@ -686,7 +713,7 @@ def test_a_patch_retires_its_shim(
     assert found["applied"] == found["applied again"] == left
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@IN_SETUPS
 def test_nothing_changes_unless_selected(setup: str, observed: Observed) -> None:
     upstream = observed("shims")["before"]
     assert TOO_LONG in upstream["too long"]
@@ -697,7 +724,7 @@ def test_nothing_changes_unless_selected(setup: str, observed: Observed) -> None
     assert observed(setup)["after"] == upstream
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@IN_SETUPS
 def test_dca_is_selected_on_the_cpu(setup: str, observed: Observed) -> None:
     dca = observed(setup)["dca"]
     assert dca["selected"] == DCA_PATH
@@ -713,7 +740,7 @@ def test_dca_is_selected_on_the_cpu(setup: str, observed: Observed) -> None:
         )
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@IN_SETUPS
 def test_dca_settles_the_config(setup: str, observed: Observed) -> None:
     dca = observed(setup)["dca"]
     sizes = {**SETTINGS, "chunk_size": 256, "source": "--additional-config"}
@@ -740,7 +767,7 @@ def test_dca_settles_the_config(setup: str, observed: Observed) -> None:
     assert "attention_backend DCA needs --attention-backend dca too" in dca["refused drafter"]
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@IN_SETUPS
 def test_dca_prepares_the_model_once(setup: str, observed: Observed) -> None:
     dca = observed(setup)["dca"]
     assert dca["prepared"] == [True]
@@ -748,7 +775,9 @@ def test_dca_prepares_the_model_once(setup: str, observed: Observed) -> None:
     assert dca["tables"] == [4 * WINDOW] * 2
 
 
-@pytest.mark.parametrize("setup", ["shims", "0001", "patches"])
+@pytest.mark.parametrize(
+    "setup", ["0001", *(pytest.param(e, marks=each_minor) for e in EITHER)]
+)
 def test_dca_pickles_into_a_process_without_plugins(
     setup: str, received: Callable[[str], Any]
 ) -> None:
@@ -760,6 +789,7 @@ def test_dca_pickles_into_a_process_without_plugins(
     }
 
 
+@each_minor
 def test_patches_serve_any_backend(observed: Observed, received: Callable[[str], Any]) -> None:
     found = observed("other")
     assert found["selected"] == "other_backend.OtherBackend"
@@ -775,6 +805,7 @@ def test_patches_serve_any_backend(observed: Observed, received: Callable[[str],
     assert received("other") == [True] * 4
 
 
+@each_minor
 def test_apply_refuses_a_vllm_it_was_not_written_for(observed: Observed) -> None:
     attempts = dict(observed("gates"))
     accepted = attempts.pop("none")
@@ -800,16 +831,31 @@ def test_apply_refuses_a_vllm_it_was_not_written_for(observed: Observed) -> None
         assert "Unknown attention backend: 'DCA'" in found["selected"]
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name[:4])
-def test_a_patch_has_a_test_that_fails_without_it(
-    patch: Path, upstream_tests: list[dict[str, dict[str, str]]]
+OF_EACH_PATCH = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name[:4])
+
+
+@each_minor
+@OF_EACH_PATCH
+def test_a_patch_s_own_tests_pass_with_it(
+    patch: Path, patched_tests: dict[str, dict[str, str]]
 ) -> None:
     assert "vllm_dca" not in patch.read_text()
     [file] = _added(patch)
-    patched, unpatched = (found[file.stem] for found in upstream_tests)
-    assert patched == dict.fromkeys(patched, "")
-    assert unpatched.keys() == patched.keys()
-    failed = {name for name, why in unpatched.items() if why}
+    assert file.stem in WITHOUT_PATCH
+    found = patched_tests[file.stem]
+    assert found == dict.fromkeys(found, "")
+
+
+@OF_EACH_PATCH
+def test_a_patch_s_own_tests_fail_without_it(
+    patch: Path,
+    patched_tests: dict[str, dict[str, str]],
+    unpatched_tests: dict[str, dict[str, str]],
+) -> None:
+    [file] = _added(patch)
+    found = unpatched_tests[file.stem]
+    assert found.keys() == patched_tests[file.stem].keys()
+    failed = {name for name, why in found.items() if why}
     assert failed == WITHOUT_PATCH[file.stem].keys()
     for name, reason in WITHOUT_PATCH[file.stem].items():
-        assert reason in unpatched[name]
+        assert reason in found[name]
