@@ -68,9 +68,10 @@ def prove(directory: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _with_one_thread() -> None:
     """After a fork OpenMP's are not there, and torch's pool is made anew by whoever is first:
-    of several threads that load weights one may find none ("Invalid thread pool").
+    of several threads that load weights one may find none ("Invalid thread pool"). An engine
+    that ran before has put a function that does nothing in the place of torch's.
     """
-    torch.set_num_threads(1)
+    torch._C.set_num_threads(1)
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
 
