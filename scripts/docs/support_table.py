@@ -50,7 +50,7 @@ FEATURES: dict[str, Shown] = {
     "speculative decoding by EAGLE and EAGLE-3": Shown(),
     "speculative decoding by a draft model": Shown(v1=True),
     "speculative decoding by multi-token predictors (MTP)": Shown(v2=False),
-    "speculative decoding by Medusa heads": Shown(v2=False),
+    "speculative decoding by Medusa heads (vLLM 0.32)": Shown(v2=False),
     "sliding-window layers beside full ones": Shown(v1=True),
     "linear-attention layers beside full ones": Shown(v1=True),
     "soft caps": Shown(),
