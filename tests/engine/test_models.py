@@ -32,7 +32,12 @@ SPARSE = {
     "sparse_attention_last_q": 64,
 }
 LENGTH = 300
-QWEN = ["Qwen2Config", "Qwen2MoeConfig", "Qwen3Config", "Qwen3MoeConfig"]
+# Of those that were released, and two more.
+QWEN = [
+    *("Qwen2Config", "Qwen3MoeConfig"),
+    pytest.param("Qwen2MoeConfig", marks=pytest.mark.nightly),
+    pytest.param("Qwen3Config", marks=pytest.mark.nightly),
+]
 # One of each kind of attention; `python -m scripts.models.sweep` proves all.
 KINDS = {
     "half of a head rotated, pairs interleaved": "Glm4ForCausalLM",
@@ -41,9 +46,11 @@ KINDS = {
     "windows and a soft cap": "Gemma2ForCausalLM",
     "windows and sinks, on YaRN": "GptOssForCausalLM",
     "proportional positions": "Gemma4ForCausalLM",
-    "experts": "MixtralForCausalLM",
     # Its pages are of 48 tokens, a chunk is of 64.
     "Mamba layers, and pages that do not divide a chunk": "GraniteMoeHybridForCausalLM",
+}
+NIGHTLY_KINDS = {
+    "experts": "MixtralForCausalLM",
     "the numbers of a Llama under other names": "InternLM2ForCausalLM",
 }
 
@@ -85,16 +92,14 @@ def test_sparse_config_file_alone_asks_for_sparse(tmp_path: Path, dca_log: list[
         assert asked == expected
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_key_value_heads": 1},
-        {"num_key_value_heads": 4},
-        *({"rope_parameters": rope} for rope in checkpoints.SCALINGS.values()),
-    ],
-    ids=["MQA", "MHA", *checkpoints.SCALINGS],
-)
-def test_llama(changes: dict[str, Any], tmp_path: Path) -> None:
+# All query heads share one, and each has its own.
+KV_HEADS = {"linear": 1, "dynamic NTK": 4}
+
+
+@pytest.mark.parametrize("scaling", checkpoints.SCALINGS)
+def test_llama(scaling: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"rope_parameters": checkpoints.SCALINGS[scaling]}
+    changes["num_key_value_heads"] = KV_HEADS.get(scaling, 2)
     model = checkpoints.write(tmp_path, "LlamaConfig", **changes)
     with engine(model, additional_config={"dca": SIZES}) as llm:
         assert_agrees(llm, model, SIZES)
@@ -140,12 +145,22 @@ def test_without_a_compiler(tmp_path: Path, dca_log: list[str]) -> None:
     assert any("DCA attends by torch" in line and "no C++" in line for line in dca_log)
 
 
-@pytest.mark.parametrize("architecture", KINDS.values(), ids=list(KINDS))
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *(pytest.param(KINDS[kind], id=kind) for kind in KINDS),
+        *(
+            pytest.param(NIGHTLY_KINDS[kind], id=kind, marks=pytest.mark.nightly)
+            for kind in NIGHTLY_KINDS
+        ),
+    ],
+)
 def test_kinds_of_attention(architecture: str, tmp_path: Path) -> None:
     """A prompt in pieces, answers after a fresh and a cached prefix: as the sweep does it."""
     prove(tmp_path, RECIPES[architecture])
 
 
+@pytest.mark.each_minor
 def test_sliding_layers_keep_their_attention_and_positions(
     tmp_path: Path, dca_log: list[str]
 ) -> None:
@@ -176,6 +191,7 @@ def test_sliding_layers_keep_their_attention_and_positions(
     assert any("3 with a sliding window keep their own attention" in line for line in dca_log)
 
 
+@pytest.mark.each_minor
 def test_linear_attention_layers_stay_as_they_are(tmp_path: Path) -> None:
     """Qwen3-Next; vLLM's kernels want bf16, and pages that do not divide a chunk."""
     prove(tmp_path, RECIPES["Qwen3NextForCausalLM"])
@@ -186,8 +202,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
 
 
-# Flash-attention wants sixteens.
-BLOCK_SIZES = [32, 64, 16] if torch.cuda.is_available() else [32, 64, 8, 1]
+# Flash-attention wants sixteens. Others are in test_matrix.
+BLOCK_SIZES = [32, 64, 16] if torch.cuda.is_available() else [64, 1]
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
