@@ -153,7 +153,7 @@ def test_a_kv_connector(tmp_path: Path) -> None:
         assert_agrees(llama, PROMPT, output)
 
 
-@under("V1", "V2", apart=("V1",))
+@under("V1", "V2", apart=("V1",), nightly=("V1",))
 def test_ngram(tmp_path: Path) -> None:
     """Rows of one request on both sides of the border at 64 tokens; V1 looks up by numba."""
     # So few words that whatever is generated was seen before, and is drafted from.
@@ -220,7 +220,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert_agrees(llama, PROMPT, output)
 
 
-@under("V1", "V2")
+@under("V1", "V2", nightly=("V1",))
 def test_sliding_layers(tmp_path: Path) -> None:
     """In pieces, decoded, after a prefix hit."""
     model = checkpoints.write(
