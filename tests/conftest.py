@@ -39,6 +39,23 @@ DEMO_MODEL = Path(
 DEMO_SIZES = {"chunk_size": 1024, "local_size": 256}
 
 
+# Files of minutes, which start first, so that no worker ends with one while the other waits.
+LONG = (
+    "test_patches",
+    "test_parallel",
+    "test_ray_batch",
+    "test_hardware",
+    "test_gpu_scripts",
+    "test_model_runner_v2",
+    "test_startup",
+    "test_package",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_unconfigure() -> None:
     """What `inprocess.engine` hid: else libraries complain at the end that it was left."""
     gc.unfreeze()
