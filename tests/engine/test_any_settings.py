@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import checkpoints
 from tests.helpers.answers import assert_close, generate, of_prompt
+from tests.helpers.cases import cases
 from tests.helpers.inprocess import engine
 from vllm_dca.method.config import OPTION_KEYS
 from vllm_dca.method.sparse_config import SPARSE_KEYS
@@ -274,7 +275,7 @@ def assert_refused_by_name(given: dict[str, Any], error: Exception) -> None:
 
 @given(given=GIVEN | WINDOWS)
 @settings(
-    max_examples=400,
+    max_examples=cases(250),
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
