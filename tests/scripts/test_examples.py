@@ -22,7 +22,6 @@ from scripts.common.server import Server
 from scripts.common.serving import free_port
 from tests.conftest import DEMO_MODEL
 from tests.helpers import checkpoints
-from tests.helpers.inprocess import engine
 
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 OURS = {"scripts", "tests", "vllm_dca"}
@@ -56,9 +55,9 @@ def written(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def test_offline_answers_as_the_engine_does(tmp_path: Path) -> None:
-    from vllm import SamplingParams
-
+def test_offline_answers_as_a_server_does(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     text = load()
     rows = [
         {"id": "long", "prompt": text[:5000]},  # two chunks
@@ -78,25 +77,15 @@ def test_offline_answers_as_the_engine_does(tmp_path: Path) -> None:
     assert run.returncode == 0, log[-5000:]
     assert "DCA attends 30 layers" in log
 
-    fit = [rows[0], rows[2], rows[4]]
-    with engine(
-        DEMO_MODEL,
-        skip_tokenizer_init=False,
-        max_model_len=MAX_MODEL_LEN,
-        block_size=128,
-        max_num_batched_tokens=4096,
-        additional_config=SIZES,
-    ) as llm:
-        answers = llm.generate(
-            [row["prompt"] for row in fit],
-            SamplingParams(temperature=0, max_tokens=12),
-            use_tqdm=False,
-        )
+    # Not beside the engine, which takes as much memory.
+    server = request.getfixturevalue("server")
+    asked = {"model": "smollm2", "max_tokens": 12}
+    answers = [server.complete(prompt=rows[at]["prompt"], **asked)[1] for at in (0, 2, 4)]
     expected = [
         {
-            "text": answer.outputs[0].text,
-            "finish_reason": answer.outputs[0].finish_reason,
-            "num_prompt_tokens": len(answer.prompt_token_ids),
+            "text": answer["choices"][0]["text"],
+            "finish_reason": answer["choices"][0]["finish_reason"],
+            "num_prompt_tokens": answer["usage"]["prompt_tokens"],
         }
         for answer in answers
     ]
@@ -112,7 +101,7 @@ def test_offline_answers_as_the_engine_does(tmp_path: Path) -> None:
     seconds = float(re.search(r"3 of 5 prompts answered in ([\d.]+) s", log)[1])
     rates = re.search(r"([\d.]+) prompt tokens/s, ([\d.]+) answer tokens/s", log)
     read = sum(row["num_prompt_tokens"] for row in expected)
-    generated = sum(len(answer.outputs[0].token_ids) for answer in answers)
+    generated = sum(answer["usage"]["completion_tokens"] for answer in answers)
     assert float(rates[1]) * seconds == pytest.approx(read, rel=0.05)
     assert float(rates[2]) * seconds == pytest.approx(generated, rel=0.05)
 
