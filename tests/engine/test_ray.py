@@ -150,7 +150,14 @@ print(observe(config))
 """
 
 
-@pytest.mark.parametrize("way", ["spawn", "fork", "cloudpickle"])
+@pytest.mark.parametrize(
+    "way",
+    # Into fresh processes the engine above sends one each time.
+    [
+        "fork",
+        *(pytest.param(way, marks=pytest.mark.nightly) for way in ("spawn", "cloudpickle")),
+    ],
+)
 def test_a_config_means_the_same_in_another_process(way: str, model: Path) -> None:
     """The ways of vLLM's executors, with the whole config.
 
