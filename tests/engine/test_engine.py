@@ -4,9 +4,7 @@ fp32 on both sides. 1e-3 in log-probability is what the project promises; matrix
 other batch shapes alone move it by some 1e-5.
 """
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from tests.helpers.answers import (
     of_answer,
     of_prompt,
 )
+from tests.helpers.inprocess import engine
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 CHUNK_LEN = DEMO_SIZES["chunk_size"] - DEMO_SIZES["local_size"]
@@ -29,22 +28,15 @@ CHUNK_LEN = DEMO_SIZES["chunk_size"] - DEMO_SIZES["local_size"]
 
 @pytest.fixture(scope="module")
 def demo_llm() -> Iterator[LLM]:
-    """The demo model in fp32, in a process of its own, with vLLM's other defaults.
+    """The demo model, with vLLM's default pages; in processes of its own test_serving has it.
 
     Compiling its 30 layers takes minutes: test_features compiles a smaller one.
     """
-    llm = LLM(
-        str(DEMO_MODEL),
-        enforce_eager=True,
-        dtype="float32",
-        attention_backend="dca",
-        additional_config={"dca": DEMO_SIZES},
-        max_model_len=32768,
-        max_num_batched_tokens=1000,  # prefills are cut at odd places
-        max_num_seqs=16,
-    )
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
+    options = {"additional_config": {"dca": DEMO_SIZES}, "max_model_len": 32768}
+    options |= {"enforce_eager": True, "max_num_batched_tokens": 1000, "max_num_seqs": 16}
+    options |= {"block_size": None, "num_gpu_blocks_override": None}
+    with engine(DEMO_MODEL, skip_tokenizer_init=False, **options) as llm:
+        yield llm
 
 
 def test_prompt_logprobs_agree_with_the_reference(demo_llm: LLM, prose: list[int]) -> None:
@@ -84,9 +76,9 @@ def test_a_cached_prefix_equals_a_fresh_one(
     demo_llm.reset_prefix_cache()
     [fresh] = generate(demo_llm, [prompt], max_tokens=8)
     assert fresh.num_cached_tokens == 0
-    # Cached by a prompt of another length, which shares the prefix only.
+    # Cached by a prompt of another length, and of more chunks, which shares the prefix only.
     demo_llm.reset_prefix_cache()
-    generate(demo_llm, [prose[:shared] + prose[9000:10500]])
+    generate(demo_llm, [prose[:shared] + prose[9000:9800]])
     [cached] = generate(demo_llm, [prompt], max_tokens=8)
     assert cached.num_cached_tokens == shared // 128 * 128
     assert_same_answer(cached, fresh)
@@ -104,31 +96,12 @@ def test_decode_rows_equal_prefill_rows(demo_llm: LLM, prose: list[int]) -> None
 
 
 def test_structured_output(demo_llm: LLM, prose: list[int]) -> None:
-    def answer(**structure: Any) -> str:
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=40,
-            structured_outputs=StructuredOutputsParams(**structure),
-        )
-        [output] = demo_llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        return output.outputs[0].text
-
-    tokenizer = demo_llm.get_tokenizer()
-    # An example, as by its own choice the model would fill JSON with line ends.
-    example = '\n\n{"about": "war", "good": false} {"about": "war", "good": false}'
-    prompt = prose[:1500] + tokenizer.encode(example)
-    schema = {
-        "type": "object",
-        "properties": {"about": {"enum": ["marriage", "war"]}, "good": {"type": "boolean"}},
-        "required": ["about", "good"],
-        "additionalProperties": False,
-    }
-    found = json.loads(answer(json=schema))
-    assert found["about"] in ("marriage", "war")
-    assert isinstance(found["good"], bool)
-
-    # Of single letters it takes the one that DCA finds likeliest.
-    letters = "ABCDEFGH"
+    """Of single letters it takes the one that DCA finds likeliest."""
+    prompt, letters = prose[:1500], "ABCDEFGH"
+    structure = StructuredOutputsParams(choice=list(letters))
+    params = SamplingParams(temperature=0, max_tokens=4, structured_outputs=structure)
+    [output] = demo_llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     logits, _ = forward(DEMO_MODEL, prompt, **DEMO_SIZES, dtype=torch.float32)
+    tokenizer = demo_llm.get_tokenizer()
     likelihood = {letter: logits[-1, tokenizer.encode(letter)[0]] for letter in letters}
-    assert answer(choice=list(letters)) == max(likelihood, key=likelihood.get)
+    assert output.outputs[0].text == max(likelihood, key=likelihood.get)
