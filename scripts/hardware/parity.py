@@ -7,7 +7,7 @@ queries and keys vLLM norms and rotates by a kernel of its own on a GPU. There w
 torch.compile and CUDA graphs. Prompts end at, before and after chunk borders, are
 prefilled in odd pieces, and their answers cross further borders. The engine may be twice as far
 from fp64 as the reference run in bf16. --dry-run is the same on the CPU, eager, of fewer
-prompts.
+prompts with shorter answers.
 """
 
 import argparse
@@ -53,8 +53,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # As vLLM serves: compiled, in graphs of whole decodes and of other steps' pieces.
 EXECUTION = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}
 LENGTHS = (63, 64, 65, 100, 190, 250)
-FEWER = (65, 190)  # for a rehearsal
 ANSWERED = 70
+# For a rehearsal.
+FEWER = (65, 190)
+FEW_ANSWERED = 10
 
 
 def checkpoint(directory: Path, name: str) -> Path:
@@ -101,9 +103,9 @@ def by_engine(
             assert (len(of_dca), len(names)) == (1, 1 + has_windows), names
         if not dry_run:
             check_execution(compilation)
-        lengths = FEWER if dry_run else LENGTHS
+        lengths, answered = (FEWER, FEW_ANSWERED) if dry_run else (LENGTHS, ANSWERED)
         prompts = [checkpoints.tokens(length, length) for length in lengths]
-        answers = generate(llm, prompts, max_tokens=ANSWERED, prompt_logprobs=0)
+        answers = generate(llm, prompts, max_tokens=answered, prompt_logprobs=0)
     gc.collect()
     return ran, answers
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,14 +232,16 @@ def test_help_names_the_steps() -> None:
     assert "invalid choice: 'nothing'" in gpu("--only", "nothing").stderr
 
 
-def run(module: str, output: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", module, "--dry-run", "--output", str(output)]
-    subprocess.run(command, cwd=ROOT, check=True)
+def rehearsed(main: Callable[[], None], output: Path) -> dict[str, Any]:
+    """A command's record, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [main.__module__, "--dry-run", "--output", str(output)])
+        main()
     return load(output)
 
 
 def test_vllm_takes_the_benchmarks_arguments(tmp_path: Path) -> None:
-    found = run("scripts.hardware.engine", tmp_path / "engine.json")
+    found = rehearsed(engine.main, tmp_path / "engine.json")
     assert found["failures"] == {}
     assert len(found["results"]) == 2 * len(engine.CASES)
     assert {row["max_model_len"] for row in found["results"]} == {engine.LONGEST}
@@ -258,7 +261,7 @@ def test_a_log_tells_which_attention_ran() -> None:
 
 
 def test_the_engine_is_held_against_the_reference(tmp_path: Path) -> None:
-    found = run("scripts.hardware.parity", tmp_path / "parity.json")
+    found = rehearsed(parity.main, tmp_path / "parity.json")
     assert found["failures"] == {}
     assert [row["model"] for row in found["results"]] == [*parity.MODELS]
     for row in found["results"]:
