@@ -133,18 +133,34 @@ def test_the_loop_that_multiplies_is_found() -> None:
         machine_code.loop_of(MACHINE_CODE.replace("HMMA", "FMUL"))
 
 
-def test_kernels_compile_and_fit(tmp_path: Path) -> None:
-    output = tmp_path / "kernels.json"
+# What 8.0 runs must fit 8.6, 8.9 and 12.0 too, where a block may have 99 KiB.
+SHARED = {80: 99 << 10, 90: 227 << 10}
+
+
+def compiled_and_fit(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """Rows of kernels that were compiled anew."""
+    output = folder / "kernels.json"
     subprocess.run(
-        [sys.executable, "-m", "scripts.bench.compile_kernels", "--quick", "--output", output],
+        [sys.executable, "-m", "scripts.bench.compile_kernels", *options, "--output", output],
         check=True,
         cwd=ROOT,
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        env={**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")},
     )
-    kernels = json.loads(output.read_text())["kernels"]
-    # What 8.0 runs must fit 8.6, 8.9 and 12.0 too, where a block may have 99 KiB.
-    shared = {80: 99 << 10, 90: 227 << 10}
-    assert {kernel["capability"] for kernel in kernels} == set(shared)
+    kernels: list[dict[str, Any]] = json.loads(output.read_text())["kernels"]
+    assert {kernel["capability"] for kernel in kernels} == set(SHARED)
+    for kernel in kernels:
+        assert not kernel["spilled_bytes"]
+        assert kernel["shared_bytes"] <= SHARED[kernel["capability"]]
+        # What latency and bandwidth ask for, in programs that run beside one another. Without
+        # tensor cores heads over 256 are no matter of bandwidth.
+        if kernel["kernel"].startswith("decode") and kernel["shape"] != "heads of 320":
+            in_flight = kernel["bytes_in_flight"] * kernel["programs_per_multiprocessor"]
+            assert in_flight >= 32 << 10
+    return kernels
+
+
+def test_kernels_compile_and_fit(tmp_path: Path) -> None:
+    kernels = compiled_and_fit(tmp_path, "--quick")
     assert {kernel["shape"] for kernel in kernels} == {
         "Llama-3-8B",
         "MQA",
@@ -158,11 +174,13 @@ def test_kernels_compile_and_fit(tmp_path: Path) -> None:
         *("turn", "merge", "attention", "prefill", "plan", "decode", "reduce"),
         *("normalise", "weigh", "choose", "list", "attend"),
     }
-    for kernel in kernels:
-        assert not kernel["spilled_bytes"]
-        assert kernel["shared_bytes"] <= shared[kernel["capability"]]
-        # What latency and bandwidth ask for, in programs that run beside one another. Without
-        # tensor cores heads over 256 are no matter of bandwidth.
-        if kernel["kernel"].startswith("decode") and kernel["shape"] != "heads of 320":
-            in_flight = kernel["bytes_in_flight"] * kernel["programs_per_multiprocessor"]
-            assert in_flight >= 32 << 10
+
+
+@pytest.mark.nightly
+def test_kernels_of_every_dtype_compile_and_fit(tmp_path: Path) -> None:
+    """Of two shapes, on either card with either FP8 cache."""
+    shapes = ("--shapes", "Llama-3-8B", "MQA")
+    kernels = compiled_and_fit(tmp_path, *shapes, "--capabilities", *map(str, SHARED))
+    assert {kernel["dtype"] for kernel in kernels} == {"bfloat16", "float16", "float32"}
+    caches = {(each["capability"], each["kv_cache"]) for each in kernels}
+    assert {(80, "float8_e5m2"), (90, "float8_e5m2"), (90, "float8_e4m3fn")} <= caches
