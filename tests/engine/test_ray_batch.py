@@ -1,4 +1,7 @@
-"""Batches on Ray Data: they outlive a replica and a driver, and nothing is answered twice."""
+"""Batches on Ray Data: they go on from what is there, and nothing is answered twice.
+
+The nightly tests kill a replica, or the driver, in the midst of one.
+"""
 
 import contextlib
 import json
@@ -18,8 +21,8 @@ from tests.helpers import checkpoints, inprocess
 from tests.helpers.on_ray import OPTIONS, write_model
 
 ROOT = Path(__file__).parents[2]
-# An answer that takes so long that a kill lands in the midst of one.
-LONG = 400
+# Tokens of an answer. One is so long that a kill lands in the midst of it.
+SHORT, LONG = 48, 400
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +31,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Batch:
-    """`examples/ray_batch.py` with two replicas, of one core and one prompt at a time."""
+    """`examples/ray_batch.py` with replicas of one core and one prompt at a time."""
 
     def __init__(
-        self, model: Path, prompts: Path, output: Path, log: Path, max_tokens: int
+        self,
+        model: Path,
+        prompts: Path,
+        output: Path,
+        log: Path,
+        *,
+        max_tokens: int,
+        replicas: int,
     ) -> None:
         self.log = log
         command = [sys.executable, str(ROOT / "scripts/examples/ray_batch.py"), str(model)]
         command += [str(prompts), str(output), "--max-model-len=1024"]
         command += [f"--max-tokens={max_tokens}"]
-        command += ["--replicas=2", "--cores=1", "--batch-size=2", "--batches=1"]
+        command += [f"--replicas={replicas}", "--cores=1", "--batch-size=2", "--batches=1"]
         command += ["--engine-option", json.dumps({**OPTIONS, "max_num_seqs": 1})]
         environment = {**os.environ, "RAY_ADDRESS": "local", "VLLM_CPU_KVCACHE_SPACE": "1"}
         with log.open("w") as file:
@@ -59,7 +69,7 @@ class Batch:
 
     def wait(self) -> str:
         try:
-            self.process.wait(240)
+            self.process.wait(440)
         finally:
             self.process.kill()
         return self.log.read_text()
@@ -86,25 +96,55 @@ def written(output: Path) -> list[dict[str, Any]]:
     return [row for path in output.iterdir() for row in pq.read_table(path).to_pylist()]
 
 
-@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_a_batch_outlives_a_replica_and_is_not_done_twice(
-    kill: bool, model: Path, tmp_path: Path
-) -> None:
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
-    max_tokens = LONG if kill else 48
-    expected = ask(model, prompts, max_tokens)
-    tokens = list(expected)
-
-    # What a run left that died: four answers, and a file that it was writing.
+def leave(output: Path, expected: dict[str, list[int]]) -> list[str]:
+    """Write what a run left that died: four answers, and a file that it was writing."""
     output.mkdir()
-    kept = tokens[3:7]
+    kept = list(expected)[3:7]
     row = {"text": "kept", "num_prompt_tokens": 1}
     left = pa.Table.from_pylist([{"id": i, "token_ids": expected[i], **row} for i in kept])
     pq.write_table(left, output / "left.parquet")
-    half = output / "half.parquet"
-    half.write_bytes((output / "left.parquet").read_bytes()[:-100])
+    whole = (output / "left.parquet").read_bytes()
+    (output / "half.parquet").write_bytes(whole[:-100])
+    return kept
 
-    batch = Batch(model, prompts, output, tmp_path / "log", max_tokens)
+
+def assert_answered(
+    batch: Batch, output: Path, expected: dict[str, list[int]], kept: list[str]
+) -> str:
+    """All prompts, and none of those that were answered already; the log."""
+    log = batch.wait()
+    assert batch.process.returncode == 0, log[-5000:]
+    assert "12 prompts, 4 answered already" in log
+    assert "12 of 12 prompts answered, 0 twice" in log
+    assert not (output / "half.parquet").exists()
+    rows = written(output)
+    assert sorted(row["id"] for row in rows) == sorted(expected)
+    assert {row["id"]: row["token_ids"] for row in rows} == expected
+    assert {row["id"] for row in rows if row["text"] == "kept"} == set(kept)
+    return log
+
+
+def test_a_batch_goes_on_from_what_is_there(model: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
+    expected = ask(model, prompts, SHORT)
+    kept = leave(output, expected)
+    given = {"max_tokens": SHORT, "replicas": 1}
+    batch = Batch(model, prompts, output, tmp_path / "log", **given)
+    assert_answered(batch, output, expected, kept)
+
+    files = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    again = Batch(model, prompts, output, tmp_path / "log again", **given)
+    assert "12 prompts, 12 answered already" in again.wait()
+    assert again.process.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == files
+
+
+@pytest.mark.nightly
+def test_a_batch_outlives_a_replica(model: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
+    expected = ask(model, prompts, LONG)
+    kept = leave(output, expected)
+    batch = Batch(model, prompts, output, tmp_path / "log", max_tokens=LONG, replicas=2)
     deadline = time.monotonic() + 200
     seen: set[int] = set()
     killed = None
@@ -112,29 +152,14 @@ def test_a_batch_outlives_a_replica_and_is_not_done_twice(
         replicas = batch.replicas()
         seen |= set(replicas)
         started = len(replicas) == 2 and len(set(output.glob("*.parquet"))) > 1
-        if kill and killed is None and started:
+        if killed is None and started:
             killed = next(iter(replicas))
             replicas[killed].kill()
         time.sleep(0.1)
-    log = batch.wait()
-    assert batch.process.returncode == 0, log[-5000:]
-    assert "12 prompts, 4 answered already" in log
-    assert "12 of 12 prompts answered, 0 twice" in log
-    if kill:
-        assert killed is not None
-        assert "will be retried" in log  # it had work when it was killed
-    assert len(seen) == 2 + kill, "a replica is started for each that was killed"
-
-    assert not half.exists()
-    assert sorted(row["id"] for row in written(output)) == sorted(tokens)
-    assert {row["id"]: row["token_ids"] for row in written(output)} == expected
-    assert {row["id"] for row in written(output) if row["text"] == "kept"} == set(kept)
-
-    files = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    again = Batch(model, prompts, output, tmp_path / "log again", max_tokens)
-    assert "12 prompts, 12 answered already" in again.wait()
-    assert again.process.returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == files
+    log = assert_answered(batch, output, expected, kept)
+    assert killed is not None
+    assert "will be retried" in log  # it had work when it was killed
+    assert len(seen) == 3, "a replica is started for the one that was killed"
 
 
 @pytest.mark.nightly
@@ -142,7 +167,8 @@ def test_a_batch_whose_driver_dies_is_gone_on_with(model: Path, tmp_path: Path) 
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "output"
     expected = ask(model, prompts, LONG)
 
-    batch = Batch(model, prompts, output, tmp_path / "log", LONG)
+    given = {"max_tokens": LONG, "replicas": 2}
+    batch = Batch(model, prompts, output, tmp_path / "log", **given)
     deadline = time.monotonic() + 200
     while len(list(output.glob("*.parquet"))) < 2:
         assert batch.process.poll() is None, batch.log.read_text()[-5000:]
@@ -163,7 +189,7 @@ def test_a_batch_whose_driver_dies_is_gone_on_with(model: Path, tmp_path: Path) 
             found += pq.read_metadata(path).num_rows
     assert 0 < found < len(expected)
 
-    again = Batch(model, prompts, output, tmp_path / "log again", LONG)
+    again = Batch(model, prompts, output, tmp_path / "log again", **given)
     log = again.wait()
     assert again.process.returncode == 0, log[-5000:]
     assert f"12 prompts, {found} answered already" in log
