@@ -1,12 +1,12 @@
 """Load a server with DCA for a while: right answers, no leak, alive at the end.
 
-Starts `vllm serve MODEL --attention-backend dca` in fp32 with a LoRA adapter, first with
-speculation by ngrams, then without, and asks each server, one at a time, for greedy answers to
-texts of mixed length, and for one that needs each feature: the adapter, a regular expression, a
-text that repeats itself, and without speculation three samples. Then `vllm bench serve` loads
-it, round by round and pass by pass, while the same questions are asked again, half of them
-without their cached prefix, and other clients hang up, send prompts that are too long, broken
-JSON and the name of no model. Fails unless
+Starts `vllm serve MODEL --attention-backend dca` in fp32, first with speculation by ngrams and
+a LoRA adapter, then without, and asks each server, one at a time, for greedy answers to texts
+of mixed length, and for one that needs each feature: a regular expression, a text that repeats
+itself, and of the first server the adapter, of the second three samples. Then `vllm bench
+serve` loads it, round by round and pass by pass, while the same questions are asked again, half
+of them without their cached prefix, and other clients hang up, send prompts that are too long,
+broken JSON and the name of no model. Fails unless
 
 - the log says that DCA attends the layers;
 - every answer under load has the lone one's tokens, with its log-probabilities to 1e-3, and
@@ -165,12 +165,13 @@ def command_of(model: Path, size: Size, adapted: Path, port: int, name: str) -> 
         "dtype": "float32",
         "served-model-name": SERVED,
         "port": port,
-        "lora-modules": f"{ADAPTER}={adapted}",
     }
-    if SERVERS[name]:
-        ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
-        options["speculative-config"] = json.dumps(ngram)
-    return [VLLM, "serve", str(model), *arguments(options), "--enable-lora"]
+    served = [VLLM, "serve", str(model), *arguments(options)]
+    if not SERVERS[name]:
+        return served
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    more = {"speculative-config": json.dumps(ngram), "lora-modules": f"{ADAPTER}={adapted}"}
+    return [*served, *arguments(more), "--enable-lora"]
 
 
 def main(
