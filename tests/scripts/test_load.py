@@ -78,3 +78,20 @@ def test_a_record_grows_with_each_pass(tmp_path: Path) -> None:
         assert (of["passes"], of["seconds"]) == (passes, 7)
         assert of["requests"] == {"greedy, afresh: right": passes}
     assert math.isclose(of["texts"]["closest_second_choice_alone"], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("commit", "end", "kept"),
+    [
+        ("of today", {"memory": {}, "violations": []}, {"sampling"}),
+        ("of today", {"memory": {}, "violations": ["no prefix was found"]}, set()),
+        ("of today", {"violations": []}, set()),  # stopped in a pass
+        ("another", {"memory": {}, "violations": []}, set()),
+    ],
+)
+def test_a_server_that_came_to_a_good_end_is_asked_once(
+    commit: str, end: dict[str, Any], kept: set[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "record.json"
+    output.write_text(json.dumps({"commit": commit, "servers": {"sampling": end}}))
+    assert Record(output, {"commit": "of today"}).servers.keys() == kept

@@ -17,7 +17,8 @@ broken JSON and the name of no model. Fails unless
 - the processes settle at most 64 MiB higher in the second half of the passes than in the first;
 - in the end nothing runs or waits, no block of the KV cache is held, and it answers as before.
 
-The record is on disk after each pass. Unknown arguments go to `vllm serve`. (With --dtype
+The record is on disk after each pass; the same command goes on after a server that came to a
+good end. Unknown arguments go to `vllm serve`. (With --dtype
 bfloat16 expect wrong answers that are none: first choices are then often ties, which another
 batch breaks otherwise.)
 """
@@ -48,11 +49,20 @@ from scripts.load.soak.watch import Memory, check_end
 
 
 class Record:
-    """What is known so far of each server, on disk after each of its passes."""
+    """What is known so far of each server, on disk after each of its passes.
+
+    Of a record of these very facts the servers that came to a good end are kept.
+    """
 
     def __init__(self, output: Path | None, facts: dict[str, Any]) -> None:
         self.output, self.facts = output, facts
         self.servers: dict[str, dict[str, Any]] = {}
+        if output and output.exists():
+            before = json.loads(output.read_text())
+            servers = before.pop("servers", {})
+            if before == facts:
+                ended = {name: of for name, of in servers.items() if "memory" in of}
+                self.servers = {n: of for n, of in ended.items() if not of["violations"]}
 
     def keep(self, name: str, facts: dict[str, Any], traffic: Traffic, passes: int) -> None:
         """What is known of a server now, `facts` among it."""
@@ -202,6 +212,8 @@ def main(
         adapted = Path(scratch) / "adapter"
         adapter.write(model, adapted, scale=0.02)
         for name in SERVERS:
+            if name in kept.servers:
+                continue
             url, log = f"http://localhost:{port}", CACHE / f"soak-{name}-{port}.log"
             command = [*command_of(model, size, adapted, port, name), *context.args]
             started = time.monotonic()
