@@ -82,7 +82,7 @@ def table() -> str:
         refused[area] += several
     refused["engine"] += REFUSED_BY_VLLM
     refused["vLLM"].append("other minors")
-    refused["block size"].append("on CUDA, what is no multiple of 16")
+    refused["block size"].append("on CUDA, sizes that are not a multiple of 16")
     lines = ["| | supported | refused |", "|---|---|---|"]
     for area, supported in SUPPORTED.items():
         lines.append(f"| {area} | {'; '.join(supported)} | {'; '.join(refused[area])} |")

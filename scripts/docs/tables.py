@@ -216,8 +216,7 @@ TABLES |= {"support": support_table.table, "features": support_table.features}
 # Beside the README's picture and prose stands no table, only what is said of their age.
 TABLES |= {"evaluation": str}
 OF_NO_TABLE = {"evaluation": "The picture and these numbers were measured"}
-# The records of what README.md shows, of that table's page, and of one that its own text is
-# about: it says if they are older.
+# The records behind a table that says if they are older. A compiled kernel's row has a commit.
 DATED = {
     "demo": ("demo",),
     "perplexity": ("perplexity",),
@@ -226,7 +225,15 @@ DATED = {
     "sizes": ("sizes-perplexity", "sizes-retrieval"),
     "sparse_quality": ("sparse-quality-16k",),
     "evaluation": ("perplexity", "retrieval"),
+    "cpu": ("cpu",),
+    "cpu_avx2": ("cpu-avx2",),
+    "cpu_growth": ("cpu-growth",),
+    "engine": ("engine-cpu",),
+    "engine_avx2": ("engine-cpu-avx2",),
     "first_answer": ("first-answer",),
+    "faults": ("faults",),
+    "sparse": ("sparse-32k", "sparse-128k"),
+    "first_token": ("first-token-32k",),
 }
 
 

@@ -18,8 +18,9 @@ MODEL is a name on the Hub or a directory:
       config.json, in a directory of yours:
           hf download Qwen/Qwen3-30B-A3B-Instruct-2507 --local-dir qwen3
           cp qwen3/config_1m.json qwen3/config.json
-GPUS is how many share the model (tensor parallel). It must divide the attention heads; beyond the
-number of KV heads (4 in the 7B and the 30B, 8 in the 14B) it adds speed, not room for keys.
+GPUS is how many GPUs share the model (tensor parallel). The number of attention heads must be a
+multiple of it (28 in the 7B: 1, 2, 4 or 7). More GPUs than KV heads (4 in the 7B and the 30B, 8 in
+the 14B) add speed, not room for keys.
 --dry-run prints the command and starts nothing.
 
 Both families ask for sparse prefill, which is off until you ask for it: attention is dense, and a

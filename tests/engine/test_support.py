@@ -129,7 +129,7 @@ REFUSED = {
     "no attention": BY_CONFIG,
     "sliding windows in all layers": BY_CONFIG,
     "other quantised": BY_OPTION,
-    "these for a drafter": "test_startup::test_a_drafter_s_own_cache_is_refused",
+    "such a KV cache for the drafter": "test_startup::test_a_drafter_s_own_cache_is_refused",
     "a backend per kind": BY_OPTION,
     "speculative decoding": BY_OPTION,
     "parallel drafting": "test_startup::test_parallel_drafting_is_refused",

@@ -64,7 +64,7 @@ Words = Annotated[
 def explain(
     words: Words,
     plot: Annotated[
-        Path | None, typer.Option(help="Write the relative positions to this picture.")
+        Path | None, typer.Option(help="Draw the relative positions into this PNG file.")
     ] = None,
 ) -> None:
     """Say what DCA would do with a model, without its weights."""
@@ -90,11 +90,12 @@ def calibrate(
     text: Annotated[
         Path,
         typer.Option(
-            exists=True, dir_okay=False, help="A long text, such as will be asked about."
+            exists=True, dir_okay=False, help="A long text like those that you will serve."
         ),
     ],
     recall: Annotated[
-        float, typer.Option(min=0.1, max=1.0, help="Share of attention that a head keeps.")
+        float,
+        typer.Option(min=0.1, max=1.0, help="Share of attention that each head must keep."),
     ] = 0.95,
     output: Annotated[
         Path,
@@ -129,7 +130,7 @@ def calibrate(
 
 @app.command()
 def doctor() -> None:
-    """Check the installation, a line for each thing; exit code 1 if anything is wrong."""
+    """Check the installation, one line for each check; exit code 1 if anything is wrong."""
     styles = {"ok": "green", "problem": "bold red", "note": "dim"}
     verdicts = set()
     with console.status("Asking vLLM"):

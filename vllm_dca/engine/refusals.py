@@ -235,7 +235,7 @@ REFUSALS: Sequence[Refusal] = (
     ),
     Refusal("models", "sliding windows in all layers", _windows_only),
     Refusal("dtypes", "other quantised KV caches, FP8 on the CPU", _cache_dtype),
-    Refusal("dtypes", "these for a drafter alone", _drafter_cache_dtype),
+    Refusal("dtypes", "such a KV cache for the drafter alone", _drafter_cache_dtype),
     Refusal(
         "engine",
         "a backend per kind of layer",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # The minors that the tests cover, and how; pyproject.toml says the same.
 TESTED_VLLM = {
     "0.32": "with its CPU build",
-    "0.33": "its Python, on the compiled operators of 0.32's CPU build",
+    "0.33": "in its Python code only, on the compiled operators of 0.32's CPU build",
 }
 
 NAME = "DCA"
