@@ -231,9 +231,10 @@ def test_evicted_pages_are_computed_again(llama: Path) -> None:
         assert kept.num_cached_tokens == 288
 
 
-def test_prefills_cut_at_odd_places_among_many_requests(llama: Path) -> None:
+@pytest.mark.parametrize("budget", [33, 97])
+def test_prefills_cut_at_odd_places_among_many_requests(llama: Path, budget: int) -> None:
     prompts = [checkpoints.tokens(1 + 26 * n, n) for n in range(15)]
-    with engine(llama, max_num_batched_tokens=33, max_num_seqs=32, **DCA) as llm:
+    with engine(llama, max_num_batched_tokens=budget, max_num_seqs=32, **DCA) as llm:
         outputs = generate(llm, prompts, max_tokens=6)
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens, logprobs = of_answer(output)

@@ -89,7 +89,6 @@ def test_data_parallel_engines_are_counted_apart(tmp_path: Path) -> None:
     assert counted == {"0": [64, 108, 0, 2], "1": [64, 516, 180 + 80, 5 + 4]}
 
 
-@pytest.mark.nightly
 def test_data_parallel_engines_answer_alike(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path / "model", "LlamaConfig")
     checkpoints.write_tokenizer(model)

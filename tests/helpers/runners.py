@@ -34,12 +34,12 @@ def under(
                 of_which = own if runner in apart else children
                 of_which.run(runner, _run, function.__module__, function.__name__, arguments)
 
-        own = [
+        first = [
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
             for name in ("runner", "children")
         ]
         parameters = inspect.signature(function).parameters.values()
-        test.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
+        test.__signature__ = inspect.Signature([*first, *parameters])  # type: ignore[attr-defined]
         each = [
             pytest.param(runner, marks=[pytest.mark.nightly] * (runner in nightly))
             for runner in runners
