@@ -41,13 +41,13 @@ DEMO_SIZES = {"chunk_size": 1024, "local_size": 256}
 
 # Files of minutes, which start first, so that no worker ends with one while the other waits.
 LONG = (
+    "test_shims",
     "test_patches",
     "test_parallel",
     "test_ray_batch",
     "test_hardware",
     "test_gpu_scripts",
     "test_model_runner_v2",
-    "test_startup",
     "test_package",
 )
 

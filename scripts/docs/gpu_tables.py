@@ -1,4 +1,4 @@
-"""The tables of docs/gpu.md."""
+"""The tables of docs/gpu-kernels.md."""
 
 from typing import Any
 

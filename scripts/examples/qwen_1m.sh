@@ -18,9 +18,9 @@ MODEL is a name on the Hub or a directory:
       config.json, in a directory of yours:
           hf download Qwen/Qwen3-30B-A3B-Instruct-2507 --local-dir qwen3
           cp qwen3/config_1m.json qwen3/config.json
-GPUS is how many GPUs share the model (tensor parallel). The number of attention heads must be a
-multiple of it (28 in the 7B: 1, 2, 4 or 7). More GPUs than KV heads (4 in the 7B and the 30B, 8 in
-the 14B) add speed, not room for keys.
+GPUS is how many GPUs share the model (tensor parallel): 1, 2 or 4 for the 7B, 1, 2, 4 or 8 for
+the others. More GPUs than KV heads (4 in the 7B and the 30B, 8 in the 14B) add speed, not room for
+keys. The 7B on eight GPUs: GPUS 1 and --data-parallel-size 8.
 --dry-run prints the command and starts nothing.
 
 Both families ask for sparse prefill, which is off until you ask for it: attention is dense, and a
@@ -62,6 +62,8 @@ if [[ $* != *chunk_size* ]]; then
     fi
 fi
 
+# A single GPU has all weights, and less room for what a step keeps.
+step=$((gpus == 1 ? 8192 : 32768))
 command=(
     vllm serve "$model"
     --attention-backend dca
@@ -70,7 +72,7 @@ command=(
     # Prefill goes in steps of so many tokens, between which other requests decode. A step reads
     # all keys before it again: small steps cost time, large ones memory.
     --enable-chunked-prefill
-    --max-num-batched-tokens 32768
+    --max-num-batched-tokens "$step"
     # What weights and activations leave of this is KV cache.
     --gpu-memory-utilization 0.92
     "$@"

@@ -82,7 +82,7 @@ def _calibrated(*words: str, **environment: str) -> Result:
         (("--output", "/proc/budgets.json"), 2, "--output"),
         (("--additional-config", '{"dca": []}'), 1, '"dca" must be an object'),
         (("--additional-config", "[1]"), 2, "--additional-config"),
-        (("--text", "latin-1"), 1, "latin-1 is no text in UTF-8"),
+        (("--text", "latin-1"), 1, "latin-1 is not UTF-8 text"),
     ],
 )
 def test_what_cannot_work_starts_no_engine(

@@ -100,7 +100,7 @@ def test_doctor_on_an_untested_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fitting) == len(shims.SHIMS)
     refused = run("explain", "any")
     assert refused.exit_code == 1
-    assert "vLLM 0.99.0 is installed, and tested are 0.32, 0.33" in refused.stderr
+    assert "vLLM 0.99.0 is installed; tested are 0.32, 0.33" in refused.stderr
 
 
 def test_doctor_where_what_a_shim_replaces_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:

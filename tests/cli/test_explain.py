@@ -199,7 +199,7 @@ def test_a_checkpoint_s_own_sizes_and_warnings(tmp_path: Path) -> None:
         ((), "128 tokens are within the trained window"),
         (("--max-model-len", "81"), "81 tokens are within the trained window"),
         (("--max-model-len", "80"), "80 tokens are within one chunk"),
-        (("--max-model-len", "1025"), "8.0 times the window: DCA's authors list"),
+        (("--max-model-len", "1025"), "8.0 times the window: past 8 times perplexity rises"),
     ],
 )
 def test_lengths_that_are_warned_of(

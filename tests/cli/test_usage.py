@@ -40,7 +40,7 @@ DEEPSEEK = json.dumps(
             "max_model_len: Input should be greater than or equal to -1",
         ),
         (("--hf-overrides", "{"), "hf_overrides: Input should be a valid dictionary"),
-        (("--attention-backend", "flash_attn"), "not flash_attn: leave it out"),
+        (("--attention-backend", "flash_attn"), "remove --attention-backend flash_attn"),
         (("--speculative-config", '{"method": "suffix"}'), "pip install arctic-inference"),
         (
             ("--hf-overrides", DEEPSEEK),

@@ -21,7 +21,7 @@ def _both_ways(directory: Path) -> None:
     model = checkpoints.write_config(
         directory, "Gemma3Config", architecture, layer_types=kinds, sliding_window=32
     )
-    message = r"attend to each other both ways \(text it does: pass --language-model-only\)"
+    message = r"attend to each other both ways \(text works: pass --language-model-only\)"
     with pytest.raises(NotImplementedError, match=message):
         settle(model)
     message = "--language-model-only, without --enable-mm-embeds"

@@ -131,7 +131,7 @@ def _embeddings_are_refused(directory: Path) -> None:
     sender = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
     asked = (["--enable-mm-embeds"], ["--ec-transfer-config", json.dumps(sender)])
     for flag in asked:
-        message = rf"embeddings with M-RoPE \(text it does: leave out {flag[0]}\)"
+        message = rf"embeddings with M-RoPE \(text works: remove {flag[0]}\)"
         with pytest.raises(NotImplementedError, match=message):
             served([*words, "--language-model-only", *flag]).create_engine_config()
     store = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -177,7 +177,7 @@ def test_a_request_with_an_image_gets_a_400_and_the_server_lives_on(
             assert status == (200 if refusal is None else 400), answer
             if refusal is not None:
                 assert refusal in answer["error"]["message"]
-        [said] = re.findall("DCA: vLLM takes embeddings.*", server.log.read_text())
+        [said] = re.findall("DCA: vLLM accepts embeddings.*", server.log.read_text())
         assert "where ExampleConnector receives keys" in said
         assert server.complete(**prompt)[1]["choices"][0] == before
     finally:

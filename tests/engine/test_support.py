@@ -115,11 +115,11 @@ INTERPRETED = {
     },
 }
 # ... and each that it calls refused.
-BY_CONFIG = "test_startup::test_models_that_are_refused_by_their_config"
-BY_OPTION = "test_startup::test_options_that_are_refused"
-AS_BUILT = "test_startup::test_models_that_are_refused_as_they_are_built"
+BY_CONFIG = "test_refused_models::test_models_that_are_refused_by_their_config"
+BY_OPTION = "test_refused_options::test_options_that_are_refused"
+AS_BUILT = "test_refused_models::test_models_that_are_refused_as_they_are_built"
 REFUSED = {
-    "others": "test_startup::test_other_platforms_are_refused",
+    "others": "test_refused_options::test_other_platforms_are_refused",
     "no RoPE": BY_CONFIG,
     "images and videos with M-RoPE": "test_mrope::test_images_are_refused_in_words_that_help",
     "images attended both ways": "test_images::test_images_attended_both_ways_are_refused",
@@ -129,30 +129,36 @@ REFUSED = {
     "no attention": BY_CONFIG,
     "sliding windows in all layers": BY_CONFIG,
     "other quantised": BY_OPTION,
-    "such a KV cache for the drafter": "test_startup::test_a_drafter_s_own_cache_is_refused",
+    "such a KV cache for the drafter": (
+        "test_refused_drafters::test_a_drafter_s_own_cache_is_refused"
+    ),
     "a backend per kind": BY_OPTION,
     "speculative decoding": BY_OPTION,
-    "parallel drafting": "test_startup::test_parallel_drafting_is_refused",
-    "adaptive verification": "test_startup::test_adaptive_verification_is_refused",
+    "parallel drafting": "test_refused_drafters::test_parallel_drafting_is_refused",
+    "adaptive verification": "test_refused_drafters::test_adaptive_verification_is_refused",
     "another attention backend": (
-        "test_startup::test_a_drafter_with_another_backend_is_refused"
+        "test_refused_drafters::test_a_drafter_with_another_backend_is_refused"
     ),
     "sparse prefill in fp32": "test_sparse_budgets::test_fp32_is_refused_on_cuda",
     "decode context": BY_OPTION,
-    "prefill context": "test_startup::test_what_only_gpus_have_is_refused",
-    "dual-batch overlap": "test_startup::test_what_only_gpus_have_is_refused",
+    "prefill context": "test_refused_options::test_what_only_gpus_have_is_refused",
+    "dual-batch overlap": "test_refused_options::test_what_only_gpus_have_is_refused",
     "layers that bring an attention": (
-        "test_startup::test_layers_with_an_attention_of_their_own_are_refused"
+        "test_refused_models::test_layers_with_an_attention_of_their_own_are_refused"
     ),
     "values of another size": (
-        "test_startup::test_layers_whose_model_gives_them_more_than_vllm_selected_are_refused"
+        "test_refused_models::test_layers_whose_model_gives_them_more_than_vllm_selected_are_refused"
     ),
     "no rotary positions": AS_BUILT,
     "rotations that cannot": "test_following::test_what_is_half_understood_is_refused",
     "what other rotary modules": AS_BUILT,
-    "sparse prefill with soft": "test_startup::test_where_soft_caps_are_refused",
-    **dict.fromkeys(REFUSED_IN_LAYERS.values(), "test_startup::test_layers_that_are_refused"),
-    **dict.fromkeys(REFUSED_BY_VLLM, "test_startup::test_what_vllm_is_told_that_dca_cannot"),
+    "sparse prefill with soft": "test_refused_options::test_where_soft_caps_are_refused",
+    **dict.fromkeys(
+        REFUSED_IN_LAYERS.values(), "test_refused_models::test_layers_that_are_refused"
+    ),
+    **dict.fromkeys(
+        REFUSED_BY_VLLM, "test_refused_options::test_what_vllm_is_told_that_dca_cannot"
+    ),
 }
 
 

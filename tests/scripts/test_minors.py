@@ -116,7 +116,7 @@ def test_vllm_serve_on_an_untested_minor_says_what_works(tmp_path: Path) -> None
     said = run.stdout + run.stderr
     assert run.returncode != 0
     assert (
-        "The attention backend DCA is not available: vLLM 0.99.0 is installed, and tested are "
+        "The attention backend DCA is not available: vLLM 0.99.0 is installed; tested are "
         f"{', '.join(TESTED_VLLM)}" in said
     )
     assert "Unknown attention backend: 'DCA'" in said

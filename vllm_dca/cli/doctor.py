@@ -106,7 +106,10 @@ def _check_platform() -> Iterator[Finding]:
     if DcaBackend.supports_compute_capability(capability):
         yield Finding("ok", f"platform {name}{of}")
     else:
-        yield Finding("problem", f"platform {name}{of}: DCA needs a GPU of 8.0 or higher")
+        yield Finding(
+            "problem",
+            f"platform {name}{of}: DCA needs a GPU of compute capability 8.0 or higher",
+        )
 
 
 def _check_processor() -> Iterator[Finding]:

@@ -51,8 +51,10 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
     if model is None:
         parser.error("MODEL is missing")
     if not isinstance(additional := given.get("additional_config", {}), dict):
-        parser.error(f"--additional-config {additional} is no JSON object")
+        parser.error(f"--additional-config {additional} is not a JSON object")
     backend = given.pop("attention_backend", shims.NAME)
     if backend.upper() != shims.NAME:
-        raise ValueError(f"This is about --attention-backend dca, not {backend}: leave it out")
+        raise ValueError(
+            f"vllm-dca is about --attention-backend dca: remove --attention-backend {backend}"
+        )
     return model, given

@@ -12,7 +12,7 @@ MIN_DOT_SIZE = 16
 MAX_TILE = 64
 # Bytes of keys and values that a program has on their way while it multiplies others. Bandwidth
 # times latency asks for 13 to 27 KiB a multiprocessor, by the bandwidths of data sheets and an
-# assumed latency of 1,000 cycles; docs/gpu.md has the sum.
+# assumed latency of 1,000 cycles; docs/gpu-kernels.md has the sum.
 IN_FLIGHT = 32 << 10
 # The tile that is multiplied, and those on their way: small heads would have dozens, each with
 # code of its own before the loop.
@@ -42,7 +42,7 @@ def padded(head_size: int) -> int:
 def decode_tuning(
     head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, queries: int
 ) -> Tuning:
-    """Each program with IN_FLIGHT bytes on their way; two fit where docs/gpu.md says so.
+    """Each program with IN_FLIGHT bytes on their way; docs/gpu-kernels.md says where two fit.
 
     Args:
         head_size: entries of a head.

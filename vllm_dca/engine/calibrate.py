@@ -1,7 +1,7 @@
 """Budgets of sparse prefill for any model, from how much of attention they keep in a text.
 
-The text is read once, densely. After each segment every pair of budgets of a grid says what it
-would have kept of a tile between, whose rows select nothing.
+The text is read once, densely. After each segment, every pair of budgets of a grid reports how
+much attention it would have kept for a tile in the segment's middle, whose rows select nothing.
 """
 
 import os
@@ -93,7 +93,7 @@ class Grid:
 
 
 class Calibration:
-    """What a worker does of it: vLLM makes the worker's class inherit this one."""
+    """The worker's part, which vLLM mixes into its worker's class (worker_extension_cls)."""
 
     vllm_config: VllmConfig
     dca_grids: dict[int, Grid]
@@ -139,7 +139,7 @@ def calibrate(
     try:
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{text} is not UTF-8 text: {error}") from error
     additional = given.get("additional_config", {})
     options = additional.get(OPTIONS, {})
     if isinstance(options, dict):

@@ -111,7 +111,7 @@ def in_order(device_type: str, needs: Needs) -> list[str]:
     """Names of a device's providers, the preferred first.
 
     On compute capability 10 a program less fits a multiprocessor if all of DCA is one launch,
-    with heads of up to 128 entries (docs/gpu.md): there the passes go first.
+    with heads of up to 128 entries (docs/gpu-kernels.md): there the passes go first.
     """
     names = list(PROVIDERS[device_type])
     if device_type == "cuda" and needs.capability[0] == 10:

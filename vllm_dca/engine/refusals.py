@@ -1,18 +1,18 @@
 """What is refused at start-up, in words that say what was given and what would work.
 
-What only a layer can tell is refused by `vllm_dca.engine.impl`, in the words of
-REFUSED_IN_LAYERS, or by `vllm_dca.engine.remap`: REFUSED_AS_BUILT.
+What shows only in a layer that is built is refused by `vllm_dca.engine.impl`
+(REFUSED_IN_LAYERS) or by `vllm_dca.engine.remap` (REFUSED_AS_BUILT).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.transformers_utils.config import iter_rope_parameters
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
+from vllm_dca.engine.model_facts import has_sliding_layers, layer_types, rope_types
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import (
     DRAFTERS,
@@ -30,24 +30,13 @@ class Refusal(NamedTuple):
     Attributes:
         area: its row in the table.
         what: how the table calls it.
-        given: how a message calls what this configuration has of it; empty if it has none.
+        describe: what a configuration has of it, as a message names it, with what would work
+            instead; empty if it has none.
     """
 
     area: str
     what: str
-    given: Callable[[VllmConfig], str]
-
-
-def has_sliding_layers(model: ModelConfig) -> bool:
-    """Whether some layers see a window only."""
-    kinds = getattr(model.hf_text_config, "layer_types", None)
-    slides = model.get_sliding_window() is not None
-    return slides and (kinds is None or "sliding_attention" in kinds)
-
-
-def rope_types(model: ModelConfig) -> list[str]:
-    """Of its layers' kinds, in Hugging Face's words; none without rotary positions."""
-    return [rope["rope_type"] for rope in iter_rope_parameters(model.hf_text_config)]
+    describe: Callable[[VllmConfig], str]
 
 
 def _if(condition: Callable[[VllmConfig], Any], message: str) -> Callable[[VllmConfig], str]:
@@ -57,17 +46,16 @@ def _if(condition: Callable[[VllmConfig], Any], message: str) -> Callable[[VllmC
 def _platform(vllm_config: VllmConfig) -> str:
     if current_platform.is_cpu() or current_platform.is_cuda():
         return ""
-    return f"the {current_platform.device_name} platform (the CPU and CUDA it does)"
+    return f"the {current_platform.device_name} platform (supported: CPU and CUDA)"
 
 
 def _windows_only(vllm_config: VllmConfig) -> str:
     model = vllm_config.model_config
-    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
-    if not has_sliding_layers(model) or "full_attention" in kinds:
+    if not has_sliding_layers(model) or "full_attention" in layer_types(model):
         return ""
     return (
         f"{model.hf_text_config.model_type} models of sliding-window layers only, which take "
-        "any length as they are (of window and full layers it does the full ones)"
+        "any length as they are (where a model mixes both kinds, DCA serves the other layers)"
     )
 
 
@@ -83,15 +71,15 @@ def _mrope(vllm_config: VllmConfig) -> str:
     if any(multimodal.get_limit_per_prompt(kind) for kind in kinds):
         none = ", ".join(f'"{kind}": 0' for kind in kinds)
         return (
-            f"{given} inputs with M-RoPE (text it does: pass --language-model-only, or "
+            f"{given} inputs with M-RoPE (text works: pass --language-model-only, or "
             f"--limit-mm-per-prompt '{{{none}}}')"
         )
     # No limit is on those. A receiver of keys takes them unasked: see `startup.configure`.
     receives = vllm_config.ec_transfer_config
     if receives is not None and receives.is_ec_consumer:
-        return f"{given} embeddings with M-RoPE (text it does: leave out --ec-transfer-config)"
+        return f"{given} embeddings with M-RoPE (text works: remove --ec-transfer-config)"
     if multimodal.enable_mm_embeds and not multimodal.allow_missing_mm_embeddings:
-        return f"{given} embeddings with M-RoPE (text it does: leave out --enable-mm-embeds)"
+        return f"{given} embeddings with M-RoPE (text works: remove --enable-mm-embeds)"
     return ""
 
 
@@ -103,7 +91,7 @@ def _mm_prefix(vllm_config: VllmConfig) -> str:
     works = "pass --language-model-only"
     if model.multimodal_config.enable_mm_embeds:
         works += ", without --enable-mm-embeds"
-    return f"image inputs whose tokens attend to each other both ways (text it does: {works})"
+    return f"image inputs whose tokens attend to each other both ways (text works: {works})"
 
 
 def _cache_dtype(vllm_config: VllmConfig) -> str:
@@ -118,18 +106,18 @@ def _cache_dtype(vllm_config: VllmConfig) -> str:
     if dtype in KV_CACHE_DTYPES and not on_cpu:
         return ""
     if own == "auto":
-        return f"--kv-cache-dtype {dtype} (auto does)"
+        return f"--kv-cache-dtype {dtype} (use auto)"
     name = cache_name_of(model.dtype)
     works = f"--kv-cache-dtype {name}" if name else "--dtype bfloat16 --kv-cache-dtype bfloat16"
     given = "the checkpoint's KV cache in" if dtype == own else "--kv-cache-dtype"
-    return f"{given} {dtype} ({works} does)"
+    return f"{given} {dtype} (use {works})"
 
 
 def _drafter(vllm_config: VllmConfig) -> str:
     speculative = vllm_config.speculative_config
     if speculative is None or speculative.method in DRAFTERS:
         return ""
-    return f"speculative decoding by {speculative.method} (by {', '.join(DRAFTERS)} it does)"
+    return f"speculative decoding by {speculative.method} (supported: {', '.join(DRAFTERS)})"
 
 
 def _parallel_drafting(vllm_config: VllmConfig) -> str:
@@ -141,7 +129,7 @@ def _parallel_drafting(vllm_config: VllmConfig) -> str:
         return ""
     if not speculative.parallel_drafting:
         return ""
-    return f"parallel drafting by {speculative.method} (drafting one after the other does)"
+    return f"parallel drafting by {speculative.method} (draft one token after the other)"
 
 
 def _drafter_backend(vllm_config: VllmConfig) -> str:
@@ -171,7 +159,7 @@ def _adaptive_verification(vllm_config: VllmConfig) -> str:
 
 
 def _drafter_cache_dtype(vllm_config: VllmConfig) -> str:
-    """Without one of its own a drafter has its model's, of which `_cache_dtype` tells."""
+    """A drafter without one of its own uses the model's, which `_cache_dtype` checks."""
     drafter = drafter_of(vllm_config)
     if drafter is None or drafter.kv_cache_dtype is None:
         return ""
@@ -195,7 +183,7 @@ def _sparse(vllm_config: VllmConfig) -> str:
         return ""
     if vllm_config.model_config.dtype != torch.float32:
         return ""
-    return f'sparse prefill in float32 on CUDA (--dtype bfloat16 or "{MODE_KEY}": "{OFF}" does)'
+    return f'sparse prefill in float32 on CUDA (use --dtype bfloat16 or "{MODE_KEY}": "{OFF}")'
 
 
 REFUSALS: Sequence[Refusal] = (
@@ -255,7 +243,7 @@ REFUSALS: Sequence[Refusal] = (
         "decode context parallelism",
         _if(
             lambda config: config.parallel_config.decode_context_parallel_size > 1,
-            "--decode-context-parallel-size (--tensor-parallel-size does)",
+            "--decode-context-parallel-size (use --tensor-parallel-size)",
         ),
     ),
     Refusal(
@@ -263,7 +251,7 @@ REFUSALS: Sequence[Refusal] = (
         "prefill context parallelism",
         _if(
             lambda config: config.parallel_config.prefill_context_parallel_size > 1,
-            "--prefill-context-parallel-size (--tensor-parallel-size does)",
+            "--prefill-context-parallel-size (use --tensor-parallel-size)",
         ),
     ),
     Refusal(
@@ -276,7 +264,7 @@ REFUSALS: Sequence[Refusal] = (
 # An argument of a layer's attention: how the table and the messages call it.
 REFUSED_IN_LAYERS = {
     "alibi_slopes": "ALiBi slopes",
-    "sliding_window": "sliding-window attention",
+    "sliding_window": "a sliding window that only a layer's code names",
     "kv_sharing_target_layer_name": "KV sharing between layers",
     "attention_chunk_size": "chunked-local attention",
     "chunk_lookback": "attention to a chunk and some before it",
@@ -298,4 +286,4 @@ REFUSED_BY_VLLM = ("batch invariance",)
 
 def refusals(vllm_config: VllmConfig) -> list[str]:
     """What this configuration has that DCA cannot serve."""
-    return [given for refusal in REFUSALS if (given := refusal.given(vllm_config))]
+    return [what for refusal in REFUSALS if (what := refusal.describe(vllm_config))]

@@ -50,7 +50,7 @@ def apply() -> list[str]:
     """
     if how_tested() is None:
         raise IncompatibleVllmError(
-            f"vLLM {vllm.__version__} is installed, and tested are {', '.join(TESTED_VLLM)}"
+            f"vLLM {vllm.__version__} is installed; tested are {', '.join(TESTED_VLLM)}"
         )
     needed = [shim for shim in SHIMS if shim.is_needed()]
     for shim in needed:
@@ -65,7 +65,7 @@ def apply() -> list[str]:
 
 
 def names_dca(config: "AttentionConfig", *others: Any) -> bool:
-    """Whether DCA is selected, for all layers or those of a kind, or is among the others."""
+    """Whether DCA is the backend of all layers, of one kind of layers, or one of `others`."""
     selected = (config.backend, *config.backend_per_kind.values(), *others)
     return any(str(getattr(each, "name", each)).upper() == NAME for each in selected)
 

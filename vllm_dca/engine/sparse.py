@@ -9,7 +9,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.weight_utils import get_sparse_attention_config
 
 from vllm_dca.engine.log import logger
-from vllm_dca.engine.refusals import has_sliding_layers
+from vllm_dca.engine.model_facts import has_sliding_layers, layer_types
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.sparse_config import (
@@ -85,8 +85,8 @@ def _budgets(
 
 
 def _attended_layers(model: ModelConfig) -> list[int]:
-    kinds = getattr(model.hf_text_config, "layer_types", None)
-    if kinds is None:
+    kinds = layer_types(model)
+    if not kinds:
         return list(range(model.hf_text_config.num_hidden_layers))
     # "hybrid" of Falcon-H1: each layer attends and keeps a state.
     attended = {"full_attention", "hybrid"}

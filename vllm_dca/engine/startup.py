@@ -10,7 +10,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.devices import current_processor
 from vllm_dca.engine.log import logger
-from vllm_dca.engine.refusals import has_sliding_layers, refusals
+from vllm_dca.engine.model_facts import has_sliding_layers
+from vllm_dca.engine.refusals import refusals
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.shims import names_dca
 from vllm_dca.engine.sparse import say_sparse, settle_sparse
@@ -39,7 +40,7 @@ def configure(vllm_config: VllmConfig) -> None:
         )
     _check_supported(vllm_config)
     model_config = vllm_config.model_config
-    _take_no_embeddings(vllm_config)
+    _disable_embeddings(vllm_config)
     _restore_length(vllm_config)
     if has_sliding_layers(model_config):
         _keep_sliding_layers(vllm_config)
@@ -107,22 +108,22 @@ def _check_supported(vllm_config: VllmConfig) -> None:
         )
 
 
-def _take_no_embeddings(vllm_config: VllmConfig) -> None:
-    """vLLM lets who receives keys take images' embeddings, whatever the limits are.
+def _disable_embeddings(vllm_config: VllmConfig) -> None:
+    """Refuse embeddings of images, which vLLM accepts wherever keys are received.
 
-    Requests are checked against this very object, here and in every other process that takes
-    some. The engine's sets it anew: that is late, and only costs memory.
+    Requests are checked against this very object, in this process and in every other one that
+    accepts them. The engine's process does this again; by then it only costs memory.
     """
     model_config = vllm_config.model_config
     multimodal = model_config.multimodal_config
     if not model_config.uses_mrope or multimodal is None or not multimodal.enable_mm_embeds:
         return
     multimodal.enable_mm_embeds = multimodal.allow_missing_mm_embeddings = False
-    # Of shared memory the engine's process would look for what nobody made here.
+    # Else the engine's process would look for a cache in shared memory that was never made.
     multimodal.mm_processor_cache_gb = 0
     logger.warning(
-        "DCA: vLLM takes embeddings of images and videos where %s receives keys. With M-RoPE "
-        "DCA serves text only: requests that have some are refused.",
+        "DCA: vLLM accepts embeddings of images and videos where %s receives keys. With M-RoPE "
+        "DCA serves text only, so requests with such embeddings are refused.",
         vllm_config.kv_transfer_config.kv_connector,
     )
 
@@ -153,10 +154,9 @@ def _warn_of_shared_keys(vllm_config: VllmConfig, settings: DcaSettings) -> None
     if transfer is None or transfer.kv_connector is None:
         return
     logger.warning(
-        "DCA: %s stores keys as DCA rotated them, and under which names does not depend on the "
-        "chunk sizes. Every server that shares them must run DCA with this model, chunk_size "
-        "%d, local_size %d and original_max_position_embeddings %s%s; give others a store of "
-        "their own.",
+        "DCA: %s stores keys as DCA rotated them, and their names do not tell the chunk sizes. "
+        "Every server of this store must run DCA with this model, chunk_size %d, local_size %d "
+        "and original_max_position_embeddings %s%s. Give other servers a store of their own.",
         transfer.kv_connector,
         settings.chunk_size,
         settings.local_size,
@@ -179,8 +179,8 @@ def _keep_sliding_layers(vllm_config: VllmConfig) -> None:
 
 
 def _restore_length(vllm_config: VllmConfig) -> None:
-    """vLLM 0.33 lowers the model's to its drafter's where Model Runner V2 serves. DCA extends
-    the drafter's to the model's.
+    """With Model Runner V2, vLLM 0.33 lowers the model's max_model_len to its drafter's. DCA
+    extends the drafter to the model's length, so the model gets its own back.
     """
     if drafter_of(vllm_config) is None or not vllm_config.use_v2_model_runner:
         return

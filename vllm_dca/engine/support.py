@@ -94,7 +94,7 @@ DRAFTERS = (*DRAFTERS_WITHOUT_LAYERS, *DRAFTERS_WITH_LAYERS)
 
 
 def drafter_of(vllm_config: "VllmConfig") -> "SpeculativeConfig | None":
-    """What is asked of a drafter that has attention layers; None where there is no such one."""
+    """The speculative config, if the drafter has attention layers; else None."""
     speculative = vllm_config.speculative_config
     if speculative is None or speculative.method not in DRAFTERS_WITH_LAYERS:
         return None

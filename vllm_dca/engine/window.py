@@ -10,18 +10,20 @@ from vllm.transformers_utils.config import (
     iter_rope_parameters,
 )
 
-from vllm_dca.engine.refusals import rope_types
+from vllm_dca.engine.model_facts import rope_types
 
 
 def default_length(model_config: ModelConfig) -> int:
-    """Tokens of the longest request, where nobody says how many."""
+    """Tokens of the longest request, where neither DCA nor --max-model-len extends it."""
     length: int = _limited(model_config)[0].get_and_verify_max_len(None)
     return length
 
 
 def own_window(model_config: ModelConfig, max_model_len: int) -> int:
-    """Tokens that vLLM takes without DCA, dynamic NTK's stretch apart: its table has no rows
-    for that. LongRoPE's are those of the factors that vLLM chooses by the longest request.
+    """Tokens of the longest request that vLLM serves without DCA.
+
+    Dynamic NTK's extension does not count: its rotary table has no rows there. LongRoPE's
+    window is that of the factors that vLLM chooses by the longest request.
 
     Args:
         model_config: of a model, or of a drafter.
@@ -47,8 +49,10 @@ def eagle_window(draft: ModelConfig, max_model_len: int) -> int:
 
 
 def _limited(model_config: ModelConfig) -> tuple[ModelConfig, list[int]]:
-    """The config as vLLM takes its length from, and the limit of a window that is switched off:
-    a model takes no more than such a layer ever saw. vLLM has forgotten it by now.
+    """The config from which vLLM derives max_model_len, and the limits on it.
+
+    The one limit there may be is a sliding window that is switched off: the model serves no
+    more than such a layer was trained on. vLLM has dropped that value from its config by now.
     """
     if not model_config.disable_sliding_window or not (own := _sliding_window(model_config)):
         return model_config, []
