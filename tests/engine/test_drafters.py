@@ -8,11 +8,12 @@ import pytest
 import torch
 from vllm.config.speculative import SpeculativeMethod
 
-from tests.helpers import checkpoints
+from tests.helpers import checkpoints, sparse_served
 from tests.helpers.answers import accepted, assert_close, drafted, generate, of_answer
 from tests.helpers.checkpoints import SIZES
 from tests.helpers.children import Children
 from tests.helpers.inprocess import engine, runner_of
+from tests.helpers.runners import under
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 SPECULATIVE = {"method": "mtp", "num_speculative_tokens": 1}
@@ -236,6 +237,57 @@ def assert_drafts_are_the_layer_s(model: Path, length: int) -> None:
     assert with_dca > 2 * len(prompts)
     if length > SIZES["chunk_size"]:
         assert abs(right - without) > 2 * len(prompts), (right, without)
+
+
+@pytest.mark.parametrize("mode", ["auto", "checkpoint"])
+def test_a_predictor_stays_dense_beside_sparse_prefill(mode: str, tmp_path: Path) -> None:
+    """Its layer has the number of the model's first one, whose budgets are not for it."""
+    model = write_with_drafter(tmp_path, FAMILIES["Qwen3-Next"])
+    file = tmp_path / "budgets.json"
+    budget = ["vertical_and_slash", 64, 128, 1.0]
+    file.write_text(json.dumps([{str(head): budget for head in range(4)}]))
+    sparse = {"sparse_budgets": str(file)} if mode == "checkpoint" else {}
+    given = sparse_served.options(sparse=mode, **sparse)
+    with engine(model, speculative_config=SPECULATIVE, **given) as llm:
+        generate(llm, [sparse_served.PROMPT], max_tokens=4)
+        assert drafted(llm) > 0
+        runner = runner_of(llm)
+        rules = [
+            [module.impl.rule for module in each.modules() if hasattr(module, "attn_backend")]
+            for each in (runner.model, runner.drafter.model)
+        ]
+    [[rule], [none]] = rules
+    assert rule is not None
+    assert none is None
+
+
+@under("V2")
+def test_a_drafter_keeps_its_own_windows(tmp_path: Path) -> None:
+    """Beside a model without any. Under V1 vLLM drafts with layers of one kind only."""
+    model = checkpoints.write(tmp_path / "model", "LlamaConfig", head_dim=32)
+    drafter = checkpoints.write(
+        tmp_path / "drafter",
+        "Gemma3TextConfig",
+        head_dim=32,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 2}
+    options = {"additional_config": {"dca": SIZES}, "speculative_config": draft}
+    options |= {"block_size": 32, "num_gpu_blocks_override": 300}
+    prompt = checkpoints.tokens(300)
+    with engine(model, **options) as llm:
+        [output] = generate(llm, [prompt], max_tokens=8)
+        assert drafted(llm) > 0
+        layers = runner_of(llm).vllm_config.compilation_config.static_forward_context
+        assert [
+            layer.attn_backend.get_name()
+            for name, layer in layers.items()
+            if name.startswith("draft_model.")
+        ] == ["CPU_ATTN", "DCA"]
+    tokens, logprobs = of_answer(output)
+    expected = prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
+    assert_close(logprobs, expected)
 
 
 @pytest.mark.skipif("medusa" not in get_args(SpeculativeMethod), reason="vLLM 0.33 has none")

@@ -178,6 +178,21 @@ def test_budgets_of_every_head_are_needed(
         settle(llama, **given)
 
 
+def test_budgets_are_for_as_many_heads_as_the_layer_has(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laguna's layers may have more than the config says; here the ranks do."""
+    from vllm_dca.engine import sparse_layers
+
+    monkeypatch.setattr(sparse_layers, "get_tensor_model_parallel_world_size", lambda: 2)
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps(as_list(BUDGETS)))
+    given = options(sparse="checkpoint", sparse_budgets=str(file))
+    message = "layers.0.self_attn.attn: it has 8 query heads, .* read for 4. DCA needs a budget"
+    with pytest.raises(NotImplementedError, match=message), engine(llama, **given):
+        pass
+
+
 def test_layers_whose_window_is_off_need_budgets(tmp_path: Path) -> None:
     model = checkpoints.write_config(
         tmp_path,

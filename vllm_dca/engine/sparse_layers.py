@@ -1,25 +1,45 @@
 """Sparse prefill of a layer, settled as the model is built."""
 
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_dca.engine.layers import refusal
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.method.lines import Rule, rule_of
 from vllm_dca.method.sparse import SparseSizes
 
+# In the names of a drafter's layers. Drafters without count on from the model's last layer.
+DRAFTERS = {"draft_model", "mtp"}
+
 
 def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
-    """How a layer's lines are selected; None where its prefill is dense, as a drafter's is."""
+    """How a layer's lines are selected; None where its prefill is dense, as a drafter's is.
+
+    Raises:
+        NotImplementedError: there are budgets for another number of heads than the layer has.
+    """
     settings = settings_of(vllm_config).sparse
     if settings is None:
         return None
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     index = extract_layer_index(layer.layer_name)
-    if index >= layers or layer.layer_name.startswith("draft_model."):
+    if index >= layers or DRAFTERS & {*layer.layer_name.split(".")}:
         return None
     rank, heads = get_tensor_model_parallel_rank(), layer.num_heads
+    on_all_ranks = heads * get_tensor_model_parallel_world_size()
+    if settings.budgets is not None and len(settings.budgets[index]) != on_all_ranks:
+        raise refusal(
+            layer.layer_name,
+            f"it has {on_all_ranks} query heads, and as the config's num_attention_heads is "
+            f"another number, budgets of sparse prefill are read for "
+            f"{len(settings.budgets[index])}",
+            'a budget for each, or "sparse": "auto"',
+        )
     return rule_of(settings, index, slice(rank * heads, (rank + 1) * heads))
 
 

@@ -42,7 +42,9 @@ def configure(vllm_config: VllmConfig) -> None:
     model_config = vllm_config.model_config
     _disable_embeddings(vllm_config)
     _restore_length(vllm_config)
-    if has_sliding_layers(model_config):
+    drafter = drafter_of(vllm_config)
+    models = [model_config, *([] if drafter is None else [drafter.draft_model_config])]
+    if any(map(has_sliding_layers, models)):
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
     checkpoint = _take_checkpoint_config(model_config)
