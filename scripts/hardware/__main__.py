@@ -6,8 +6,8 @@ list of what failed comes last. gpu.log has what all steps print, gpu.json how e
 torch, NumPy, Triton, pytest and hypothesis are enough; flash-attention and xformers are timed
 where they are. --engine runs vLLM too: it wants vLLM for CUDA and this plugin installed.
 
---only runs the steps that it names (the folder for results goes before it), for a machine that
-is lent for minutes. What is in the folder of other steps stays.
+--only runs the steps that it names (the folder for results goes before it). What is in the
+folder of other steps stays.
 
 --dry-run needs no GPU: every step's imports and arguments, small cases in Triton's interpreter,
 nothing timed.
@@ -30,7 +30,7 @@ from scripts.common import record
 
 # Kernels against the fp64 reference. What no machine without a GPU has met goes first: graphs,
 # synchronisation and launches.
-TESTS = ("test_gpu", "test_kernels", "test_caps_and_sinks", "test_sparse")
+TESTS = ("test_gpu", "test_decode", "test_prefill", "test_caps_and_sinks", "test_sparse")
 TEST_FILES = {name: f"tests/cuda/{name}.py" for name in TESTS}
 MEASURING = {
     "kernels": "scripts.bench.kernels",
@@ -67,7 +67,7 @@ def chosen(only: Sequence[str], engine: bool, dry_run: bool) -> list[str]:
     cannot = {}
     if dry_run:
         cannot = dict.fromkeys((*TESTS, "sanitizer"), "it needs a GPU")
-        del cannot["test_kernels"]
+        del cannot["test_decode"], cannot["test_prefill"]
     elif not shutil.which("compute-sanitizer"):
         cannot = {"sanitizer": "compute-sanitizer is not on the path"}
     for name in only:
@@ -84,7 +84,7 @@ def step(name: str, dry_run: bool, results: Path) -> Step:
             return Step(name, [*command, "-k", "pad_are_zero or waits"])
         return Step(name, command, {"DCA_CASES": os.environ.get("DCA_CASES", CASES)})
     if name == "sanitizer":
-        files = TEST_FILES["test_kernels"], TEST_FILES["test_sparse"]
+        files = (TEST_FILES[test] for test in ("test_decode", "test_prefill", "test_sparse"))
         tests = python("pytest", *files, "-k", " or ".join(SANITIZED))
         # What torch's allocator hands out lies in large segments, in which nothing is out of
         # bounds.

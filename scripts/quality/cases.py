@@ -27,13 +27,10 @@ SPARSE = ("test_attends_to_given_lines", "test_weighs_lines", "test_selects_as_s
 PATHS = {
     "dense": (f"{CPU}::test_every_path_agrees_with_reference",),
     "sparse": tuple(f"tests/cpu/test_sparse.py::{name}" for name in SPARSE),
-    "cuda": tuple(
-        f"{CUDA}/test_kernels.py::{name}"
-        for name in (
-            "test_decode_agrees_with_reference",
-            "test_prefill_agrees_with_reference",
-            "test_decode_takes_any_number_of_new_tokens",
-        )
+    "cuda": (
+        f"{CUDA}/test_decode.py::test_decode_agrees_with_reference",
+        f"{CUDA}/test_prefill.py::test_prefill_agrees_with_reference",
+        f"{CUDA}/test_decode.py::test_decode_takes_any_number_of_new_tokens",
     ),
     "cuda-sparse": tuple(f"{CUDA}/test_sparse.py::{name}" for name in SPARSE),
 }

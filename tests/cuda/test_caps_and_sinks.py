@@ -1,4 +1,4 @@
-"""Soft caps and attention sinks in Triton's kernels; `test_kernels` has them in its batches."""
+"""Soft caps and attention sinks in Triton's kernels, which have them in random batches too."""
 
 import dataclasses
 from typing import Any
@@ -6,19 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cuda.test_kernels import (
-    BOTH,
-    CAPPED,
-    PREFILLS,
-    SUNK,
-    _short_shares,
-    decode,
-    prefill,
-)
 from tests.helpers import interpreter
+from tests.helpers.kernels import BOTH, CAPPED, PREFILLS, SUNK, decode, prefill
 from tests.helpers.paged import Batch, Shape
 
-__all__ = ["_short_shares"]  # a fixture for all of them
+pytestmark = pytest.mark.usefixtures("short_shares")
 
 
 def test_every_cut_equals_the_whole() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cpu import test_sparse as on_cpu
-from tests.cuda.test_kernels import BOTH, PREFILLS, plan, planner
 from tests.helpers import sparse as helper
+from tests.helpers import sparse_checks
+from tests.helpers.kernels import BOTH, PREFILLS, plan, planner
 from tests.helpers.paged import DEVICE, Batch, Shape, query_start_loc
 from vllm_dca.cuda import sparse_plan, sparse_probe
 from vllm_dca.cuda.decode import decode_attention
@@ -271,7 +271,7 @@ def test_sparse_prefill_of_a_real_size(rule: Rule | None) -> None:
         found = layers.buffers.lines_of(round_, index)
         assert all(map(torch.equal, found, right[index]))
         taken = Lines(*(each.cpu() for each in found))
-        on_cpu.assert_attends(batch, segment, taken, outputs[0][segment.rows].cpu())
+        sparse_checks.assert_attends(batch, segment, taken, outputs[0][segment.rows].cpu())
 
 
 # Whole prompts, ends of long ones, and one new token, over several chunks.

@@ -9,14 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cpu import test_sparse as on_cpu
-from tests.cpu.test_sparse import BY_BUDGETS, BY_COVERAGE
-from tests.cuda.test_kernels import NeverWaits
 from tests.helpers import interpreter
 from tests.helpers import sparse as helper
 from tests.helpers.caches import fp8_dtypes
 from tests.helpers.cases import cases
+from tests.helpers.kernels import NeverWaits
 from tests.helpers.paged import DEVICE, Batch, Shape
+from tests.helpers.sparse_checks import (
+    BY_BUDGETS,
+    BY_COVERAGE,
+    assert_attends,
+    assert_weights,
+    shapes,
+    weights_of,
+)
 from vllm_dca.cuda import sparse_attend, sparse_lists, sparse_plan, sparse_probe, sparse_select
 from vllm_dca.cuda.sparse import Buffers, Sparse
 from vllm_dca.cuda.sparse_probe import Weights
@@ -108,7 +114,11 @@ def attend(batch: Batch, plan: SparsePlan, taken: list[Lines]) -> torch.Tensor:
 
 
 @settings(max_examples=cases(4), deadline=None)
-@given(on_cpu.shapes(), st.sampled_from([0, 70, 300]), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+@given(
+    shapes(),
+    st.sampled_from([0, 70, 300]),
+    st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+)
 def test_attends_to_given_lines(shape: Shape, threshold: int, share: float) -> None:
     batch = Batch.random(shape)
     plan = helper.plan(batch, threshold)
@@ -118,7 +128,7 @@ def test_attends_to_given_lines(shape: Shape, threshold: int, share: float) -> N
     output = attend(batch, plan, taken)
     assert output[helper.rest(batch, plan)].isnan().all()
     for segment, lines in zip(plan.segments, taken, strict=True):
-        on_cpu.assert_attends(batch, segment, lines, output[segment.rows])
+        assert_attends(batch, segment, lines, output[segment.rows])
 
 
 def test_all_lines_are_dense_attention() -> None:
@@ -141,9 +151,9 @@ def test_reads_fp8_caches(cache_dtype: torch.dtype) -> None:
     [segment] = plan.segments
     lines = helper.random_lines(batch, segment, 0.1)
     output = attend(batch, plan, [lines])
-    on_cpu.assert_attends(batch, segment, lines, output[segment.rows])
+    assert_attends(batch, segment, lines, output[segment.rows])
     rule = Rule(None, None, 0.6, 70)
-    on_cpu.assert_weights(batch, rule, [segment], weigh(batch, rule))
+    assert_weights(batch, rule, [segment], weigh(batch, rule))
 
 
 def weigh(batch: Batch, rule: Rule) -> list[tuple[torch.Tensor, ...]]:
@@ -182,18 +192,18 @@ def weigh(batch: Batch, rule: Rule) -> list[tuple[torch.Tensor, ...]]:
 
 
 @settings(max_examples=cases(4), deadline=None)
-@given(on_cpu.shapes(), st.sampled_from([BY_BUDGETS, BY_COVERAGE]))
+@given(shapes(), st.sampled_from([BY_BUDGETS, BY_COVERAGE]))
 def test_weighs_lines(shape: Shape, rule: Rule) -> None:
     batch = Batch.random(shape)
     segments = helper.plan(batch).segments
     if segments:
-        on_cpu.assert_weights(batch, rule, segments, weigh(batch, rule))
+        assert_weights(batch, rule, segments, weigh(batch, rule))
 
 
 @pytest.mark.parametrize("rule", [BY_BUDGETS, BY_COVERAGE], ids=["budgets", "coverage"])
 def test_weighs_lines_of_heads_in_two_parts(rule: Rule) -> None:
     batch = Batch.random(Shape([(600, 300)], 320, 64, block_size=16, head_size=264))
-    on_cpu.assert_weights(batch, rule, helper.plan(batch).segments, weigh(batch, rule))
+    assert_weights(batch, rule, helper.plan(batch).segments, weigh(batch, rule))
 
 
 def choose(weights: list[tuple[torch.Tensor, torch.Tensor]], rule: Rule) -> list[Lines]:
@@ -305,7 +315,7 @@ def test_a_watch_is_told_what_the_last_segment_kept(by_budgets: bool) -> None:
     there = lines.verticals[:, :end] | lines.distances[:, 1 : end + 1].flip(1)
     there = there.cpu()
     right, rounded = (
-        (on_cpu.weights_of(batch, segment._replace(end=end), BY_COVERAGE, dtype)[0] * there)
+        (weights_of(batch, segment._replace(end=end), BY_COVERAGE, dtype)[0] * there)
         .sum(1)
         .double()
         / 64

@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.cpu.test_attention import shapes
 from tests.helpers.cases import cases
 from tests.helpers.paged import Batch, Shape, query_start_loc
+from tests.helpers.shapes import shapes
 from tests.helpers.xformers_on_cuda import card, fmha
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cuda import xformers_pass

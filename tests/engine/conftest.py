@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import checkpoints
 from tests.helpers.inprocess import models_are_inspected_here
 from tests.helpers.patched.overlays import SETUPS, make_overlay
 
 __all__ = ["models_are_inspected_here"]
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint with a window of 128 tokens, which tests must not change."""
+    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
 
 
 @pytest.fixture(scope="session")

@@ -197,11 +197,6 @@ def test_linear_attention_layers_stay_as_they_are(tmp_path: Path) -> None:
     prove(tmp_path, RECIPES["Qwen3NextForCausalLM"])
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
-
-
 # Flash-attention wants sixteens. Others are in test_matrix.
 BLOCK_SIZES = [32, 64, 16] if torch.cuda.is_available() else [64, 1]
 

@@ -29,11 +29,6 @@ SCHEMES = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="served there")
 @pytest.mark.parametrize("method", SCHEMES)
 def test_a_cache_that_the_checkpoint_asks_for_is_refused_in_words_that_help(
@@ -79,7 +74,7 @@ def test_caches_that_no_device_reads(llama: Path, monkeypatch: pytest.MonkeyPatc
     config.model_config.hf_config.quantization_config = quantised
     config.cache_config.cache_dtype = "nvfp4"
     of_half = "the checkpoint's KV cache in nvfp4 (use --kv-cache-dtype bfloat16)"
-    of_full = of_half.replace("(--kv", "(--dtype bfloat16 --kv")
+    of_full = of_half.replace("(use --kv", "(use --dtype bfloat16 --kv")
     assert refusals(config) == [of_full]
     config.model_config.dtype = torch.bfloat16
     assert refusals(config) == [of_half]

@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import checkpoints
 from tests.helpers.inprocess import settle
 
 pytestmark = pytest.mark.each_minor
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
 
 
 def test_a_drafter_with_another_backend_is_refused(llama: Path) -> None:

@@ -29,11 +29,6 @@ BASE = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
-
-
 @pytest.mark.parametrize(
     ("sizes", "block_size", "message"),
     [

@@ -15,11 +15,6 @@ from tests.helpers.inprocess import engine, settle
 pytestmark = pytest.mark.each_minor
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
-
-
 def test_only_the_layers_of_dca_get_a_periodic_table(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

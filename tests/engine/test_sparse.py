@@ -79,11 +79,6 @@ def assert_answers(
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
-
-
-@pytest.fixture(scope="module")
 def by_reference(llama: Path) -> torch.Tensor:
     """What `auto` answers, which is neither dense nor what other steps answer."""
     right = expected(llama, [AUTO_RULE] * 2)

@@ -32,11 +32,6 @@ BUDGETS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
-
-
 def as_list(budgets: Any) -> Any:
     """As Qwen2.5-1M's file has it."""
     return [

@@ -25,7 +25,7 @@ PROOFS = {
     "bf16": "test_models::test_half_precision",
     "fp16": "test_models::test_half_precision",
     "a KV cache of the model's dtype": "test_models::test_half_precision",
-    "on CUDA also FP8": "../cuda/test_kernels::test_decode_agrees_with_reference",
+    "on CUDA also FP8": "../cuda/test_decode::test_decode_agrees_with_reference",
     "chunked prefill": "test_features::test_prefills_cut_at_odd_places_among_many_requests",
     "prefix caching": "test_engine::test_a_cached_prefix_equals_a_fresh_one",
     "mixed batches": "test_engine::test_batched_equals_single",

@@ -25,11 +25,6 @@ WINDOWS_OFF: dict[str, Any] = {"disable_sliding_window": True, "block_size": 8}
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("llama"), "LlamaConfig")
-
-
 def window_of(model: Path, **options: Any) -> int:
     """The one that DCA takes for trained."""
     return int(settle(model, **options).additional_config["dca"]["window"])

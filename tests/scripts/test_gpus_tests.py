@@ -16,8 +16,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from scripts.hardware import __main__ as hardware
-from tests.cuda import test_gpu, test_kernels
-from tests.helpers import caches, interpreter, paged
+from tests.cuda import test_gpu
+from tests.helpers import caches, interpreter, kernels, paged
 from tests.helpers.paged import CPU_OPERATIONS, Shape
 from tests.helpers.pretended_gpu import pretended_gpu
 from vllm_dca.cuda import sparse_attend, sparse_probe
@@ -64,7 +64,7 @@ def test_a_graph_that_froze_its_lengths_is_seen(monkeypatch: pytest.MonkeyPatch)
             made.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr(test_kernels, "DecodePlanner", Moves)
+    monkeypatch.setattr(kernels, "DecodePlanner", Moves)
     with pretended_gpu(), pytest.raises(AssertionError, match=r"> .* for Shape"):
         test_gpu.test_a_captured_graph_replays_across_chunk_borders(1)
 
@@ -155,7 +155,7 @@ def test_a_card_meets_the_caches_that_triton_can_read_there(
         drawn = set()
 
         @settings(max_examples=40, database=None, derandomize=True)
-        @given(test_kernels.cached_shapes())
+        @given(kernels.cached_shapes())
         def draw(shape: Shape) -> None:
             drawn.add(shape.cache_dtype)  # noqa: B023
 
