@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from scripts.common.metrics import samples
 from scripts.common.serving import ENDING_S, STARTING_S, VLLM, free_port, is_up
 
 
@@ -79,12 +80,15 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    def metric(self, name: str, labels: str = "") -> float:
-        """The sum over all label sets that have this text in them."""
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum over all label sets that have these."""
         with urllib.request.urlopen(f"{self.url}/metrics") as response:
-            lines = response.read().decode().splitlines()
-        chosen = [line for line in lines if line.startswith(name + "{") and labels in line]
-        return sum(float(line.split()[-1]) for line in chosen)
+            found = samples(response.read().decode())
+        return sum(
+            each.value
+            for each in found
+            if each.name == name and labels.items() <= each.labels.items()
+        )
 
     def stop(self) -> None:
         """End it and all that it started, whether it has ended or not."""

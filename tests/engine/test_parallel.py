@@ -116,8 +116,7 @@ def test_data_parallel_engines_answer_alike(tmp_path: Path) -> None:
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(answer, range(8)))
         served = [
-            server.metric("vllm:request_success_total", f'engine="{engine}"')
-            for engine in (0, 1)
+            server.metric("vllm:request_success_total", engine=str(engine)) for engine in (0, 1)
         ]
     finally:
         server.stop()

@@ -25,7 +25,7 @@ class Explanation:
         block_size: tokens in a page of the KV cache.
         device_type: of this machine, which chose the block size and the provider.
         layers: the model's.
-        drafter: the layers of what drafts for it; None without one.
+        drafter: the layers of the model that drafts for it; None without one.
         provider: of the prefill's attention; None where that could not be asked.
         token_bytes: KV cache of one more token in DCA's layers, on each rank.
         request_bytes: KV cache of one request of max_model_len tokens, on each rank.
@@ -132,7 +132,7 @@ class _Built(NamedTuple):
     Attributes:
         names: of its layers.
         unrotated: names of those that rotate nothing.
-        unchecked: a warning, if the installation could not be tried without the weights.
+        unchecked: a warning, if the layers could not be checked without weights.
     """
 
     names: list[str]
@@ -194,7 +194,7 @@ def _models(vllm_config: Any) -> list[tuple[Any, Any, str]]:
 
 
 def _build(vllm_config: Any, model_config: Any, prefix: str) -> _Built:
-    """Build a model on the meta device and install DCA in it, as loading would.
+    """Build a model on the meta device and prepare its layers for DCA, as loading would.
 
     Raises:
         ValueError, NotImplementedError: a layer cannot be served.

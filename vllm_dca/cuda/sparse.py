@@ -62,13 +62,13 @@ class Buffers:
         self.lists = Lists(vertical.view(torch.int32), slash.view(torch.int32), counts)
 
     def weights_of(self, probe: Probe) -> Weights:
-        """Of these segments' places, which come first."""
+        """The weights at these segments' places, which come first."""
         used = sum(map(places_of, probe.ends))
         vertical, slash = self.weights
         return Weights(vertical[:, :used], slash[..., :used])
 
     def lines_of(self, plan: Round, index: int) -> Lines:
-        """Of a segment of a round."""
+        """The lines that were selected for one segment of a round."""
         first, end = sum(map(places_of, plan.probe.ends[:index])), plan.probe.ends[index]
         verticals, distances = self.marks
         return Lines(
@@ -166,7 +166,7 @@ def weigh(
     softmax_scale: float,
     k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `vllm_dca.cpu.sparse.weigh`, of one segment; for what is shown to a watch.
+    """Weigh one segment's lines for a watch, as `vllm_dca.cpu.sparse.weigh` does.
 
     What it returns is in the buffers, which nobody needs between two layers: it is good until
     the next call. As much memory for its own would come on top of what vLLM counted.

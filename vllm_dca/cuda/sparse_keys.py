@@ -42,7 +42,7 @@ def keys_of(region, end, chunk_len):
 
 @triton.jit
 def pages_of(table, base, end, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr):
-    """Of the keys from `base` on.
+    """The pages of the keys from `base` on.
 
     Wanted an iteration ahead: only so does the compiler fetch keys before they are used.
     """

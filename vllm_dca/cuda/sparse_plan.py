@@ -130,7 +130,7 @@ def plan_step(plan: SparsePlan, capacity: int, continuous: bool) -> DevicePlan:
 
 
 def plan_probe(plan: SparsePlan, segment: Segment, continuous: bool) -> Probe:
-    """Of one segment, whose first token is its query's first."""
+    """The probe of one segment, whose first token is its query's first."""
     arrays: Arrays = {}
     _add_probe(arrays, "probe", plan, [segment._replace(first=0)], continuous)
     there = upload(arrays, plan.block_table.device)

@@ -35,7 +35,7 @@ SPAN = 512  # keys that a program weighs
 
 
 class Weights(NamedTuple):
-    """Of the lines of each segment, at its places.
+    """The weights of the lines of each segment, at its places.
 
     Attributes:
         vertical: [num_heads, places] fp32, by key.

@@ -7,7 +7,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def tiles_of(num_tokens: int, num_segments: int, group: int, queries: int) -> int:
-    """Of all segments; at most one of each has nothing to do."""
+    """How many tiles all segments have; at most one of each has nothing to do."""
     return num_tokens * group // queries + num_segments
 
 

@@ -73,7 +73,7 @@ def decode_tuning(
 
 
 def prefill_tuning(head_size: int, dtype: torch.dtype) -> Tuning:
-    """Of a pass, of a prefill in one launch, and of one along lines."""
+    """The tuning of every prefill: in one launch, by passes, and along lines."""
     head_padded, stages, registers = padded(head_size), 3, 255
     if dtype == torch.float32 and head_padded > 256:
         return SINGLE_LARGE

@@ -24,7 +24,7 @@ from vllm_dca.method.sparse_config import KIND
 
 
 class Budget(NamedTuple):
-    """Of a head, and what it kept in the text.
+    """A head's budget, and what it kept in the text.
 
     Attributes:
         verticals: how many.
@@ -73,7 +73,7 @@ class Grid:
         self.segments += 1
 
     def budgets(self, recall: float) -> list[Budget]:
-        """Of each head: the fewest keys that keep this share of attention, else the best."""
+        """For each head the fewest keys that keep this share of attention, else the best."""
         recalls, keys = (
             torch.stack(column) / self.segments for column in zip(*self.totals, strict=True)
         )
@@ -110,7 +110,7 @@ class Calibration:
                 self.dca_grids[extract_layer_index(name)] = impl.watch = grid
 
     def dca_budgets(self, recall: float) -> dict[int, list[Budget]]:
-        """Of the layers and the heads that this rank has; empty if nothing was sparse."""
+        """Budgets of this rank's layers and heads; empty if nothing was sparse."""
         return {
             layer: grid.budgets(recall)
             for layer, grid in self.dca_grids.items()

@@ -110,8 +110,8 @@ PROVIDERS: dict[str, dict[str, Callable[[Needs], Any]]] = {
 def in_order(device_type: str, needs: Needs) -> list[str]:
     """Names of a device's providers, the preferred first.
 
-    On compute capability 10 a program less fits a multiprocessor if all of DCA is one launch,
-    with heads of up to 128 entries (docs/gpu-kernels.md): there the passes go first.
+    On compute capability 10, with heads of up to 128 entries, one program fewer fits on a
+    multiprocessor if all of DCA is one launch (docs/gpu-kernels.md): there the passes go first.
     """
     names = list(PROVIDERS[device_type])
     if device_type == "cuda" and needs.capability[0] == 10:

@@ -19,7 +19,7 @@ from vllm_dca.method.provider import Needs
 
 
 def compute_capability() -> tuple[int, int]:
-    """Of this process's GPU, as `Needs` wants it."""
+    """Major and minor number of this process's GPU; (0, 0) without one."""
     capability = current_platform.get_device_capability()
     return (0, 0) if capability is None else tuple(capability)
 

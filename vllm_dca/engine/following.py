@@ -29,7 +29,7 @@ _TOKENS = 3
 
 
 class NotUnderstoodError(Exception):
-    """Says what of a layer was not; completes "it cannot, because"."""
+    """A layer could not be followed. The message completes "it cannot, because"."""
 
 
 Marks = frozenset[torch.nn.Module | None]  # None stands for the positions themselves.
@@ -241,7 +241,7 @@ class _Following(TorchDispatchMode):
             self.reached = self._of(query), self._of(key)
 
         def launch(*args: Any, **kwargs: Any) -> None:
-            # Which tensors a kernel writes, and from which, it does not say: each from all.
+            # A kernel does not say what it writes and from what: each tensor hangs on all.
             # What it really does, `turning` sees. A tensor descriptor's tensor is its base.
             given = [getattr(each, "base", each) for each in tree_leaves((args, kwargs))]
             marks = self._of(given)

@@ -84,7 +84,7 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.rotation, self.device, self.cache_dtype = rotation, device, cache_dtype
 
     def prepare_sparse(self, rule: Rule, sparse: SparsePrefill, watch: Watch) -> None:
-        """Likewise, for a layer whose prefill is sparse."""
+        """Settle what a layer with sparse prefill needs besides; before the first step."""
         self.rule, self.sparse, self.watch = rule, sparse, watch
 
     def do_kv_cache_update(

@@ -26,7 +26,7 @@ class Layers(NamedTuple):
 
 
 def refusal(layer_name: str, reason: str, needed: str = "") -> NotImplementedError:
-    """Of a model for one of its layers: what it has, what DCA needs, what would work."""
+    """Why one layer stops a model: what it has, what DCA needs, what would work."""
     return NotImplementedError(
         f"--attention-backend dca cannot serve this model: layer {layer_name}: {reason}. "
         + (f"DCA needs {needed}. " if needed else "")

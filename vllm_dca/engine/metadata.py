@@ -163,7 +163,7 @@ class DcaMetadataBuilder(AttentionMetadataBuilder[DcaMetadata]):
         return lengths if lengths is None else lengths + self.more
 
     def _block_table(self, block_table: torch.Tensor) -> torch.Tensor:
-        """Of the parts that `vllm_dca.method.kv_cache.split_pages` makes."""
+        """The block table of the parts that `vllm_dca.method.kv_cache.split_pages` makes."""
         if self.parts == 1:
             return block_table
         parts = torch.arange(self.parts, dtype=block_table.dtype)

@@ -21,7 +21,8 @@ class PeriodicRotary(torch.nn.Module):
     Attributes:
         rotary: the module.
         chunk_len: s, the period.
-        layer_types: whose positions repeat; None of a module that knows no types of layers.
+        layer_types: the kinds of layers whose positions repeat; None for a module that does not
+            tell kinds apart.
     """
 
     def __init__(

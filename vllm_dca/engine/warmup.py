@@ -68,7 +68,7 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
         self.compiled: set[LayerKernels] = set()
 
     def get_warmup_keys(self, vllm_config: VllmConfig) -> list[LayerKernels]:
-        """Of the layers with prefill operations; the CPU's compiled kernel is compiled."""
+        """A key for each kind of layer with a prefill; the CPU's kernel is compiled before."""
         settings = settings_of(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context.values()
         keys = []

@@ -1,7 +1,7 @@
 """A layer's forward on tensors that have no data, where it has kernels for its device.
 
-Torch's own dispatch keeps operators from them. A kernel of Triton is none: it would be given
-null pointers, and the error would stay with the process.
+On such tensors torch runs none of its own operators. A Triton kernel is not one of these: it
+would get null pointers, and the CUDA error would stay with the process.
 """
 
 import contextlib

@@ -60,7 +60,7 @@ class DcaSettings:
         return ChunkGeometry(self.chunk_size, self.local_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """As vLLM's additional config carries it to every process."""
+        """The form in which vLLM's additional config carries it to every process."""
         return asdict(self)
 
     @classmethod

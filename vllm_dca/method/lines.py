@@ -49,7 +49,7 @@ class Rule(NamedTuple):
 
 
 def rule_of(settings: SparseSettings, layer: int, heads: slice) -> Rule:
-    """Of a layer, by its number, and of the heads that a rank has."""
+    """How one layer's lines are selected, for the heads of this rank."""
     verticals = slashes = None
     if settings.budgets is not None:
         verticals, slashes = torch.tensor(settings.budgets[layer][heads]).T.contiguous()

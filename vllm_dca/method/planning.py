@@ -229,7 +229,7 @@ def turns_of(
     original_max_position_embeddings: int | None,
     continuous: bool = False,
 ) -> Turns:
-    """Of rows at these positions, [num_rows] int64.
+    """The turns of rows at these positions, [num_rows] int64.
 
     `continuous`: to positions that DCA does not clamp, with which Qwen's budgets select.
     """

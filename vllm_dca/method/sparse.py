@@ -102,7 +102,7 @@ class Attended:
     given: Mapping[str, Any]
 
     def weigh(self, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the last rows, as a rule has it."""
+        """The weights of lines, from the segment's last rows, in the form that a rule wants."""
         return self.weigh_lines(
             self.query, self.kv_cache, segment=self.segment, rule=rule, **self.given
         )

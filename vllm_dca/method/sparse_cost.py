@@ -17,7 +17,7 @@ Numbers = npt.NDArray[np.float64]
 
 
 class Bounds(NamedTuple):
-    """Of one prompt, its dense rows included, in the mean of all heads.
+    """What one prompt keeps and takes: the mean of all heads, its dense rows included.
 
     Attributes:
         keys: the least and the largest share of the keys before a row.

@@ -1,12 +1,12 @@
 """What is sent to the server, and what it answers."""
 
 import json
-import re
 from collections import Counter
 from typing import Any
 
 import aiohttp
 
+from scripts.common.metrics import samples
 from scripts.load.soak.plan import ANSWER, SERVED, Question
 
 
@@ -81,12 +81,10 @@ class Client:
         """Sums over labels, by name; of requests, also by why they ended."""
         found: Counter[str] = Counter()
         async with self.session.get("/metrics") as response:
-            lines = (await response.text()).splitlines()
-        for line in lines:
-            if line.startswith(("vllm:", "vllm_dca:")):
-                reason = re.search(r'finished_reason="(\w+)"', line)
-                name = line.partition("{")[0] + (f" {reason[1]}" if reason else "")
-                found[name] += float(line.split()[-1])
+            text = await response.text()
+        for sample in samples(text):
+            reason = sample.labels.get("finished_reason")
+            found[f"{sample.name} {reason}" if reason else sample.name] += sample.value
         return found
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import httpx
 from openai import OpenAI
 
 from scripts.common import record
+from scripts.common.metrics import samples
 from scripts.common.serving import CACHE, VLLM, server
 from scripts.quality.methods import Method
 from scripts.quality.ruler.sample import Question, Sample
@@ -39,14 +39,15 @@ class Served:
             RuntimeError: it runs DCA and should not, or the other way round.
         """
         metrics = httpx.get(f"{self.url}/metrics", timeout=60).raise_for_status().text
-        chunk = re.search(r"^vllm_dca:chunk_len\{[^}]*\} (\S+)", metrics, re.MULTILINE)
-        if bool(chunk) != method.is_dca:
-            runs = "runs DCA" if chunk else "does not run DCA"
+        lengths = (each.value for each in samples(metrics) if each.name == "vllm_dca:chunk_len")
+        chunk_len = next(lengths, None)
+        if (chunk_len is not None) != method.is_dca:
+            runs = "does not run DCA" if chunk_len is None else "runs DCA"
             raise RuntimeError(
                 f"the server at {self.url} {runs}, and {method.label!r} was asked for: "
                 "start it in that way, or name what it is by --method"
             )
-        return f"DCA, chunks of {float(chunk[1]):.0f}" if chunk else "not DCA"
+        return "not DCA" if chunk_len is None else f"DCA, chunks of {chunk_len:.0f}"
 
     def tokens(self, text: str) -> int:
         """As the served model counts them."""
