@@ -3,6 +3,8 @@
 And a record knows the code that it measured, so that a document can say if it is older.
 """
 
+import ast
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -55,6 +57,23 @@ def broken_link(document: Path, target: str) -> bool:
     if not file.is_relative_to(ROOT) or not file.exists():
         return True
     return bool(anchor) and anchor not in anchors(file)
+
+
+def messages_of(*modules: Path) -> list[str]:
+    """Every string in the code, with … in place of what differs from case to case."""
+
+    def text(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return str(node.value) if isinstance(node, ast.Constant) else "…"
+
+    return [
+        re.sub(r"%[sd.\d]*[sdf]", "…", text(node))
+        for module in modules
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.JoinedStr)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]
 
 
 def has_module(name: str) -> bool:
@@ -185,3 +204,24 @@ def test_what_the_readme_shows_says_that_it_is_older(monkeypatch: pytest.MonkeyP
     assert "\n*The picture and these numbers were measured by an earlier" in tables.rewritten(
         text
     )
+
+
+@pytest.mark.each_minor
+def test_messages_that_are_explained_are_printed() -> None:
+    """The quotes of docs/troubleshooting.md are in our code, or in vLLM's where it says so."""
+    vllm = Path(importlib.util.find_spec("vllm").origin).parent
+    ours = messages_of(*(ROOT / "vllm_dca").rglob("*.py"))
+    theirs = messages_of(
+        *(vllm / "v1/attention/backends" / name for name in ("registry.py", "utils.py")),
+        vllm / "v1/core/kv_cache_utils.py",
+        vllm / "config/model.py",
+    )
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `([^`]*)`( \(vLLM\))?", page, re.MULTILINE)
+    assert len(quoted) > 10
+    pythons = "No module named 'vllm_dca'"
+    plain = {"vllm_dca:request_tokens_past_window_total", pythons}
+    for message, of_vllm in quoted:
+        start = message.removesuffix("…").rstrip()
+        places = theirs if of_vllm else ours
+        assert message in plain or any(start in each for each in places), message
