@@ -45,8 +45,8 @@ LONG = (
     "test_patches",
     "test_parallel",
     "test_ray_batch",
-    "test_hardware",
-    "test_gpu_scripts",
+    "test_gpu_command",
+    "test_gpu_benchmarks",
     "test_model_runner_v2",
     "test_package",
 )

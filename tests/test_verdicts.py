@@ -20,7 +20,6 @@ def test_the_record_judges_every_model(record: dict[str, dict[str, dict[str, str
     assert record["verdicts"] == verdicts(record["found"])
     kinds = [of["verdict"] for of in record["verdicts"].values()]
     assert set(kinds) == {PROVED, SAME, REFUSED, UNTESTABLE}
-    assert kinds.count(PROVED) >= 45
 
 
 def test_proved_models_are_those_of_the_record(

@@ -50,7 +50,7 @@ def test_a_cache_that_the_checkpoint_asks_for_is_refused_in_words_that_help(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="served there")
-def test_the_model_s_dtype_goes_before_the_checkpoint_s_cache(tmp_path: Path) -> None:
+def test_model_dtype_overrides_checkpoint_cache_dtype(tmp_path: Path) -> None:
     """What the refusal names works, in the layers too."""
     method = "compressed-tensors"
     model = checkpoints.write(tmp_path, "LlamaConfig")

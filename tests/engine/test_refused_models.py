@@ -120,7 +120,7 @@ def test_chunked_local_layers_are_refused_beside_any_others(
         ("head_size_v", "its keys have 32 entries, its values 16. DCA needs as many"),
     ],
 )
-def test_layers_whose_model_gives_them_more_than_vllm_selected_are_refused(
+def test_layers_with_extra_attention_arguments_are_refused(
     given: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend that a model names is a layer's, whatever was selected."""
@@ -170,7 +170,7 @@ def test_layers_that_are_refused(argument: dict[str, Any], reason: str) -> None:
         DcaImpl(4, 16, 1.0, **argument)
 
 
-def test_a_loader_that_bypasses_the_installation_is_refused(llama: Path) -> None:
+def test_loader_that_bypasses_create_model_is_refused(llama: Path) -> None:
     """As tensorizer does: it builds models without BaseModelLoader.create_model."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.model_executor.model_loader.utils import initialize_model

@@ -166,7 +166,7 @@ def test_what_vllm_is_told_that_dca_cannot(use: str, reason: str) -> None:
     assert DcaBackend.validate_configuration(**{**BASE, use: True}) == [reason]
 
 
-def test_a_cache_that_dca_does_not_know_is_vllm_s_to_refuse() -> None:
+def test_unknown_cache_dtype_is_left_to_vllm() -> None:
     from vllm_dca.engine.backend import DcaBackend
 
     reasons = DcaBackend.validate_configuration(**{**BASE, "kv_cache_dtype": "nvfp4"})

@@ -147,7 +147,7 @@ REFUSED = {
         "test_refused_models::test_layers_with_an_attention_of_their_own_are_refused"
     ),
     "values of another size": (
-        "test_refused_models::test_layers_whose_model_gives_them_more_than_vllm_selected_are_refused"
+        "test_refused_models::test_layers_with_extra_attention_arguments_are_refused"
     ),
     "no rotary positions": AS_BUILT,
     "rotations that cannot": "test_following::test_what_is_half_understood_is_refused",

@@ -40,7 +40,7 @@ def resolve(
         (None, {**QWEN, "sparse_attention_enabled": True}, (262144, 8192, 262144)),
     ],
 )
-def test_the_first_that_speaks(
+def test_options_override_checkpoint_and_window(
     options: dict[str, Any] | None, checkpoint: dict[str, Any] | None, expected: Any
 ) -> None:
     assert resolve(options, checkpoint) == expected

@@ -67,7 +67,7 @@ def test_a_row_sees_verticals_and_what_is_at_a_distance_from_its_tile_s_end(
 
 
 @pytest.mark.parametrize("d", [0, 1, 63, 64, 100, 200])
-def test_a_slash_gives_a_tile_every_key_that_a_row_of_it_has_on_the_diagonal(d: int) -> None:
+def test_slash_selects_the_whole_diagonal_of_a_tile(d: int) -> None:
     end = 320
     weights = torch.zeros(1, 64, end, dtype=torch.float64)
     rows = torch.arange(end - 64, end)

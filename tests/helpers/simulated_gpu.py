@@ -25,7 +25,7 @@ class _Synchronising(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[None]:
+def simulated_gpu() -> Iterator[None]:
     modes = contextlib.ExitStack()
 
     def set_sync_debug_mode(mode: Any) -> None:

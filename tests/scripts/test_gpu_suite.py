@@ -19,7 +19,7 @@ from scripts.hardware import __main__ as hardware
 from tests.cuda import test_gpu
 from tests.helpers import caches, interpreter, kernels, paged
 from tests.helpers.paged import CPU_OPERATIONS, Shape
-from tests.helpers.pretended_gpu import pretended_gpu
+from tests.helpers.simulated_gpu import simulated_gpu
 from vllm_dca.cuda import sparse_attend, sparse_probe
 from vllm_dca.cuda.plan_decode import DecodePlanner
 from vllm_dca.cuda.tuning import Tuning
@@ -45,8 +45,8 @@ def test_the_gpus_tests_run_what_they_say(step: str, lengths: list[tuple[int, in
     on_device.batch.assert_close(on_device.output.cpu())
 
 
-def test_the_gpus_tests_of_graphs_and_waiting_hold_on_a_pretended_one() -> None:
-    with pretended_gpu():
+def test_gpu_tests_hold_on_a_simulated_gpu() -> None:
+    with simulated_gpu():
         test_gpu.test_a_captured_graph_replays_across_chunk_borders(3)
         test_gpu.test_nothing_synchronises("decode")
 
@@ -65,7 +65,7 @@ def test_a_graph_that_froze_its_lengths_is_seen(monkeypatch: pytest.MonkeyPatch)
             super().__init__(*args)
 
     monkeypatch.setattr(kernels, "DecodePlanner", Moves)
-    with pretended_gpu(), pytest.raises(AssertionError, match=r"> .* for Shape"):
+    with simulated_gpu(), pytest.raises(AssertionError, match=r"> .* for Shape"):
         test_gpu.test_a_captured_graph_replays_across_chunk_borders(1)
 
 
