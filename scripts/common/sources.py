@@ -78,7 +78,7 @@ MEASUREMENTS = {
     "scripts.load.faults": Measurement(
         ("faults",), ("vllm_dca/engine/choice.py", *ENGINE_ON_CPU)
     ),
-    "scripts.load.soak": Measurement(("soak", "soak-quick"), ENGINE_ON_CPU),
+    "scripts.load.soak": Measurement(("soak",), ENGINE_ON_CPU),
     "scripts.models.sweep": Measurement(
         ("models",), ("vllm_dca/engine/*.py", "scripts/models/*.py", *CPU)
     ),

@@ -232,6 +232,7 @@ DATED = {
     "engine_avx2": ("engine-cpu-avx2",),
     "first_answer": ("first-answer",),
     "faults": ("faults",),
+    "soak": ("soak",),
     "sparse": ("sparse-32k", "sparse-128k"),
     "first_token": ("first-token-32k",),
 }
