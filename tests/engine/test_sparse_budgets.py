@@ -135,7 +135,7 @@ def test_who_shares_keys_must_have_the_same_options(llama: Path, dca_log: list[s
     shared = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     settle(llama, kv_transfer_config=shared, **options(**AUTO))
     [warning] = [line for line in dca_log if "as DCA rotated them" in line]
-    assert "with these options of sparse prefill; give" in warning
+    assert "with these options of sparse prefill. Give" in warning
 
 
 def test_fp32_is_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_fp32_is_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
     [refused] = refusals.refusals(config)
-    assert refused.startswith("sparse prefill in float32 on CUDA (--dtype bfloat16")
+    assert refused.startswith("sparse prefill in float32 on CUDA (use --dtype bfloat16")
     config.model_config.dtype = torch.bfloat16
     assert refusals.refusals(config) == []
 
