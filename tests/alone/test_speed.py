@@ -13,6 +13,7 @@ from vllm_dca.cpu import compiled
 # AVX512_BF16. On AVX2, three turns of what this test does, on a quiet machine, had at most
 # 0.36, 0.34, 0.53 and 0.39, and at least 0.33, 0.33, 0.50 and 0.37. The limits are a third
 # above these or more, on AVX2 a half, for a busy machine. A kernel half as fast is above each.
+# Of others, such as an Intel Xeon with AVX512, single turns on a shared machine are known only.
 ALL = [(step, dtype) for step in ("prefill", "decode") for dtype in ("float32", "bfloat16")]
 LIMITS = {"AVX512_BF16": (1.3, 0.75, 1.3, 0.85), "AVX2": (0.55, 0.55, 0.8, 0.6)}
 NOT_MEASURED = (1.4,) * 4  # other instructions

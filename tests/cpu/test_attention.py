@@ -169,6 +169,19 @@ def test_instruction_sets_are_those_that_torch_may_use() -> None:
     assert found.stdout.split() == ["AVX2", "baseline"]
 
 
+@pytest.mark.parametrize(
+    ("cpu_name", "expected"),
+    [("AMD Zen 4", "AVX512_BF16"), ("Intel Xeon", "AVX512"), (None, "AVX512_BF16")],
+)
+def test_pairs_of_bfloat16_are_for_processors_that_are_fast_in_them(
+    cpu_name: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has = {"avx512_bf16": True, "cpu_name": cpu_name}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert compiled.fastest() == expected
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens_first", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 700])
