@@ -213,7 +213,7 @@ def test_messages_that_are_explained_are_printed() -> None:
     ours = messages_of(*(ROOT / "vllm_dca").rglob("*.py"))
     theirs = messages_of(
         *(vllm / "v1/attention/backends" / name for name in ("registry.py", "utils.py")),
-        vllm / "v1/core/kv_cache_utils.py",
+        *(vllm / "v1/core").glob("kv_cache_*.py"),
         vllm / "config/model.py",
     )
     page = (ROOT / "docs/troubleshooting.md").read_text()
