@@ -71,6 +71,7 @@ MEASUREMENTS = {
     "scripts.bench.first_token": Measurement(
         ("first-token-32k",), ENGINE_ON_CPU, is_sparse=True
     ),
+    "scripts.bench.instructions": Measurement(("cpu-instructions",), CPU),
     # How much memory vLLM's own layers keep.
     "scripts.bench.linear_memory": Measurement(("linear-memory",), ()),
     "scripts.bench.prefill_kernels": Measurement(("prefill-kernels",), COMPILED),

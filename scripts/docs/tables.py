@@ -62,6 +62,22 @@ def by_torch() -> str:
     )
 
 
+def cpu_instructions() -> str:
+    rows = load("cpu-instructions")["results"]
+    names = list(rows[0]["milliseconds"])
+    return markdown(
+        ("step", "shape", *names),
+        *(
+            (
+                row["step"],
+                row["shape"],
+                *(f"{row['milliseconds'][each]['median']:,.2f}" for each in names),
+            )
+            for row in rows
+        ),
+    )
+
+
 def cpu_growth() -> str:
     head = ("tokens", "dtype", "requests", "chunk_len", "DCA / CPU_ATTN", "of a read")
     return markdown(
@@ -197,6 +213,7 @@ MADE_BY = (
     cpu,
     cpu_avx2,
     by_torch,
+    cpu_instructions,
     cpu_growth,
     engine,
     engine_avx2,
@@ -227,6 +244,7 @@ DATED = {
     "evaluation": ("perplexity", "retrieval"),
     "cpu": ("cpu",),
     "cpu_avx2": ("cpu-avx2",),
+    "cpu_instructions": ("cpu-instructions",),
     "cpu_growth": ("cpu-growth",),
     "engine": ("engine-cpu",),
     "engine_avx2": ("engine-cpu-avx2",),

@@ -13,8 +13,8 @@ from vllm_dca.engine.settings import settings_of
 from vllm_dca.method.lines import Rule, rule_of
 from vllm_dca.method.sparse import SparseSizes
 
-# In the names of a drafter's layers. Drafters without count on from the model's last layer.
-DRAFTERS = {"draft_model", "mtp"}
+# What names a drafter's layers. Drafters without these count on from the model's last layer.
+DRAFTER_PREFIXES = {"draft_model", "mtp"}
 
 
 def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
@@ -28,7 +28,7 @@ def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
         return None
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     index = extract_layer_index(layer.layer_name)
-    if index >= layers or DRAFTERS & {*layer.layer_name.split(".")}:
+    if index >= layers or DRAFTER_PREFIXES & {*layer.layer_name.split(".")}:
         return None
     rank, heads = get_tensor_model_parallel_rank(), layer.num_heads
     on_all_ranks = heads * get_tensor_model_parallel_world_size()

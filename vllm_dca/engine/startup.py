@@ -43,8 +43,9 @@ def configure(vllm_config: VllmConfig) -> None:
     _disable_embeddings(vllm_config)
     _restore_length(vllm_config)
     drafter = drafter_of(vllm_config)
-    models = [model_config, *([] if drafter is None else [drafter.draft_model_config])]
-    if any(map(has_sliding_layers, models)):
+    if has_sliding_layers(model_config) or (
+        drafter is not None and has_sliding_layers(drafter.draft_model_config)
+    ):
         _keep_sliding_layers(vllm_config)
     options = validate_options(vllm_config.additional_config.get(OPTIONS, {}))
     checkpoint = _take_checkpoint_config(model_config)
