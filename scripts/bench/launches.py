@@ -13,16 +13,17 @@ from vllm_dca.cuda.paged_pass import attention
 from vllm_dca.cuda.plan_decode import DecodePlanner, programs, rows_a_pack
 from vllm_dca.cuda.plan_prefill import plan_walk
 from vllm_dca.cuda.prefill import walk_attention
-from vllm_dca.cuda.sparse import Sparse
+from vllm_dca.cuda.sparse_prefill import Sparse
 from vllm_dca.cuda.turn import turn_queries
 from vllm_dca.method.device import Partial
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.kv_cache import split_kv
-from vllm_dca.method.lines import Rule
 from vllm_dca.method.planning import plan_prefill
 from vllm_dca.method.rotary import QueryRotation
-from vllm_dca.method.sparse import SparsePlan, SparseSizes
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.method.sparse_prefill import SparseSizes
+from vllm_dca.method.vertical_slash import Rule
 
 
 class Shape(NamedTuple):

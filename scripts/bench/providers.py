@@ -15,7 +15,7 @@ from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from scripts.common import record
 from vllm_dca.cuda.device import prefill_by
-from vllm_dca.engine.choice import PROVIDERS, in_order
+from vllm_dca.engine.providers import PROVIDERS, in_order
 from vllm_dca.method.device import Prefill
 from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderError
 

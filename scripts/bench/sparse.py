@@ -20,10 +20,10 @@ from scripts.bench.cpu import DTYPES, PAGE, SHAPES
 from scripts.bench.layer import Layer
 from scripts.common import record
 from vllm_dca.cpu import compiled, compiled_sparse
-from vllm_dca.method.lines import Lines, Rule
-from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_config import COVERAGE, MIN_KEYS, TILE
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import Segment, sparse_segments
+from vllm_dca.method.vertical_slash import Lines, Rule
 
 RULES = {"auto": Rule(None, None, COVERAGE, MIN_KEYS)}
 # Chunks of 6,144 tokens.

@@ -27,13 +27,14 @@ from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from scripts.common import record
 from vllm_dca.cuda import device, sparse_attend, sparse_probe
-from vllm_dca.cuda.sparse import Sparse
 from vllm_dca.cuda.sparse_lists import list_lines
+from vllm_dca.cuda.sparse_prefill import Sparse
 from vllm_dca.cuda.sparse_select import choose
-from vllm_dca.method.lines import PROBE, Rule
-from vllm_dca.method.sparse import SparsePlan, SparseSizes
 from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import sparse_segments
+from vllm_dca.method.sparse_prefill import SparseSizes
+from vllm_dca.method.vertical_slash import PROBE, Rule
 
 # A vertical-slash pattern's usual ones, as MInference searches and Qwen's 1M checkpoints have.
 VERTICALS, SLASHES = 1000, 6096

@@ -37,7 +37,7 @@ COMPILED = ("scripts/bench/launches.py", *CUDA)
 # Nothing of it runs unless it is asked for.
 SPARSE = (
     "vllm_dca/*/*sparse*",
-    "vllm_dca/method/lines.py",
+    "vllm_dca/method/vertical_slash.py",
     "vllm_dca/cpu/select.h",
     "vllm_dca/cpu/weigh.h",
 )
@@ -77,7 +77,7 @@ MEASUREMENTS = {
     "scripts.bench.prefill_kernels": Measurement(("prefill-kernels",), COMPILED),
     "scripts.bench.sparse": Measurement(("sparse-32k", "sparse-128k"), CPU, is_sparse=True),
     "scripts.load.faults": Measurement(
-        ("faults",), ("vllm_dca/engine/choice.py", *ENGINE_ON_CPU)
+        ("faults",), ("vllm_dca/engine/providers.py", *ENGINE_ON_CPU)
     ),
     "scripts.load.soak": Measurement(("soak",), ENGINE_ON_CPU),
     "scripts.models.sweep": Measurement(

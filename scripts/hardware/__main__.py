@@ -30,7 +30,13 @@ from scripts.common import record
 
 # Kernels against the fp64 reference. What no machine without a GPU has met goes first: graphs,
 # synchronisation and launches.
-TESTS = ("test_gpu", "test_decode", "test_prefill", "test_caps_and_sinks", "test_sparse")
+TESTS = (
+    "test_gpu",
+    "test_decode",
+    "test_prefill",
+    "test_caps_and_sinks",
+    "test_sparse_prefill",
+)
 TEST_FILES = {name: f"tests/cuda/{name}.py" for name in TESTS}
 MEASURING = {
     "kernels": "scripts.bench.kernels",
@@ -84,7 +90,9 @@ def step(name: str, dry_run: bool, results: Path) -> Step:
             return Step(name, [*command, "-k", "pad_are_zero or waits"])
         return Step(name, command, {"DCA_CASES": os.environ.get("DCA_CASES", CASES)})
     if name == "sanitizer":
-        files = (TEST_FILES[test] for test in ("test_decode", "test_prefill", "test_sparse"))
+        files = (
+            TEST_FILES[test] for test in ("test_decode", "test_prefill", "test_sparse_prefill")
+        )
         tests = python("pytest", *files, "-k", " or ".join(SANITIZED))
         # What torch's allocator hands out lies in large segments, in which nothing is out of
         # bounds.

@@ -32,7 +32,7 @@ PATHS = {
         f"{CUDA}/test_prefill.py::test_prefill_agrees_with_reference",
         f"{CUDA}/test_decode.py::test_decode_takes_any_number_of_new_tokens",
     ),
-    "cuda-sparse": tuple(f"{CUDA}/test_sparse.py::{name}" for name in SPARSE),
+    "cuda-sparse": tuple(f"{CUDA}/test_sparse_prefill.py::{name}" for name in SPARSE),
 }
 console = Console()
 

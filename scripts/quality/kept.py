@@ -13,10 +13,11 @@ import torch
 
 from vllm_dca.engine.impl import DcaImpl
 from vllm_dca.engine.metadata import DcaMetadataBuilder
-from vllm_dca.method.lines import Lines, Rule
-from vllm_dca.method.sparse import Attended, SparseOperations
 from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_operations import SparseOperations
 from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.method.sparse_recall import Attended
+from vllm_dca.method.vertical_slash import Lines, Rule
 
 FIRST = 64  # keys, which a window keeps beside the nearest ones
 
@@ -84,28 +85,28 @@ class Watched:
     """A layer, what its attention took, and what it kept."""
 
     def __init__(self, impl: DcaImpl) -> None:
-        assert impl.rule is not None
         assert impl.sparse is not None
-        self.impl, self.rule = impl, impl.rule
         self.sparse, self.forward = impl.sparse, impl.forward
+        self.rule, self.prefill = impl.sparse.rule, impl.sparse.prefill
         self.seconds = 0.0
         self.segments: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         impl.forward = self._timed  # type: ignore[method-assign]
-        impl.watch = self._look
+        impl.sparse.watch = self._look
+        impl.sparse.sampler.every = 1
 
     def use(self, selection: Selection) -> None:
         """From now on; what was seen before is forgotten."""
         self.seconds, self.segments = 0.0, []
         if selection.coverage is None:
             return
-        self.impl.rule = self.rule._replace(coverage=selection.coverage)
-        self.impl.sparse = self.sparse
+        self.sparse.rule = self.rule._replace(coverage=selection.coverage)
+        self.sparse.prefill = self.prefill
         if selection.window:
-            # As `vllm_dca.method.sparse.by_segment` made it.
-            attend: Any = self.sparse.attend
+            # As `vllm_dca.method.sparse_prefill.by_segment` made it.
+            attend: Any = self.prefill.attend
             operations = SinkAndWindow(attend.keywords["operations"]).operations()
             by_window = functools.partial(attend.func, operations=operations)
-            self.impl.sparse = self.sparse._replace(attend=by_window)
+            self.sparse.prefill = self.prefill._replace(attend=by_window)
 
     def _timed(self, *args: Any, **kwargs: Any) -> Any:
         start = time.process_time()
@@ -130,7 +131,7 @@ class Watched:
         return float(keys / pairs), recall.tolist()
 
 
-_SPLIT = DcaMetadataBuilder._split
+_SPLIT = DcaMetadataBuilder.split
 
 
 def _nothing(*_: Any) -> None:
@@ -143,7 +144,7 @@ def _layers(model: torch.nn.Module) -> list[Watched]:
     for module in model.modules():
         impl = getattr(module, "impl", None)
         if isinstance(impl, DcaImpl):
-            known = getattr(impl.watch, "__self__", None)
+            known = getattr(impl.sparse and impl.sparse.watch, "__self__", None)
             found.append(known if isinstance(known, Watched) else Watched(impl))
     return found
 
@@ -151,10 +152,9 @@ def _layers(model: torch.nn.Module) -> list[Watched]:
 def use(model: torch.nn.Module, label: str) -> None:
     """Select in this way from now on, and look at every step."""
     selection = Selection.parse(label)
-    DcaMetadataBuilder.watched_steps = 1
     # The builder plans a step densely if nothing of it is split off.
     split = _SPLIT if selection.coverage is not None else _nothing
-    DcaMetadataBuilder._split = split  # type: ignore[method-assign, assignment]
+    DcaMetadataBuilder.split = split  # type: ignore[method-assign, assignment]
     for layer in _layers(model):
         layer.use(selection)
 

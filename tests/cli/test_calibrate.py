@@ -58,12 +58,9 @@ def _calibrated(*words: str, **environment: str) -> Result:
     """In this process, which is left as it was."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from vllm_dca.engine.metadata import DcaMetadataBuilder
-
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}.items():
             patch.setenv(name, value)
-        patch.setattr(DcaMetadataBuilder, "watched_steps", DcaMetadataBuilder.watched_steps)
         try:
             result = run(*words)
         finally:

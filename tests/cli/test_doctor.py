@@ -69,13 +69,13 @@ def test_doctor_where_vllm_does_not_import(tmp_path: Path) -> None:
 
 
 def test_doctor_goes_on_after_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_dca.engine import choice
+    from vllm_dca.engine import providers
 
     def fail(_: Any) -> None:
         raise RuntimeError("the driver is gone")
 
-    for device in choice.PROVIDERS:
-        monkeypatch.setitem(choice.PROVIDERS, device, {"broken": fail})
+    for device in providers.PROVIDERS:
+        monkeypatch.setitem(providers.PROVIDERS, device, {"broken": fail})
     result = run("doctor")
     assert result.exit_code == 1
     found = findings(result)
@@ -171,14 +171,14 @@ def test_doctor_on_an_installation_from_before_the_code_moved(
 
 
 def test_doctor_where_nothing_can_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_dca.engine import choice
+    from vllm_dca.engine import providers
     from vllm_dca.method.provider import Needs, UnusableProviderError
 
     def unusable(needs: Needs) -> Any:
         raise UnusableProviderError("it is out of order")
 
-    monkeypatch.setitem(choice.PROVIDERS, "cpu", {"torch": unusable})
-    monkeypatch.setitem(choice.PROVIDERS, "cuda", {"torch": unusable})
+    monkeypatch.setitem(providers.PROVIDERS, "cpu", {"torch": unusable})
+    monkeypatch.setitem(providers.PROVIDERS, "cuda", {"torch": unusable})
     result = run("doctor")
     assert result.exit_code == 1
     found = findings(result)

@@ -20,9 +20,10 @@ from tests.helpers.sparse_checks import (
     shapes,
 )
 from vllm_dca.cpu import compiled, compiled_sparse, sparse
-from vllm_dca.method.lines import Lines, Rule, select
-from vllm_dca.method.sparse import Attended, SparseOperations, SparsePlan
+from vllm_dca.method.sparse_operations import SparseOperations, SparsePlan
 from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.method.sparse_recall import Attended
+from vllm_dca.method.vertical_slash import Lines, Rule, select
 from vllm_dca.reference import sparse as reference
 
 OPERATIONS = {
@@ -158,7 +159,7 @@ def test_what_lines_keep_of_a_tile_between(path: str) -> None:
 @pytest.mark.parametrize("operations", OPERATIONS.values(), ids=OPERATIONS)
 def test_batched_equals_single(rule: Rule, operations: SparseOperations) -> None:
     """Not a bit may differ: a segment's lines and answers are its request's own."""
-    from vllm_dca.method.sparse import sparse_attention
+    from vllm_dca.method.sparse_prefill import sparse_attention
 
     lengths = [(700, 0), (40, 0), (900, 300)]
     batch = Batch.random(Shape(lengths, 320, 64, block_size=16))

@@ -16,12 +16,13 @@ from tests.helpers.paged import DEVICE, Batch, Shape, query_start_loc
 from vllm_dca.cuda import sparse_plan, sparse_probe
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.device import prefill_by
-from vllm_dca.cuda.sparse import Sparse
-from vllm_dca.engine.choice import PROVIDERS
+from vllm_dca.cuda.sparse_prefill import Sparse
+from vllm_dca.engine.providers import PROVIDERS
 from vllm_dca.method.kv_cache import split_kv
-from vllm_dca.method.lines import Lines, Rule, select
 from vllm_dca.method.provider import Needs, UnusableProviderError
-from vllm_dca.method.sparse import SparsePlan, SparseSizes
+from vllm_dca.method.sparse_operations import SparsePlan
+from vllm_dca.method.sparse_prefill import SparseSizes
+from vllm_dca.method.vertical_slash import Lines, Rule, select
 
 SHAPE = Shape(
     [(1, 0)],

@@ -253,7 +253,7 @@ def test_a_predictor_stays_dense_beside_sparse_prefill(mode: str, tmp_path: Path
         assert drafted(llm) > 0
         runner = runner_of(llm)
         rules = [
-            [module.impl.rule for module in each.modules() if hasattr(module, "attn_backend")]
+            [module.impl.sparse for module in each.modules() if hasattr(module, "attn_backend")]
             for each in (runner.model, runner.drafter.model)
         ]
     [[rule], [none]] = rules

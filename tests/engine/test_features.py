@@ -178,9 +178,9 @@ def test_all_that_a_layer_reads_survives_sleep(llama: Path, tmp_path: Path) -> N
             if hasattr(layer, "impl")
             for index, tensor in enumerate(
                 (
-                    layer.impl.rotation.cos_sin,
-                    layer.impl.rule.verticals,
-                    layer.impl.rule.slashes,
+                    layer.impl.prepared.rotation.cos_sin,
+                    layer.impl.sparse.rule.verticals,
+                    layer.impl.sparse.rule.slashes,
                 )
             )
         }

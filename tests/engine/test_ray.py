@@ -91,7 +91,7 @@ def observe_rank(worker: Any) -> dict[str, Any]:
     return {
         **observe(worker.vllm_config),
         "layers": [
-            (layer.attn_backend.__qualname__, layer.num_heads, layer.impl.rotation is not None)
+            (layer.attn_backend.__qualname__, layer.num_heads, layer.impl.prepared is not None)
             for layer in layers
             if isinstance(layer, Attention)
         ],

@@ -23,17 +23,17 @@ def test_only_the_layers_of_dca_get_a_periodic_table(
     from vllm_dca.engine import rotary_tables
 
     originals: list[tuple[weakref.ref[Any], torch.Tensor]] = []
-    remap_one = rotary_tables.remap
+    periodic = rotary_tables.periodic
 
     def spy(rotary: RotaryEmbedding, *rest: Any) -> Any:
         originals.append((weakref.ref(rotary), rotary.cos_sin_cache.clone()))
-        return remap_one(rotary, *rest)
+        return periodic(rotary, *rest)
 
     def tables(model: torch.nn.Module) -> list[tuple[int, torch.Tensor, bool]]:
         modules = [layer.self_attn.rotary_emb for layer in model.model.layers]
         return [(id(m), m.cos_sin_cache, m._forward_method.__self__ is m) for m in modules]
 
-    monkeypatch.setattr(rotary_tables, "remap", spy)
+    monkeypatch.setattr(rotary_tables, "periodic", spy)
     _ROPE_DICT.clear()
     gc.collect()
     others = [each for each in gc.get_objects() if type(each) is RotaryEmbedding]
@@ -61,8 +61,8 @@ def test_a_rotary_module_goes_when_nobody_uses_it(llama: Path) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, get_rope
 
-    from vllm_dca.engine.following import Rotation
-    from vllm_dca.engine.remap import _Tables
+    from vllm_dca.engine.rotary_replacements import RotaryReplacements
+    from vllm_dca.engine.rotary_trace import Rotation
     from vllm_dca.engine.settings import settings_of
 
     config = settle(llama, additional_config={"dca": SIZES}, max_model_len=1024)
@@ -70,20 +70,20 @@ def test_a_rotary_module_goes_when_nobody_uses_it(llama: Path) -> None:
     with set_current_vllm_config(config):
         rotary = get_rope(16, 128)
         model = torch.nn.ModuleList([torch.nn.Identity(), rotary])
-        tables = _Tables(settings_of(config), 1024)
-        tables.remap("first", Rotation(rotary, [(model, "0")]), model)
-        tables.forget_replaced(model)
+        rotaries = RotaryReplacements(settings_of(config), 1024)
+        rotaries.make_periodic("first", Rotation(rotary, [(model, "0")]), model)
+        rotaries.forget_replaced(model)
         assert get_rope(16, 128) is rotary
-        tables.remap("second", Rotation(rotary, [(model, "1")]), model)
+        rotaries.make_periodic("second", Rotation(rotary, [(model, "1")]), model)
         assert model[1] is model[0]
-        tables.forget_replaced(model)
+        rotaries.forget_replaced(model)
         assert not _ROPE_DICT
         again = get_rope(16, 128)
         assert again is not rotary
         assert torch.equal(again.cos_sin_cache, rotary.cos_sin_cache)
         # One that is long enough stays where it is.
         model.append(torch.nn.Identity())
-        tables.lengthen("third", Rotation(get_rope(16, 1024), [(model, "2")]), model)
+        rotaries.make_long("third", Rotation(get_rope(16, 1024), [(model, "2")]), model)
         assert model[2] is get_rope(16, 1024)
-        tables.forget_replaced(model)
+        rotaries.forget_replaced(model)
         assert len(_ROPE_DICT) == 2

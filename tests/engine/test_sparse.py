@@ -197,7 +197,7 @@ def test_drafters_stay_dense(method: str, llama: Path, tmp_path: Path) -> None:
         models = (runner.model, runner.drafter.model)
         rules = [
             {
-                module.impl.rule is None
+                module.impl.sparse is None
                 for module in model.modules()
                 if hasattr(module, "attn_backend")
             }

@@ -150,7 +150,7 @@ REFUSED = {
         "test_refused_models::test_layers_with_extra_attention_arguments_are_refused"
     ),
     "no rotary positions": AS_BUILT,
-    "rotations that cannot": "test_following::test_what_is_half_understood_is_refused",
+    "rotations that cannot": "test_rotary_trace::test_what_is_half_understood_is_refused",
     "what other rotary modules": AS_BUILT,
     "sparse prefill with soft": "test_refused_options::test_where_soft_caps_are_refused",
     **dict.fromkeys(

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 
 from tests.helpers.paged import Batch, query_start_loc
-from vllm_dca.method.lines import Lines, Rule
-from vllm_dca.method.sparse import SparsePlan
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import Segment, sparse_segments
+from vllm_dca.method.vertical_slash import Lines, Rule
 from vllm_dca.reference import sparse as reference
 
 # Of two heads.

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tests.helpers import sparse as helper
 from tests.helpers.paged import Batch, Shape
 from tests.helpers.shapes import DTYPES
-from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.method.vertical_slash import Lines, Rule
 from vllm_dca.reference import sparse as reference
 from vllm_dca.reference.attention import dual_chunk_attention
 

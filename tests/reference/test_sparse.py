@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from vllm_dca.reference.attention import dual_chunk_attention, query_positions
 from vllm_dca.reference.sparse import (
-    BAND,
-    SINKS,
+    FIRST_KEYS,
+    NEAR_DIAGONALS,
     Lines,
     Rule,
     is_sparse,
@@ -72,7 +72,7 @@ def test_slash_selects_the_whole_diagonal_of_a_tile(d: int) -> None:
     weights = torch.zeros(1, 64, end, dtype=torch.float64)
     rows = torch.arange(end - 64, end)
     weights[0, torch.arange(64), rows - d] = 1
-    lines = select(weights, rows, Rule(verticals=[0], slashes=[BAND + 1]))
+    lines = select(weights, rows, Rule(verticals=[0], slashes=[NEAR_DIAGONALS + 1]))
     tile = set((rows - d).tolist())  # the last rows are a whole tile
     seen = seen_keys(rows, lines)[0]
     for row, i in enumerate(rows.tolist()):
@@ -91,9 +91,9 @@ def by_hand(weights: torch.Tensor, rows: torch.Tensor, rule: Rule) -> tuple[set,
         for j in range(i + 1):
             slash.setdefault(i // tile - j // tile, []).append(weights[row, j].item())
     of_line = {line: math.fsum(parts) for line, parts in slash.items()}
-    sinks = set(range(min(SINKS, end)))
+    sinks = set(range(min(FIRST_KEYS, end)))
     # A block holds a diagonal below 100 if its nearest one is.
-    near = {m for m in of_line if tile * m - (tile - 1) < BAND}
+    near = {m for m in of_line if tile * m - (tile - 1) < NEAR_DIAGONALS}
 
     def largest(weight: dict[int, float], always: set[int], count: int | None) -> set[int]:
         rest = sorted(weight.keys() - always, key=lambda line: (-weight[line], line))

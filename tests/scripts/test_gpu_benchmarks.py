@@ -14,7 +14,7 @@ from scripts.bench import cases, clock, kernels, machine_code, sparse_kernels
 from scripts.bench.cases import Case
 from scripts.bench.layer import Layer
 from tests.helpers import interpreter
-from vllm_dca.cuda import sparse, sparse_attend
+from vllm_dca.cuda import sparse_attend, sparse_prefill
 from vllm_dca.cuda.paged_pass import attention
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_sparse_prefill_is_checked_and_counted(monkeypatch: pytest.MonkeyPatch) 
         attend(*args, **kwargs)
         args[2].mul_(1.1)
 
-    monkeypatch.setattr(sparse, "attend", wrong)
+    monkeypatch.setattr(sparse_prefill, "attend", wrong)
     with pytest.raises(AssertionError, match=r"tiny, .* tokens"):
         bench.check()
 

@@ -172,7 +172,7 @@ def test_on_a_gpu_only_what_a_gpu_can_pass_is_run() -> None:
         "tests/cuda/test_decode.py",
         "tests/cuda/test_prefill.py",
         "tests/cuda/test_caps_and_sinks.py",
-        "tests/cuda/test_sparse.py",
+        "tests/cuda/test_sparse_prefill.py",
     ]
     for file in files:
         assert (ROOT / file).exists()

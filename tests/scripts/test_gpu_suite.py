@@ -23,10 +23,10 @@ from tests.helpers.simulated_gpu import simulated_gpu
 from vllm_dca.cuda import sparse_attend, sparse_probe
 from vllm_dca.cuda.plan_decode import DecodePlanner
 from vllm_dca.cuda.tuning import Tuning
-from vllm_dca.method.lines import Rule
 from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.provider import AttentionProvider, PagedSegments
 from vllm_dca.method.rotary import turn_queries
+from vllm_dca.method.vertical_slash import Rule
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses for want of one")

@@ -16,8 +16,8 @@ from tests.helpers import checkpoints
 from tests.helpers.answers import assert_close, generate, of_prompt
 from tests.helpers.inprocess import engine
 from vllm_dca.engine.metadata import DcaMetadataBuilder
-from vllm_dca.method import lines
-from vllm_dca.method.sparse import SparseOperations
+from vllm_dca.method import vertical_slash
+from vllm_dca.method.sparse_operations import SparseOperations
 from vllm_dca.method.sparse_planning import Segment
 from vllm_dca.reference.model import prompt_logprobs
 
@@ -33,15 +33,15 @@ def test_a_window_has_as_many_keys_in_the_middle_of_a_segment() -> None:
     def unused(**_: object) -> None:
         raise AssertionError
 
-    own = SparseOperations(weigh, lines.select, unused)
+    own = SparseOperations(weigh, vertical_slash.select, unused)
     exchanged = SinkAndWindow(own).operations()
-    rule = lines.Rule(None, None, 0.4, 64)
+    rule = vertical_slash.Rule(None, None, 0.4, 64)
     found = exchanged.weigh(segment=Segment(0, begin, end, 0))
     window, auto = exchanged.select(*found, rule), own.select(*weights, rule)
     middle = (begin + end) // 2 // 64 * 64
     j = torch.arange(middle)
 
-    def seen(of: lines.Lines) -> torch.Tensor:
+    def seen(of: vertical_slash.Lines) -> torch.Tensor:
         return of.verticals[:, :middle] | of.distances[:, middle - j]
 
     assert torch.equal(seen(window).sum(1), seen(auto).sum(1))
@@ -92,8 +92,7 @@ def test_an_engine_selects_as_it_is_told(
 ) -> None:
     """Each way from the same prompt; as many keys by a window as by lines, and other ones."""
     # What it is told holds for every engine of the process.
-    for name in ("watched_steps", "_split"):
-        monkeypatch.setattr(DcaMetadataBuilder, name, getattr(DcaMetadataBuilder, name))
+    monkeypatch.setattr(DcaMetadataBuilder, "split", DcaMetadataBuilder.split)
     model = checkpoints.write(tmp_path, "LlamaConfig")
     sparse = {"sparse": "auto", "sparse_threshold": 150, "sparse_min_keys": 64}
     options = {

@@ -147,8 +147,8 @@ def _check_providers() -> Iterator[Finding]:
     import torch
     from vllm.platforms import current_platform
 
-    from vllm_dca.engine.choice import PROVIDERS
     from vllm_dca.engine.devices import compute_capability
+    from vllm_dca.engine.providers import PROVIDERS
     from vllm_dca.method.provider import Needs, UnusableProviderError
 
     needs = Needs(

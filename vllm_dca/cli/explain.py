@@ -93,7 +93,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         if isinstance(spec, AttentionSpec):
             heads = max(spec.num_kv_heads // ranks, 1)
             specs[name] = dataclasses.replace(spec, num_kv_heads=heads)
-    devices = [layers[name].impl.device for name in dca]
+    prepared = [layers[name].impl.prepared for name in dca]
     model_config = vllm_config.model_config
     settings = settings_of(vllm_config)
     return Explanation(
@@ -103,7 +103,7 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         device_type=current_platform.device_type,
         layers=of_model,
         drafter=of_drafter[0] if of_drafter else None,
-        provider=devices[0].provider if devices and devices[0] is not None else None,
+        provider=next((each.device.provider for each in prepared if each is not None), None),
         token_bytes=sum(specs[name].page_size_bytes // specs[name].block_size for name in dca),
         request_bytes=sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values()),
         ranks=ranks,
@@ -174,6 +174,7 @@ def _models(vllm_config: Any) -> list[tuple[Any, Any, str]]:
     """
     from vllm.config import replace
 
+    from vllm_dca.engine.drafters import DRAFT_MODEL_PREFIX
     from vllm_dca.engine.support import drafter_of
 
     model = (vllm_config, vllm_config.model_config, "")
@@ -188,7 +189,7 @@ def _models(vllm_config: Any) -> list[tuple[Any, Any, str]]:
             vllm_config.cache_config, cache_dtype=speculative.kv_cache_dtype
         )
     if speculative.method == "draft_model":
-        prefix = "draft_model"
+        prefix = DRAFT_MODEL_PREFIX
         changes |= {"quant_config": None, "model_config": draft}
     return [model, (replace(vllm_config, **changes), draft, prefix)]
 
@@ -204,7 +205,7 @@ def _build(vllm_config: Any, model_config: Any, prefix: str) -> _Built:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     from vllm_dca.engine.backend import DcaBackend
-    from vllm_dca.engine.following import rotation_of
+    from vllm_dca.engine.rotary_trace import rotation_of
 
     known = vllm_config.compilation_config.static_forward_context
     before = set(known)

@@ -184,7 +184,9 @@ def attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """See `vllm_dca.cpu.decode.decode_attention`."""
+    """See `vllm_dca.method.device.DecodeAttention`, for a cache that is not quantised."""
+    assert k_scale is None
+    assert v_scale is None
     if sinks is not None:
         sinks = sinks.float().contiguous()
         assert sinks.shape == query.shape[1:2]

@@ -1,7 +1,4 @@
-"""Sparse prefill on the CPU by the compiled kernel: `weigh.h`, `select.h`, `sparse.h`.
-
-The functions are those of `vllm_dca.cpu.sparse`.
-"""
+"""Sparse prefill on the CPU by the compiled kernel: `weigh.h`, `select.h`, `sparse.h`."""
 
 import ctypes
 
@@ -9,12 +6,12 @@ import torch
 
 from vllm_dca.cpu.compiled import arguments_of, library
 from vllm_dca.cpu.rows import Rows
-from vllm_dca.method.lines import BAND, PROBE, SINKS, Lines, Rule
 from vllm_dca.method.planning import turns_of
 from vllm_dca.method.rotary import QueryRotation
-from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.method.vertical_slash import FIRST_KEYS, NEAR_DIAGONALS, PROBE, Lines, Rule
 
 
 class _Lines(ctypes.Structure):
@@ -44,8 +41,10 @@ def weigh(
     rule: Rule,
     rotation: QueryRotation,
     softmax_scale: float,
+    k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `vllm_dca.cpu.sparse.weigh`."""
+    """See `vllm_dca.method.sparse_operations.WeighLines`, for a cache that is not quantised."""
+    assert k_scale is None
     heads, end = query.shape[1], segment.end
     num_lines = (end - 1) // rule.line_width + 1
     vertical = torch.empty(heads, end)
@@ -67,7 +66,7 @@ def weigh(
 
 
 def select(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> Lines:
-    """See `vllm_dca.method.lines.select`."""
+    """See `vllm_dca.method.vertical_slash.select`."""
     heads, end = vertical.shape
     assert vertical.is_contiguous()
     assert slash.stride(1) == 1
@@ -82,7 +81,9 @@ def select(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> Lines:
         budgets = torch.stack([rule.verticals, rule.slashes])
         assert budgets.shape == (2, heads)
         lines.budgets = budgets.data_ptr()
-    library().select_lines(ctypes.byref(lines), *map(ctypes.c_int64, (heads, SINKS, BAND)))
+    library().select_lines(
+        ctypes.byref(lines), *map(ctypes.c_int64, (heads, FIRST_KEYS, NEAR_DIAGONALS))
+    )
     return chosen
 
 
@@ -97,7 +98,7 @@ def attend(
     rotation: QueryRotation,
     softmax_scale: float,
 ) -> None:
-    """See `vllm_dca.cpu.sparse.attend`; the nearest 64 distances are taken to be there."""
+    """See `vllm_dca.method.sparse_operations.AttendLines`."""
     verticals, distances = (each.contiguous() for each in lines)
     selected = _Lines(
         verticals=verticals.data_ptr(), distances=distances.data_ptr(), end=segment.end

@@ -23,22 +23,12 @@ def decode_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """Attend from each row to all keys up to its own, in fp32.
+    """See `vllm_dca.method.device.DecodeAttention`, for a cache that is not quantised.
 
-    Every page gives a partial result of its own; these are merged at the end.
-
-    Args:
-        query: [num_rows, num_heads, head_size], rotated to their offsets.
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any physical order.
-        output: [num_rows, num_heads, head_size], written.
-        plan: made once for all layers from the batch's lengths.
-        rotation: how this layer turns queries.
-        softmax_scale: factor on the dot products.
-        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap).
-        sinks: [num_heads], one more logit of each row's softmax, whose value is 0.
-        k_scale: must be None, the cache is not quantised.
-        v_scale: likewise.
+    In fp32. Every page gives a partial result of its own; these are merged at the end.
     """
+    assert k_scale is None
+    assert v_scale is None
     _, num_kv_heads, block_size, width = kv_cache.shape
     heads = (num_kv_heads, query.shape[1] // num_kv_heads)
     turned = turn_queries(query.float(), rotation, plan.tokens, plan.turn, plan.temperature)

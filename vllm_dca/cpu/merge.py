@@ -11,15 +11,7 @@ def merge_parts(
     parts: list[Partial],
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """Merge attention over other keys into the output.
-
-    Args:
-        output: [num_tokens, num_heads, head_size], attention over the first set of keys, at
-            least one a query; becomes attention over all sets.
-        lse: [num_heads, num_tokens] fp32, of the first set.
-        parts: the other sets; all are disjoint.
-        sinks: [num_heads], the LSE of one more set, whose values are 0.
-    """
+    """See `vllm_dca.method.device.MergeParts`."""
     if not parts and sinks is None:
         return
     total = lse.clone()

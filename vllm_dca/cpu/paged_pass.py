@@ -29,7 +29,9 @@ def attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `vllm_dca.method.provider.AttentionProvider`."""
+    """See `vllm_dca.method.provider.AttentionProvider`, for a cache that is not quantised."""
+    assert k_scale is None
+    assert v_scale is None
     block_size = key_cache.shape[1]
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32)
     dtype = query.dtype if torch.cpu._is_amx_tile_supported() else torch.float32

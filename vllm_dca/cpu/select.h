@@ -59,14 +59,15 @@ inline void mark_largest(const float* weights, int64_t n, int64_t always, int64_
   }
 }
 
-// As vllm_dca/method/lines.py does; what is marked is zeros at first.
-void select_lines(const Lines& lines, int64_t heads, int64_t sinks, int64_t band) {
-  const int64_t near = (band + lines.width - 2) / lines.width + 1;
+// As vllm_dca/method/vertical_slash.py does; what is marked is zeros at first.
+void select_lines(const Lines& lines, int64_t heads, int64_t first_keys,
+                  int64_t near_diagonals) {
+  const int64_t near = (near_diagonals + lines.width - 2) / lines.width + 1;
 #pragma omp parallel for schedule(dynamic)
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t* budgets = lines.budgets;
     const int64_t end = lines.end;
-    mark_largest(lines.vertical + head * end, end, sinks, budgets ? budgets[head] : -1,
+    mark_largest(lines.vertical + head * end, end, first_keys, budgets ? budgets[head] : -1,
                  lines.coverage, lines.min_keys, lines.verticals + head * end);
     std::vector<uint8_t> chosen(lines.lines);
     mark_largest(lines.slash + head * lines.slash_stride, lines.lines, near,
@@ -86,6 +87,7 @@ void select_lines(const Lines& lines, int64_t heads, int64_t sinks, int64_t band
 
 }  // namespace
 
-extern "C" void select_lines(const Lines* lines, int64_t heads, int64_t sinks, int64_t band) {
-  select_lines(*lines, heads, sinks, band);
+extern "C" void select_lines(const Lines* lines, int64_t heads, int64_t first_keys,
+                             int64_t near_diagonals) {
+  select_lines(*lines, heads, first_keys, near_diagonals);
 }

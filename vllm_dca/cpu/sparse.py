@@ -6,12 +6,12 @@ Scores are computed with every key, and masked.
 import numpy as np
 import torch
 
-from vllm_dca.method.lines import PROBE, Lines, Rule
 from vllm_dca.method.planning import turns_of
 from vllm_dca.method.rotary import QueryRotation, turn_queries
-from vllm_dca.method.sparse import SparsePlan
 from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.method.vertical_slash import PROBE, Lines, Rule
 
 
 def weigh(
@@ -23,21 +23,10 @@ def weigh(
     rule: Rule,
     rotation: QueryRotation,
     softmax_scale: float,
+    k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention from a segment's last rows, summed along the lines.
-
-    Args:
-        query: [num_rows, num_heads, head_size], the segment's, rotated to their offsets.
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any physical order.
-        segment: which.
-        plan: of the step.
-        rule: says what lines are, and with which positions scores are computed.
-        rotation: how this layer turns queries.
-        softmax_scale: factor on the dot products.
-
-    Returns:
-        [num_heads, end] fp32 of each key, and [num_heads, num_lines] of each diagonal or block.
-    """
+    """See `vllm_dca.method.sparse_operations.WeighLines`, for a cache that is not quantised."""
+    assert k_scale is None
     end, width = segment.end, rule.line_width
     scores = _Scores(kv_cache, segment, plan, rotation, softmax_scale, rule.continuous)
     weights = scores.of(query[-PROBE:], end - PROBE, end).softmax(-1)
@@ -59,13 +48,7 @@ def attend(
     rotation: QueryRotation,
     softmax_scale: float,
 ) -> None:
-    """Attend along lines, tile by tile, in fp32.
-
-    Args:
-        query: as of `weigh`, and so the others.
-        output: [num_rows, num_heads, head_size], written.
-        lines: of each head.
-    """
+    """See `vllm_dca.method.sparse_operations.AttendLines`; in fp32."""
     scores = _Scores(kv_cache, segment, plan, rotation, softmax_scale)
     begin = segment.begin
     for start in range(begin // TILE * TILE, segment.end, TILE):

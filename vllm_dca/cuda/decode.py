@@ -205,20 +205,9 @@ def decode_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """Attend from each row to all keys up to its own, in two launches.
+    """See `vllm_dca.method.device.DecodeAttention`; two launches.
 
-    Args:
-        query: [num_rows, num_heads, head_size], rotated to their offsets; last axis dense.
-        kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_size], any physical order with
-            the last axis dense; of the query's dtype, or FP8.
-        output: [num_rows, num_heads, head_size], written; a row without keys gets zeros.
-        plan: made once for all layers from the batch's lengths.
-        rotation: how this layer turns queries.
-        softmax_scale: factor on the dot products.
-        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap).
-        sinks: [num_heads], one more logit of each row's softmax, whose value is 0.
-        k_scale: [1] fp32, what FP8 keys are multiplied by; None for a cache that is not FP8.
-        v_scale: like k_scale, for the values.
+    Needs the query's last axis dense. A row without keys gets zeros.
     """
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, page_size = kv_cache.shape[1:3]

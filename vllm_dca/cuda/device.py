@@ -6,10 +6,18 @@ from collections.abc import Callable
 import torch
 from triton import knobs
 
-from vllm_dca.cuda import decode, merge, plan_decode, plan_prefill, prefill, sparse, turn
-from vllm_dca.method import kv_cache
+from vllm_dca.cuda import (
+    decode,
+    merge,
+    plan_decode,
+    plan_prefill,
+    prefill,
+    sparse_prefill,
+    turn,
+)
 from vllm_dca.method.config import DcaSettings
-from vllm_dca.method.device import DecodePlanner, Device, Prefill, PrefillOperations
+from vllm_dca.method.device import Device, PlanDecode, Prefill, PrefillOperations, WriteKV
+from vllm_dca.method.kv_cache import split_kv, without_scales, write_kv
 from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.provider import AttentionProvider
 
@@ -27,7 +35,7 @@ def prefill_by(provider: AttentionProvider | Prefill) -> Prefill:
 def with_provider(
     provider: str,
     attend: AttentionProvider | Prefill,
-    write_kv: Callable[..., None],
+    write_kv: WriteKV,
     num_multiprocessors: int,
     device: torch.device,
 ) -> Device:
@@ -36,14 +44,14 @@ def with_provider(
     Args:
         provider: its name.
         attend: computes a pass, or all of a prefill.
-        write_kv: stores keys and values, see `Device`; `storing_by` makes one.
+        write_kv: stores keys and values; `storing_by` makes one.
         num_multiprocessors: of the GPU.
         device: of everything.
     """
 
     def decode_planner(
         settings: DcaSettings, block_size: int, max_rows: int, group: int
-    ) -> DecodePlanner:
+    ) -> PlanDecode:
         return plan_decode.DecodePlanner(
             settings.geometry,
             settings.original_max_position_embeddings,
@@ -54,29 +62,29 @@ def with_provider(
         ).plan
 
     return Device(
-        provider,
-        prefill_by(attend),
-        write_kv,
-        decode_planner,
-        decode.decode_attention,
-        plan_decode.rows_a_pack,
-        functools.partial(sparse.prefill, device=device),
+        provider=provider,
+        prefill=prefill_by(attend),
+        write_kv=write_kv,
+        decode_planner=decode_planner,
+        decode=decode.decode_attention,
+        decode_rows=plan_decode.rows_a_pack,
+        sparse=functools.partial(sparse_prefill.with_buffers, device=device),
     )
 
 
-def storing_by(reshape_and_cache: Callable[..., None]) -> Callable[..., None]:
-    """A `Device.write_kv` that calls vLLM's `reshape_and_cache_flash`."""
+def storing_by(reshape_and_cache: Callable[..., None]) -> WriteKV:
+    """By vLLM's `reshape_and_cache_flash`."""
 
     def store(
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache_: torch.Tensor,
+        kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         kv_cache_dtype: str,
         k_scale: torch.Tensor,
         v_scale: torch.Tensor,
     ) -> None:
-        key_cache, value_cache = kv_cache.split_kv(kv_cache_)
+        key_cache, value_cache = split_kv(kv_cache)
         reshape_and_cache(
             key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
         )
@@ -96,5 +104,5 @@ def interpreted(provider: str, attend: AttentionProvider | Prefill) -> Device:
         provider: its name.
         attend: computes a pass, or all of a prefill, without a GPU.
     """
-    store = kv_cache.without_scales(kv_cache.write_kv)
+    store = without_scales(write_kv)
     return with_provider(provider, attend, store, 1, torch.device("cpu"))

@@ -123,13 +123,20 @@ def _bundled(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """For a cache of the query's dtype."""
+    assert k_scale is None
+    assert v_scale is None
+    # Version 2 counts a KV head's query heads as queries where all segments have one, and its
+    # log-sum-exps then lie in another order, [KV head, segment, query head], or not, by how it
+    # splits the keys.
+    max_seqlen_q = max(segments.max_seqlen_q, 2) if fa_version == 2 else segments.max_seqlen_q
     _, lse = flash_attn_varlen_func(
         q=query,
         k=key_cache,
         v=value_cache,
         out=output,
         cu_seqlens_q=segments.cu_seqlens_q,
-        max_seqlen_q=segments.max_seqlen_q,
+        max_seqlen_q=max_seqlen_q,
         seqused_k=segments.seqused_k,
         max_seqlen_k=segments.max_seqlen_k,
         block_table=segments.block_table,
@@ -156,6 +163,9 @@ def _package(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """For a cache of the query's dtype."""
+    assert k_scale is None
+    assert v_scale is None
     # It takes the number of keys from the differences of cu_seqlens_k, paged or not.
     answer, lse, _ = flash_attn_varlen_func(
         q=query,
@@ -163,7 +173,7 @@ def _package(
         v=value_cache,
         cu_seqlens_q=segments.cu_seqlens_q,
         cu_seqlens_k=segments.cu_seqlens_k,
-        max_seqlen_q=segments.max_seqlen_q,
+        max_seqlen_q=max(segments.max_seqlen_q, 2),  # see `_bundled`
         max_seqlen_k=segments.max_seqlen_k,
         softmax_scale=softmax_scale,
         causal=segments.causal,

@@ -89,7 +89,7 @@ def merge_parts(
     parts: list[Partial],
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """As `vllm_dca.cpu.merge.merge_parts`, in one launch; at most two parts.
+    """See `vllm_dca.method.device.MergeParts`; one launch, at most two parts.
 
     Needs the last axes dense, and each part's output dense as a whole.
     """

@@ -110,19 +110,15 @@ class DecodePlanner:
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
         num_rows: int,
+        max_query_len: int | None = None,
     ) -> DecodePlan:
-        """Plan a step.
-
-        Args:
-            query_start_loc: [num_requests + 1] int32 on the device, first row of each request.
-            seq_lens: [num_requests] int32 on the device, tokens of each request, new included.
-            block_table: [num_requests, max_pages] int32 on the device.
-            num_rows: rows to answer; those past the last request's are padding.
-        """
+        """See `vllm_dca.method.device.PlanDecode`."""
         num_requests = len(seq_lens)
-        # A graph is captured for these two numbers, so they alone may say how it is packed.
+        # A graph is captured for these two numbers, so they alone say how an even batch is
+        # packed. No uneven one is captured.
         each, uneven = divmod(num_rows, num_requests)
-        pack_rows = self.pack_rows if uneven else max(min(each, self.pack_rows), 1)
+        most = each if uneven == 0 else max_query_len or self.pack_rows
+        pack_rows = max(min(most, self.pack_rows), 1)
         max_packs = min(num_rows, num_requests + num_rows // pack_rows)
         plan = DecodePlan(
             block_table,

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_dca.method.geometry import ChunkGeometry, split_at_chunk_borders
-from vllm_dca.method.planning import upload
+from vllm_dca.method.planning import Arrays, upload
 
 
 @dataclass
@@ -41,16 +41,17 @@ def plan_walk(
     geometry: ChunkGeometry,
     original_max_position_embeddings: int | None = None,
 ) -> PrefillWalk:
-    """As `vllm_dca.method.planning.plan_prefill`: the same arguments, and one copy."""
+    """See `vllm_dca.method.device.PlanPrefill`; one copy."""
     segments = split_at_chunk_borders(query_start_loc, seq_lens, geometry.chunk_len)
-    host = {
+    host: Arrays = {
         "cu_seqlens_q": np.append(0, segments.length.cumsum()),
         "request": segments.request,
         "chunk": segments.chunk,
         "offset": segments.offset,
     }
+    [there] = upload([host], block_table.device)
     return PrefillWalk(
-        **upload(host, block_table.device),
+        **there,
         block_table=block_table,
         geometry=geometry,
         original_max_position_embeddings=original_max_position_embeddings,

@@ -181,7 +181,7 @@ def walk_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """As `vllm_dca.method.prefill.prefill_attention`, in one launch.
+    """See `vllm_dca.method.device.PrefillAttention`; one launch.
 
     Needs the last axes dense, and the output of the query's dtype and in memory of its own: it
     holds turned queries until the answer is there.

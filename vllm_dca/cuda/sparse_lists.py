@@ -13,7 +13,9 @@ BLOCK = 2048  # lines, looked at side by side
 
 
 class Marks(NamedTuple):
-    """Which lines are taken in each segment, at its places: see `vllm_dca.method.lines.Lines`.
+    """Which lines are taken in each segment, at its places.
+
+    As `vllm_dca.method.vertical_slash.Lines` has them.
 
     Attributes:
         verticals: [num_heads, places] bool.

@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from vllm_dca.method.geometry import ChunkGeometry
-from vllm_dca.method.lines import PROBE
-from vllm_dca.method.planning import turns_of, upload
-from vllm_dca.method.sparse import SparsePlan
+from vllm_dca.method.planning import Arrays, QueryTurns, turns_of, upload
 from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.method.vertical_slash import PROBE
 
 # Of a segment's row in `Probe.segments`: where its keys end, its row of the block table, its
 # first place in the buffers, its first position, its first row among the round's.
@@ -26,20 +25,6 @@ def places_of(end: int) -> int:
     return -(-(end + TILE + 1) // PLACES) * PLACES
 
 
-class Turned(NamedTuple):
-    """Copies of queries, for intra, succ and inter.
-
-    Attributes:
-        tokens: [num_copies] int32, index of the token to take the query from.
-        turn: [num_copies] int32, positions to turn it further.
-        temperature: [num_copies] fp32, factor to scale it by; None where there is none.
-    """
-
-    tokens: torch.Tensor
-    turn: torch.Tensor
-    temperature: torch.Tensor | None
-
-
 @dataclass
 class Probe:
     """The last rows of segments, which say what their lines weigh.
@@ -50,7 +35,7 @@ class Probe:
         ends: where each segment's keys end.
     """
 
-    queries: Turned
+    queries: QueryTurns
     segments: torch.Tensor
     ends: Sequence[int]
 
@@ -68,7 +53,7 @@ class Round:
     """
 
     probe: Probe
-    queries: Turned
+    queries: QueryTurns
     num_rows: int
     tiles: torch.Tensor
 
@@ -90,9 +75,6 @@ class DevicePlan:
     host: SparsePlan
 
 
-Arrays = dict[str, npt.NDArray[np.generic]]
-
-
 def plan_step(plan: SparsePlan, capacity: int, continuous: bool) -> DevicePlan:
     """Lay a step out, and copy that to the device without blocking.
 
@@ -101,40 +83,44 @@ def plan_step(plan: SparsePlan, capacity: int, continuous: bool) -> DevicePlan:
         capacity: places in the buffers.
         continuous: whether weights have positions without DCA's clamps.
     """
-    arrays: Arrays = {}
     taken = list(_rounds(plan.segments, capacity))
-    for number, segments in enumerate(taken):
-        parts = [_turns(plan, each, each.begin, each.end, False) for each in segments]
-        _add(
-            arrays,
-            f"rows {number}",
-            [np.concatenate(p, axis=1) for p in zip(*parts, strict=True)],
-        )
-        arrays[f"tiles {number}"] = _tiles(segments)
-        _add_probe(arrays, f"probe {number}", plan, segments, continuous)
+    arrays: list[Arrays] = []
+    for segments in taken:
+        arrays += [
+            _row_copies(plan, segments),
+            _probe_copies(plan, segments, continuous),
+            {"segments": _table(segments), "tiles": _tiles(segments)},
+        ]
     there = upload(arrays, plan.block_table.device)
-    return DevicePlan(
-        [
-            Round(
-                _probe(there, f"probe {number}", segments),
-                _turned(there, f"rows {number}"),
-                sum(each.end - each.begin for each in segments),
-                there[f"tiles {number}"].view(-1, 2),
-            )
-            for number, segments in enumerate(taken)
-        ],
-        plan.block_table,
-        plan.geometry,
-        plan,
-    )
+    rounds = [
+        Round(
+            _probe(probe, tables, segments),
+            QueryTurns(**rows),
+            sum(each.end - each.begin for each in segments),
+            tables["tiles"].view(-1, 2),
+        )
+        for segments, rows, probe, tables in zip(
+            taken, there[::3], there[1::3], there[2::3], strict=True
+        )
+    ]
+    return DevicePlan(rounds, plan.block_table, plan.geometry, plan)
 
 
 def plan_probe(plan: SparsePlan, segment: Segment, continuous: bool) -> Probe:
     """The probe of one segment, whose first token is its query's first."""
-    arrays: Arrays = {}
-    _add_probe(arrays, "probe", plan, [segment._replace(first=0)], continuous)
-    there = upload(arrays, plan.block_table.device)
-    return _probe(there, "probe", [segment])
+    segments = [segment._replace(first=0)]
+    probe, tables = upload(
+        [_probe_copies(plan, segments, continuous), {"segments": _table(segments)}],
+        plan.block_table.device,
+    )
+    return _probe(probe, tables, segments)
+
+
+def _probe(
+    turns: dict[str, torch.Tensor], tables: dict[str, torch.Tensor], segments: list[Segment]
+) -> Probe:
+    table = tables["segments"].view(-1, COLUMNS)
+    return Probe(QueryTurns(**turns), table, [each.end for each in segments])
 
 
 def _rounds(segments: list[Segment], capacity: int) -> Iterator[list[Segment]]:
@@ -150,53 +136,47 @@ def _rounds(segments: list[Segment], capacity: int) -> Iterator[list[Segment]]:
     yield taken
 
 
-def _turns(
-    plan: SparsePlan, segment: Segment, begin: int, end: int, continuous: bool
-) -> list[npt.NDArray[np.generic]]:
-    """[3, num_rows] of tokens, turns and, where there is one, the temperature."""
+def _row_copies(plan: SparsePlan, segments: list[Segment]) -> Arrays:
+    """Three copies of all rows, region after region."""
+    parts = [_copies(plan, each, each.begin, False) for each in segments]
+    return {
+        name: np.concatenate([part[name] for part in parts], axis=1).ravel()
+        for name in parts[0]
+    }
+
+
+def _probe_copies(plan: SparsePlan, segments: list[Segment], continuous: bool) -> Arrays:
+    """Three copies of the last rows, segment after segment."""
+    parts = [_copies(plan, each, each.end - PROBE, continuous) for each in segments]
+    return {name: np.stack([part[name] for part in parts]).ravel() for name in parts[0]}
+
+
+def _copies(plan: SparsePlan, segment: Segment, begin: int, continuous: bool) -> Arrays:
+    """[3, num_rows] each, of a segment's rows from `begin` on; named as in `QueryTurns`."""
     length = plan.original_max_position_embeddings
-    position = np.arange(begin, end)
+    position = np.arange(begin, segment.end)
     turn, temperature = turns_of(position, plan.geometry, length, continuous)
     token = position + segment.first - segment.begin
-    found: list[npt.NDArray[np.generic]] = [np.tile(token, (3, 1)), turn.numpy()]
+    arrays: Arrays = {"tokens": np.tile(token, (3, 1)), "turn": turn.numpy()}
     if temperature is not None:
-        found.append(np.tile(temperature.numpy().view(np.int32), (3, 1)))
-    return found
+        arrays["temperature"] = np.tile(temperature.numpy(), (3, 1))
+    return arrays
 
 
-def _tiles(segments: list[Segment]) -> npt.NDArray[np.int64]:
-    starts = [np.arange(each.begin // TILE * TILE, each.end, TILE) for each in segments]
-    return np.concatenate(
-        [np.stack([np.full_like(start, i), start], axis=1) for i, start in enumerate(starts)]
-    ).ravel()
-
-
-def _add_probe(
-    arrays: Arrays, name: str, plan: SparsePlan, segments: list[Segment], continuous: bool
-) -> None:
-    parts = [_turns(plan, each, each.end - PROBE, each.end, continuous) for each in segments]
-    _add(arrays, name, [np.stack(part) for part in zip(*parts, strict=True)])
+def _table(segments: list[Segment]) -> npt.NDArray[np.int64]:
+    """`Probe.segments`, flat."""
     table = np.zeros((len(segments), COLUMNS), dtype=np.int64)
     place = row = 0
     for i, each in enumerate(segments):
         table[i, :5] = each.end, each.request, place, each.begin, row
         place += places_of(each.end)
         row += each.end - each.begin
-    arrays[f"{name} segments"] = table.ravel()
+    return table.ravel()
 
 
-def _add(arrays: Arrays, name: str, columns: Sequence[npt.NDArray[np.generic]]) -> None:
-    for kind, column in zip(("tokens", "turn", "temperature"), columns, strict=False):
-        arrays[f"{name} {kind}"] = column.ravel()
-
-
-def _turned(there: dict[str, torch.Tensor], name: str) -> Turned:
-    temperature = there.get(f"{name} temperature")
-    if temperature is not None:
-        temperature = temperature.view(torch.float32)
-    return Turned(there[f"{name} tokens"], there[f"{name} turn"], temperature)
-
-
-def _probe(there: dict[str, torch.Tensor], name: str, segments: list[Segment]) -> Probe:
-    table = there[f"{name} segments"].view(-1, COLUMNS)
-    return Probe(_turned(there, name), table, [each.end for each in segments])
+def _tiles(segments: list[Segment]) -> npt.NDArray[np.int64]:
+    """`Round.tiles`, flat."""
+    starts = [np.arange(each.begin // TILE * TILE, each.end, TILE) for each in segments]
+    return np.concatenate(
+        [np.stack([np.full_like(start, i), start], axis=1) for i, start in enumerate(starts)]
+    ).ravel()

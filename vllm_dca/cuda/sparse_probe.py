@@ -25,8 +25,8 @@ from vllm_dca.cuda.sparse_plan import COLUMNS, Probe
 from vllm_dca.cuda.tiles import LOG2_E
 from vllm_dca.cuda.tuning import padded
 from vllm_dca.cuda.turn import turn_queries
-from vllm_dca.method.lines import PROBE
 from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.vertical_slash import PROBE
 
 KEYS = 64  # of a block, which lies in one region
 SPLITS = 32  # spans that the keys of a head are cut into for its log-sum-exps, at most

@@ -12,8 +12,8 @@ import triton.language as tl
 from vllm_dca.cuda.sparse_lists import BLOCK, Marks
 from vllm_dca.cuda.sparse_plan import COLUMNS, Probe
 from vllm_dca.cuda.sparse_probe import Weights
-from vllm_dca.method.lines import BAND, SINKS, Rule
 from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.vertical_slash import FIRST_KEYS, NEAR_DIAGONALS, Rule
 
 
 @triton.jit
@@ -144,8 +144,8 @@ def _choose_kernel(
     slash_budgets,
     places,
     num_heads,
-    SINKS: tl.constexpr,
-    BAND: tl.constexpr,
+    FIRST_KEYS: tl.constexpr,
+    NEAR_DIAGONALS: tl.constexpr,
     LEAST: tl.constexpr,
     COVERAGE: tl.constexpr,
     BY_BUDGET: tl.constexpr,
@@ -162,14 +162,14 @@ def _choose_kernel(
         if BY_BUDGET:
             budget = tl.load(vertical_budgets + head).to(tl.int32)
         _mark(
-            vertical + first, vertical, verticals + first, end, SINKS, budget, LEAST, COVERAGE,
-            BY_BUDGET, False, BLOCK,
+            vertical + first, vertical, verticals + first, end, FIRST_KEYS, budget, LEAST,
+            COVERAGE, BY_BUDGET, False, BLOCK,
         )  # fmt: skip
     else:
         if BY_BUDGET:
             budget = tl.load(slash_budgets + head).to(tl.int32)
         slash += first
-        near: tl.constexpr = (BAND + WIDTH - 2) // WIDTH + 1
+        near: tl.constexpr = (NEAR_DIAGONALS + WIDTH - 2) // WIDTH + 1
         lines = (end - 1) // WIDTH + 1
         _mark(
             slash, slash + tl.cast(num_heads, tl.int64) * places, slash, lines, near, budget,
@@ -197,7 +197,7 @@ def _choose_kernel(
 
 
 def choose(weights: Weights, marks: Marks, probe: Probe, rule: Rule) -> None:
-    """Mark the heaviest lines of each segment, as `vllm_dca.method.lines.select` does.
+    """Mark the heaviest lines of each segment, as `vllm_dca.method.vertical_slash.select` does.
 
     Args:
         weights: as `vllm_dca.cuda.sparse_probe.weigh` leaves them; used up.
@@ -214,8 +214,8 @@ def choose(weights: Weights, marks: Marks, probe: Probe, rule: Rule) -> None:
         rule.slashes,
         weights.vertical.stride(0),
         num_heads,
-        SINKS=SINKS,
-        BAND=BAND,
+        FIRST_KEYS=FIRST_KEYS,
+        NEAR_DIAGONALS=NEAR_DIAGONALS,
         LEAST=rule.min_keys,
         COVERAGE=rule.coverage,
         BY_BUDGET=rule.verticals is not None,

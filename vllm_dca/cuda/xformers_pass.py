@@ -127,9 +127,14 @@ def _attention(
     *,
     segments: PagedSegments,
     softmax_scale: float,
+    soft_cap: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """For scores without a cap and a cache of the query's dtype."""
+    assert soft_cap is None
+    assert k_scale is None
+    assert v_scale is None
     num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
     if segments not in step:
         step[segments] = gather(fmha, segments, key_cache.shape[1])

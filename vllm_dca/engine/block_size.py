@@ -1,5 +1,7 @@
 """The KV cache's block size, which vLLM may settle only after the model is loaded."""
 
+import math
+
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -18,6 +20,28 @@ def block_size_of(vllm_config: VllmConfig) -> int:
     if current_platform.is_cpu() and not cache_config.user_specified_block_size:
         return CPU_BLOCK_SIZE
     return cache_config.block_size
+
+
+def page_parts(spec: AttentionSpec, chunk_len: int, vllm_config: VllmConfig) -> tuple[int, int]:
+    """Tokens a page as DCA reads it, and how many such pages one of vLLM's is.
+
+    Raises:
+        ValueError: they do not divide the chunks, or pages cannot be split.
+    """
+    block_size, parts = spec.block_size, 1
+    if current_platform.is_cpu():
+        # See DcaBackend.get_supported_kernel_block_sizes.
+        block_size = math.gcd(chunk_len, block_size)
+        parts = spec.block_size // block_size
+        if parts > 1:
+            check_pages_split(spec, block_size, vllm_config)
+    if chunk_len % block_size:
+        raise ValueError(
+            f"DCA's chunk length {chunk_len} is not a multiple of the KV cache's block size "
+            f"{block_size}, which vLLM changed after start-up checks. Choose chunk_size - "
+            "local_size among its multiples."
+        )
+    return block_size, parts
 
 
 def check_pages_split(spec: AttentionSpec, part: int, vllm_config: VllmConfig) -> None:

@@ -15,12 +15,11 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_dca.engine.impl import DcaImpl
-from vllm_dca.engine.metadata import DcaMetadataBuilder
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.method.config import validate_options
-from vllm_dca.method.lines import Rule
-from vllm_dca.method.sparse import Attended
 from vllm_dca.method.sparse_config import KIND
+from vllm_dca.method.sparse_recall import Attended
+from vllm_dca.method.vertical_slash import Rule
 
 
 class Budget(NamedTuple):
@@ -100,14 +99,14 @@ class Calibration:
 
     def watch_dca(self, length: int) -> None:
         """Look at each sparse segment from now on, in all layers."""
-        DcaMetadataBuilder.watched_steps = 1
         self.dca_grids = {}
         layers = self.vllm_config.compilation_config.static_forward_context
         for name, layer in layers.items():
             impl = getattr(layer, "impl", None)
-            if isinstance(impl, DcaImpl) and impl.rule is not None:
+            if isinstance(impl, DcaImpl) and impl.sparse is not None:
+                impl.sparse.sampler.every = 1
                 grid = Grid(length)
-                self.dca_grids[extract_layer_index(name)] = impl.watch = grid
+                self.dca_grids[extract_layer_index(name)] = impl.sparse.watch = grid
 
     def dca_budgets(self, recall: float) -> dict[int, list[Budget]]:
         """Budgets of this rank's layers and heads; empty if nothing was sparse."""

@@ -11,8 +11,8 @@ from vllm.platforms import current_platform
 
 from vllm_dca.cpu.processor import Processor, processor
 from vllm_dca.engine.block_size import block_size_of
-from vllm_dca.engine.choice import PROVIDERS, choose, serving_all
 from vllm_dca.engine.log import logger
+from vllm_dca.engine.providers import PROVIDERS, choose, serving_all
 from vllm_dca.engine.support import cache_dtype_of
 from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
@@ -43,14 +43,14 @@ def needs_of(layer: Attention, vllm_config: VllmConfig) -> Needs:
 
 
 def check_one_plan(layers: Mapping[str, Attention], vllm_config: VllmConfig) -> None:
-    """Layers of a KV cache group are given one plan of a step's prefills.
+    """All layers of a KV cache group get the same plan of a step's prefills.
 
     Raises:
         ValueError: their providers want different ones.
     """
     of_plans: dict[Any, str] = {}
     for name, layer in layers.items():
-        device = layer.impl.device
+        device = layer.impl.prepared.device
         plan = None if device.prefill is None else device.prefill.plan
         of_plans.setdefault(plan, f"{name} by {device.provider}")
     if len(of_plans) == 1:
@@ -82,27 +82,27 @@ def current_device(needs: Needs, prefill_provider: str | None) -> Device:
 
 
 def _cpu(needs: Needs, prefill_provider: str | None) -> Device:
-    from vllm_dca.cpu import device
-
-    provider, _, reasons = choose("cpu", prefill_provider, needs)
+    _, device, reasons = choose("cpu", prefill_provider, needs)
+    assert isinstance(device, Device)
     if reasons:
         logger.warning_once(
             "DCA attends by torch, which takes several times as long as its own kernel. %s",
             "; ".join(reasons),
         )
-    return device.by_kernel() if provider == "compiled" else device.by_torch()
+    return device
 
 
 def _interpreted(needs: Needs, prefill_provider: str | None) -> Device:
-    provider, attend, _ = choose("interpreter", prefill_provider, needs)
+    name, provider, _ = choose("interpreter", prefill_provider, needs)
+    assert not isinstance(provider, Device)
     from vllm_dca.cuda import device
 
     logger.warning(
         "DCA: prefill_provider %s runs the code for GPUs on this CPU, prefills and decodes, in "
         "Triton's interpreter: for tests, and very slowly.",
-        provider,
+        name,
     )
-    return device.interpreted(provider, attend)
+    return device.interpreted(name, provider)
 
 
 def _cuda(needs: Needs, prefill_provider: str | None) -> Device:
@@ -110,10 +110,13 @@ def _cuda(needs: Needs, prefill_provider: str | None) -> Device:
 
     from vllm_dca.cuda import device
 
-    provider, attend, _ = choose("cuda", prefill_provider, needs)
+    name, provider, reasons = choose("cuda", prefill_provider, needs)
+    assert not isinstance(provider, Device)
+    if reasons:
+        logger.info_once("DCA prefills by %s. Others cannot: %s", name, "; ".join(reasons))
     return device.with_provider(
+        name,
         provider,
-        attend,
         device.storing_by(reshape_and_cache_flash),
         current_platform.num_compute_units(),
         torch.device(current_platform.device_type),

@@ -1,30 +1,61 @@
 """What an attention layer runs: its keys and values stored, its queries answered."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_dca.engine.refusals import REFUSED_IN_LAYERS
+from vllm_dca.engine.sparse_metrics import RecallSampler
 from vllm_dca.engine.step import DcaMetadata
 from vllm_dca.method.device import Device
 from vllm_dca.method.kv_cache import split_kv, split_pages
-from vllm_dca.method.lines import Rule
 from vllm_dca.method.rotary import QueryRotation
-from vllm_dca.method.sparse import SparsePrefill, Watch
+from vllm_dca.method.sparse_prefill import SparsePrefill
+from vllm_dca.method.sparse_recall import Watch
+from vllm_dca.method.vertical_slash import Rule
+
+
+class Prepared(NamedTuple):
+    """What a layer knows once the whole model is built.
+
+    Attributes:
+        rotation: how to turn its queries.
+        device: how to run.
+        cache_dtype: of the KV cache.
+    """
+
+    rotation: QueryRotation
+    device: Device
+    cache_dtype: torch.dtype
+
+
+@dataclass
+class PreparedSparse:
+    """The same of a layer that prefills sparsely.
+
+    Attributes:
+        rule: how its lines are selected.
+        prefill: how it runs.
+        sampler: of all such layers; says which steps are sampled.
+        watch: is shown what the layer did in these.
+    """
+
+    rule: Rule
+    prefill: SparsePrefill
+    sampler: RecallSampler
+    watch: Watch
 
 
 class DcaImpl(AttentionImpl[DcaMetadata]):
     """DCA of one layer.
 
     Attributes:
-        rotation: how to turn this layer's queries.
-        device: how to run.
-        cache_dtype: of the KV cache. `prepare` sets these three.
-        rule: how lines of sparse prefill are selected; None where attention is dense.
-        sparse: how it runs.
-        watch: is shown what it did, where a step is watched. `prepare_sparse` sets these three.
-        block_size: tokens a page as steps are planned; a cache's pages are split into such.
+        prepared: see there; None until the model is built.
+        sparse: likewise; None for good where all attention is dense.
+        block_size: tokens a page as steps are planned, set by `DcaMetadataBuilder`; a cache's
+            pages are split into such.
     """
 
     def __init__(
@@ -69,23 +100,21 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = logits_soft_cap or None
         self.sinks = sinks
-        self.rotation: QueryRotation | None = None
-        self.device: Device | None = None
-        self.cache_dtype: torch.dtype | None = None
-        self.rule: Rule | None = None
-        self.sparse: SparsePrefill | None = None
-        self.watch: Watch | None = None
+        self.prepared: Prepared | None = None
+        self.sparse: PreparedSparse | None = None
         self.block_size: int | None = None
 
     def prepare(
         self, rotation: QueryRotation, device: Device, cache_dtype: torch.dtype
     ) -> None:
         """Settle what shows only when the whole model is there; before the first step."""
-        self.rotation, self.device, self.cache_dtype = rotation, device, cache_dtype
+        self.prepared = Prepared(rotation, device, cache_dtype)
 
-    def prepare_sparse(self, rule: Rule, sparse: SparsePrefill, watch: Watch) -> None:
+    def prepare_sparse(
+        self, rule: Rule, prefill: SparsePrefill, sampler: RecallSampler
+    ) -> None:
         """Settle what a layer with sparse prefill needs besides; before the first step."""
-        self.rule, self.sparse, self.watch = rule, sparse, watch
+        self.sparse = PreparedSparse(rule, prefill, sampler, sampler.watch)
 
     def do_kv_cache_update(
         self,
@@ -96,8 +125,8 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store the step's keys and values, before `forward`."""
-        assert self.device is not None
-        self.device.write_kv(
+        assert self.prepared is not None
+        self.prepared.device.write_kv(
             key,
             value,
             split_pages(kv_cache, self.block_size or kv_cache.shape[2]),
@@ -134,33 +163,30 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         """
         if attn_metadata is None:
             # vLLM sizes the KV cache by what this run takes at its peak.
-            query.new_empty(self._room(), *query.shape)
+            query.new_empty(self.room(), *query.shape)
             return output.zero_()
-        assert self.device is not None
-        assert self.rotation is not None
+        assert self.prepared is not None
         assert output_scale is None
         assert output_block_scale is None
         kv_cache = split_pages(kv_cache, self.block_size or kv_cache.shape[2])
         scales: dict[str, Any] = {"k_scale": None, "v_scale": None}
-        assert self.cache_dtype is not None
-        if self.cache_dtype != query.dtype:
-            kv_cache = kv_cache.view(self.cache_dtype)
+        if self.prepared.cache_dtype != query.dtype:
+            kv_cache = kv_cache.view(self.prepared.cache_dtype)
             scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
         step = attn_metadata.sparse
-        if self.rule is None or step is None:
+        if self.sparse is None or step is None:
             self._attend(query, kv_cache, output, attn_metadata, scales)
             return output
-        assert self.sparse is not None
-        self.sparse.attend(
+        self.sparse.prefill.attend(
             query,
             kv_cache,
             output,
             plan=step.plan,
-            rule=self.rule,
-            rotation=self.rotation,
+            rule=self.sparse.rule,
+            rotation=self.prepared.rotation,
             softmax_scale=self.scale,
-            watch=self.watch if step.watched else None,
-            **{name: scale for name, scale in scales.items() if scale is not None},
+            watch=self.sparse.watch if step.sampled else None,
+            **scales,
         )
         rest = query[step.tokens]
         if len(rest):
@@ -171,14 +197,17 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
             output[step.tokens] = attended
         return output
 
-    def _room(self) -> int:
-        """Tensors of the queries' size that a step needs, at most.
+    def room(self) -> int:
+        """Scratch memory of `forward`: how many tensors of the queries' size, at most.
 
         A layer that was not prepared is refused when steps are planned, which is later.
         """
-        prefill = None if self.device is None else self.device.prefill
+        prefill = None if self.prepared is None else self.prepared.device.prefill
         dense = 0 if prefill is None else prefill.room
-        return dense if self.sparse is None else max(dense, self.sparse.room)
+        if self.sparse is None:
+            return dense
+        # The dense rest of a step is copied, and so is its answer.
+        return max(self.sparse.prefill.room, 2 + dense)
 
     def _attend(
         self,
@@ -189,31 +218,31 @@ class DcaImpl(AttentionImpl[DcaMetadata]):
         scales: dict[str, Any],
     ) -> None:
         """Dense: decode rows, then prefills."""
-        assert self.rotation is not None
-        assert self.device is not None
+        assert self.prepared is not None
+        rotation, device, _ = self.prepared
         decode_tokens, all_tokens = metadata.num_decode_tokens, metadata.num_actual_tokens
         if metadata.decode is not None:
-            self.device.decode(
+            device.decode(
                 query[:decode_tokens],
                 kv_cache,
                 output[:decode_tokens],
                 plan=metadata.decode,
-                rotation=self.rotation,
+                rotation=rotation,
                 softmax_scale=self.scale,
                 soft_cap=self.soft_cap,
                 sinks=self.sinks,
                 **scales,
             )
         if metadata.prefill is not None:
-            assert self.device.prefill is not None
+            assert device.prefill is not None
             key_cache, value_cache = split_kv(kv_cache)
-            self.device.prefill.attend(
+            device.prefill.attend(
                 query[decode_tokens:all_tokens],
                 key_cache,
                 value_cache,
                 output[decode_tokens:all_tokens],
                 plan=metadata.prefill,
-                rotation=self.rotation,
+                rotation=rotation,
                 softmax_scale=self.scale,
                 soft_cap=self.soft_cap,
                 sinks=self.sinks,

@@ -3,35 +3,28 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.v1.attention.backend import AttentionBackend
 
-from vllm_dca.engine import rotary_tables, transformers_rotary
 from vllm_dca.engine.devices import current_device, needs_of
-from vllm_dca.engine.following import NotUnderstoodError, Rotation, rotation_of
+from vllm_dca.engine.dry_run import NotUnderstoodError
 from vllm_dca.engine.layers import check_kept, layers_of, refusal
 from vllm_dca.engine.log import logger
-from vllm_dca.engine.recall import RecallWatch
+from vllm_dca.engine.rotary_check import check_rotation
+from vllm_dca.engine.rotary_replacements import RotaryReplacements
+from vllm_dca.engine.rotary_trace import Rotation, rotation_of
 from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.sparse_layers import rule_of_layer, sparse_sizes
-from vllm_dca.engine.turning import check_turns
+from vllm_dca.engine.sparse_metrics import RecallSampler
 from vllm_dca.engine.warmup import KERNELS
-from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
 from vllm_dca.method.rotary import QueryRotation
-from vllm_dca.method.sparse import SparsePrefill, SparseSizes
-
-_ROTARY = (
-    "transformers' own rotary embedding, or one of vLLM's "
-    f"{', '.join(each.__name__ for each in rotary_tables.SUPPORTED)}"
-)
+from vllm_dca.method.sparse_prefill import SparsePrefill, SparseSizes
 
 
 def remap_layers(
@@ -65,20 +58,23 @@ def remap_layers(
             "its other layers do",
         )
     check_kept(layers, vllm_config, dca_backend)
-    tables = _Tables(settings, vllm_config.model_config.max_model_len)
+    rotaries = RotaryReplacements(settings, vllm_config.model_config.max_model_len)
     for name in kept:
         if (found := rotations[name]) is not None:
-            tables.lengthen(name, found, model.get_submodule(name.rpartition(".")[0]))
+            rotaries.make_long(name, found, model.get_submodule(name.rpartition(".")[0]))
     device_of = functools.cache(lambda needs: current_device(needs, settings.prefill_provider))
     sparse_of = functools.cache(functools.partial(_sparse, device_of))
+    sampler = None if settings.sparse is None else RecallSampler(vllm_config)
     for name, layer in attended.items():
-        turned = _periodic(name, rotations[name], model, vllm_config, tables)
-        _prepare(name, layer, turned, vllm_config, device_of, sparse_of)
-    tables.forget_replaced(model)
-    # A long prompt would else wait for it.
+        turned = remap_layer(name, rotations[name], model, vllm_config, rotaries)
+        _prepare(name, layer, turned, vllm_config, device_of)
+        if sampler is not None:
+            _prepare_sparse(name, layer, vllm_config, sparse_of, sampler)
+    rotaries.forget_replaced(model)
+    # Otherwise the first long prompt waits for Triton to compile.
     KERNELS.register_warmup()
     if attended:
-        providers = sorted({each.impl.device.provider for each in attended.values()})
+        providers = sorted({each.impl.prepared.device.provider for each in attended.values()})
         _log_attended(list(attended), list(kept), len(attended) - len(rotating), providers)
 
 
@@ -90,14 +86,25 @@ def _rotation(
         return rotation_of(layer_name, model)
 
 
-def _periodic(
+def remap_layer(
     layer_name: str,
     found: Rotation | None,
     model: torch.nn.Module,
     vllm_config: VllmConfig,
-    tables: "_Tables",
+    rotaries: RotaryReplacements,
 ) -> QueryRotation:
-    """Give a layer positions with a period; how its queries are turned further."""
+    """Give a layer positions with a period; how its queries are turned further.
+
+    Args:
+        layer_name: of the layer.
+        found: what rotates it; None if nothing does.
+        model: it is in.
+        vllm_config: as start-up settled it.
+        rotaries: of the model.
+
+    Raises:
+        NotImplementedError: its positions cannot be remapped, or it does more with them.
+    """
     geometry = settings_of(vllm_config).geometry
     if found is None:
         # However its queries are turned, nothing is rotated: DCA is ordinary attention.
@@ -105,9 +112,9 @@ def _periodic(
         rotation = QueryRotation(nothing.repeat(geometry.chunk_size + 1, 1), True)
     else:
         parent = model.get_submodule(layer_name.rpartition(".")[0])
-        rotation = tables.remap(layer_name, found, parent)
+        rotation = rotaries.make_periodic(layer_name, found, parent)
     with _naming(layer_name), set_current_vllm_config(vllm_config):
-        check_turns(layer_name, model, rotation, geometry.chunk_len, found is not None)
+        check_rotation(layer_name, model, rotation, geometry.chunk_len, found is not None)
     return rotation
 
 
@@ -117,7 +124,6 @@ def _prepare(
     rotation: QueryRotation,
     vllm_config: VllmConfig,
     device_of: Callable[[Needs], Device],
-    sparse_of: Callable[[Needs, SparseSizes], SparsePrefill],
 ) -> None:
     """Tell a layer's attention how it turns queries, and what computes it here."""
     if layer.head_size_v != layer.head_size:
@@ -128,22 +134,29 @@ def _prepare(
         )
     # As a buffer it outlives what frees or moves the weights, such as vLLM's sleep mode.
     layer.register_buffer("dca_cos_sin", rotation.cos_sin, persistent=False)
-    needs, rule = needs_of(layer, vllm_config), rule_of_layer(layer, vllm_config)
-    device = device_of(needs)
-    has_more = layer.impl.soft_cap is not None or layer.impl.sinks is not None
-    if has_more and rule is not None:
+    needs = needs_of(layer, vllm_config)
+    layer.impl.prepare(rotation, device_of(needs), needs.cache_dtype)
+
+
+def _prepare_sparse(
+    layer_name: str,
+    layer: Attention,
+    vllm_config: VllmConfig,
+    sparse_of: Callable[[Needs, SparseSizes], SparsePrefill],
+    sampler: RecallSampler,
+) -> None:
+    """What a layer with sparse prefill needs besides."""
+    rule = rule_of_layer(layer, vllm_config)
+    if rule is None:
+        return
+    if layer.impl.soft_cap is not None or layer.impl.sinks is not None:
         raise refusal(layer_name, "sparse prefill knows no soft cap and no sinks")
-    layer.impl.prepare(rotation, device, needs.cache_dtype)
-    if rule is not None:
-        rule = rule.to(rotation.cos_sin.device)
-        # Likewise; None where lines are selected by coverage.
-        layer.register_buffer("dca_verticals", rule.verticals, persistent=False)
-        layer.register_buffer("dca_slashes", rule.slashes, persistent=False)
-        layer.impl.prepare_sparse(
-            rule,
-            sparse_of(needs, sparse_sizes(vllm_config, layer.num_heads)),
-            RecallWatch(vllm_config),
-        )
+    rule = rule.to(layer.impl.prepared.rotation.cos_sin.device)
+    # As buffers, too; None where lines are selected by coverage.
+    layer.register_buffer("dca_verticals", rule.verticals, persistent=False)
+    layer.register_buffer("dca_slashes", rule.slashes, persistent=False)
+    sizes = sparse_sizes(vllm_config, layer.num_heads)
+    layer.impl.prepare_sparse(rule, sparse_of(needs_of(layer, vllm_config), sizes), sampler)
 
 
 def _sparse(
@@ -180,82 +193,3 @@ def _naming(layer_name: str) -> Iterator[None]:
             str(error),
             "queries and keys that one rotary embedding rotates alike, just before they attend",
         ) from error
-
-
-class _Tables:
-    """The rotary modules that replace a model's own; layers that shared one share its heir."""
-
-    def __init__(self, settings: DcaSettings, max_model_len: int) -> None:
-        self.settings = settings
-        self.max_model_len = max_model_len
-        self.heirs: dict[tuple[int, str | None], Any] = {}
-        self.shared: dict[int, transformers_rotary.PeriodicRotary] = {}
-        self.placed: dict[tuple[int, str], torch.nn.Module] = {}
-        self.replaced: set[int] = set()
-
-    def remap(
-        self, layer_name: str, found: Rotation, attention: torch.nn.Module
-    ) -> QueryRotation:
-        """Put the module with a period in its place; how its queries are turned further."""
-        rotary: Any = found.rotary
-        layer_type = None
-        if not rotary_tables.has_table(rotary):
-            layer_type = transformers_rotary.layer_type_of(rotary, attention)
-        key = (id(rotary), f"periodic {layer_type}")
-        if key not in self.heirs:
-            geometry = self.settings.geometry
-            try:
-                if rotary_tables.has_table(rotary):
-                    self.heirs[key] = rotary_tables.remap(
-                        rotary, geometry.chunk_size, geometry.chunk_len, self.max_model_len
-                    )
-                else:
-                    made, rotation = transformers_rotary.remap(
-                        rotary, geometry.chunk_size, geometry.chunk_len, layer_type
-                    )
-                    # One for all types of layers that DCA attends.
-                    shared = self.shared.setdefault(id(rotary), made)
-                    shared.layer_types |= made.layer_types
-                    self.heirs[key] = shared, rotation
-            except ValueError as error:
-                raise refusal(layer_name, str(error), _ROTARY) from error
-        periodic, rotation = self.heirs[key]
-        self._put(layer_name, found, periodic)
-        return rotation
-
-    def lengthen(self, layer_name: str, found: Rotation, attention: torch.nn.Module) -> None:
-        """Put a module in its place that has rows for every position a request can reach."""
-        rotary: Any = found.rotary
-        if not rotary_tables.has_table(rotary):
-            # It has no rows, and what has a period tells types of layers apart.
-            if transformers_rotary.layer_type_of(rotary, attention) is None:
-                self._put(layer_name, found, rotary)
-            return
-        key = (id(rotary), None)
-        if key not in self.heirs:
-            try:
-                self.heirs[key] = rotary_tables.lengthened(rotary, self.max_model_len)
-            except ValueError as error:
-                raise refusal(layer_name, f"it has a window, and {error}", _ROTARY) from error
-        self._put(layer_name, found, self.heirs[key])
-
-    def _put(self, layer_name: str, found: Rotation, heir: torch.nn.Module) -> None:
-        for owner, name in found.places:
-            if self.placed.setdefault((id(owner), name), heir) is not heir:
-                raise refusal(
-                    layer_name,
-                    "layers with a window and layers without share its positions",
-                    f"a {type(found.rotary).__name__} for each of the two kinds",
-                )
-            setattr(owner, name, heir)
-        self.replaced.add(id(found.rotary))
-
-    def forget_replaced(self, model: torch.nn.Module) -> None:
-        """Take what no layer uses any more out of vLLM's collection of rotary modules.
-
-        It would stay beside its heir for good, a million rows for a Qwen-1M checkpoint. Another
-        model that has the module holds it; one that wants it later has vLLM build it anew.
-        """
-        replaced = self.replaced - {id(each) for each in model.modules()}
-        for key in [key for key, rotary in _ROPE_DICT.items() if id(rotary) in replaced]:
-            del _ROPE_DICT[key]

@@ -33,15 +33,16 @@ SUPPORTED = (
     Phi3LongRoPEScaledRotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
-_LONG_AND_SHORT = "long_short_cos_sin_cache"
+# Where vLLM's modules keep their table; the second is LongRoPE's.
+TABLES = ("cos_sin_cache", "long_short_cos_sin_cache")
 
 
 def has_table(rotary: torch.nn.Module) -> bool:
     """Whether it is vLLM's own, and not transformers'."""
-    return hasattr(rotary, "cos_sin_cache") or hasattr(rotary, _LONG_AND_SHORT)
+    return any(hasattr(rotary, name) for name in TABLES)
 
 
-def remap(
+def periodic(
     rotary: Any, chunk_size: int, chunk_len: int, max_model_len: int
 ) -> tuple[torch.nn.Module, QueryRotation]:
     """A copy of the module with a periodic table, and the rotation that goes with it.
@@ -60,7 +61,7 @@ def lengthened(rotary: Any, max_model_len: int) -> torch.nn.Module:
     """The module, or a copy with rows for every position that a request can reach.
 
     Raises:
-        ValueError: as of `remap`.
+        ValueError: as of `periodic`.
     """
     table = _table(rotary)
     if len(table) >= max_model_len:
@@ -85,18 +86,18 @@ def _table(rotary: Any) -> torch.Tensor:
 
 
 def _dtype(rotary: Any) -> torch.dtype:
-    name = _LONG_AND_SHORT if hasattr(rotary, _LONG_AND_SHORT) else "cos_sin_cache"
-    return getattr(rotary, name).dtype
+    return next(getattr(rotary, name) for name in TABLES if hasattr(rotary, name)).dtype
 
 
 def _with_table(rotary: Any, table: torch.Tensor) -> torch.nn.Module:
     # deepcopy also rebinds CustomOp's bound forward method; copy.copy would leave the copy
     # calling the original, with the original's table.
-    heir = copy.deepcopy(rotary)
-    heir.max_position_embeddings = len(table)
-    if hasattr(rotary, _LONG_AND_SHORT):
-        heir.use_long_rope = False  # The first rows are the ones to use now.
-        heir.long_short_cos_sin_cache = table
+    replacement = copy.deepcopy(rotary)
+    replacement.max_position_embeddings = len(table)
+    usual, long_and_short = TABLES
+    if hasattr(rotary, long_and_short):
+        replacement.use_long_rope = False  # The first rows are the ones to use now.
+        setattr(replacement, long_and_short, table)
     else:
-        heir.cos_sin_cache = table
-    return heir
+        setattr(replacement, usual, table)
+    return replacement

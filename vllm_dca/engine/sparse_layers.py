@@ -8,13 +8,11 @@ from vllm.distributed import (
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_dca.engine.drafters import is_drafters
 from vllm_dca.engine.layers import refusal
 from vllm_dca.engine.settings import settings_of
-from vllm_dca.method.lines import Rule, rule_of
-from vllm_dca.method.sparse import SparseSizes
-
-# What names a drafter's layers. Drafters without these count on from the model's last layer.
-DRAFTER_PREFIXES = {"draft_model", "mtp"}
+from vllm_dca.method.sparse_prefill import SparseSizes
+from vllm_dca.method.vertical_slash import Rule, rule_of
 
 
 def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
@@ -26,10 +24,9 @@ def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
     settings = settings_of(vllm_config).sparse
     if settings is None:
         return None
-    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    index = extract_layer_index(layer.layer_name)
-    if index >= layers or DRAFTER_PREFIXES & {*layer.layer_name.split(".")}:
+    if is_drafters(layer.layer_name, vllm_config):
         return None
+    index = extract_layer_index(layer.layer_name)
     rank, heads = get_tensor_model_parallel_rank(), layer.num_heads
     on_all_ranks = heads * get_tensor_model_parallel_world_size()
     if settings.budgets is not None and len(settings.budgets[index]) != on_all_ranks:

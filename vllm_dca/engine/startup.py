@@ -14,7 +14,7 @@ from vllm_dca.engine.model_facts import has_sliding_layers
 from vllm_dca.engine.refusals import refusals
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.shims import names_dca
-from vllm_dca.engine.sparse import say_sparse, settle_sparse
+from vllm_dca.engine.sparse_startup import say_sparse, settle_sparse
 from vllm_dca.engine.support import PROVED_MODELS, drafter_of
 from vllm_dca.engine.window import default_length, eagle_window, own_window
 from vllm_dca.method.config import DcaSettings, resolve_settings, validate_options

@@ -35,10 +35,10 @@ class SparseStep(NamedTuple):
         plan: of the segments, as the layers' `SparsePrefill` has it.
         tokens: [num_tokens] int32, the batch's other tokens.
         rest: these, as a batch of their own.
-        watched: whether layers show what they keep.
+        sampled: whether layers show what they keep.
     """
 
     plan: Any
     tokens: torch.Tensor
     rest: DcaMetadata
-    watched: bool
+    sampled: bool

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vllm_dca.engine.rotary_tables import has_table
 from vllm_dca.method.rotary import QueryRotation
 
 # Their frequencies are constants of the model; dynamic NTK's are, at positions in the window.
@@ -65,7 +66,7 @@ def find_rotary(model: torch.nn.Module, layer_name: str) -> tuple[torch.nn.Modul
 def _has_frequencies(module: torch.nn.Module) -> bool:
     # vLLM's own have a table, and may have frequencies too.
     names = [name for name, _ in module.named_buffers(recurse=False)]
-    return any(name.endswith("inv_freq") for name in names) and "cos_sin_cache" not in names
+    return any(name.endswith("inv_freq") for name in names) and not has_table(module)
 
 
 def layer_type_of(rotary: Any, attention: torch.nn.Module) -> str | None:
@@ -88,7 +89,7 @@ def rotary_dim(rotary: Any, attention: torch.nn.Module) -> int:
     return 2 * len(getattr(rotary, f"{prefix}inv_freq"))
 
 
-def remap(
+def periodic(
     rotary: Any, chunk_size: int, chunk_len: int, layer_type: str | None
 ) -> tuple[PeriodicRotary, QueryRotation]:
     """The module with a period, and how queries that it rotated are turned further.

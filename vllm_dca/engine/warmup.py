@@ -16,7 +16,7 @@ from vllm_dca.engine.settings import settings_of
 from vllm_dca.engine.step import DcaMetadata, SparseStep
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
-from vllm_dca.method.sparse import SparsePlan
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import LEAST_ROWS, Segment
 
 # Tokens a chunk at least, so that a kernel which treats many queries in another way is met.
@@ -74,22 +74,22 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
         keys = []
         for layer in layers:
             impl = getattr(layer, "impl", None)
-            if not isinstance(impl, DcaImpl) or impl.device is None or impl.rotation is None:
+            if not isinstance(impl, DcaImpl) or impl.prepared is None:
                 continue
-            if impl.device.prefill is None or not layer.kv_cache.numel():
+            rotation, device, cache_dtype = impl.prepared
+            if device.prefill is None or not layer.kv_cache.numel():
                 continue
-            assert impl.cache_dtype is not None
             keys.append(
                 LayerKernels(
                     settings,
                     impl.num_heads,
                     impl.num_kv_heads,
                     vllm_config.model_config.dtype,
-                    impl.cache_dtype,
+                    cache_dtype,
                     tuple(layer.kv_cache.shape[1:]),
                     layer.kv_cache.stride(),
-                    impl.rotation.cos_sin.shape[-1],
-                    impl.rotation.is_neox,
+                    rotation.cos_sin.shape[-1],
+                    rotation.is_neox,
                     impl.soft_cap,
                     impl.sinks is not None,
                     impl.sparse is not None,
@@ -110,7 +110,7 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
         self.compiled.add(dataclasses.replace(compile_key, layer=None))
         settings, layer = compile_key.settings, compile_key.layer
         assert layer is not None
-        device_of_dca = layer.impl.device
+        device_of_dca = layer.impl.prepared.device
         device, page_size = layer.kv_cache.device, layer.kv_cache.shape[2]
         # Turns by more positions than the layer's table has rows would be read past its end.
         chunk_len = min(settings.geometry.chunk_len, -(-CHUNK_LEN // page_size) * page_size)
@@ -143,7 +143,7 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
 
 
 def _attend_sparsely(key: LayerKernels) -> None:
-    """A step of one segment, watched."""
+    """A step of one segment, sampled."""
     assert key.layer is not None
     impl, cache = key.layer.impl, key.layer.kv_cache
     plan = SparsePlan(
@@ -153,12 +153,13 @@ def _attend_sparsely(key: LayerKernels) -> None:
         key.settings.original_max_position_embeddings,
     )
     none = torch.empty(0, dtype=torch.int32, device=cache.device)
-    step = SparseStep(impl.sparse.plan(plan), none, DcaMetadata(0, 0, None, None), True)
-    impl.watch, watch = (lambda attended: attended.kept(attended.lines)), impl.watch
+    sparse = impl.sparse
+    step = SparseStep(sparse.prefill.plan(plan), none, DcaMetadata(0, 0, None, None), True)
+    watch, sparse.watch = sparse.watch, lambda attended: attended.kept(attended.lines)
     try:
         _attend(key, DcaMetadata(0, LEAST_ROWS, None, None, step))
     finally:
-        impl.watch = watch
+        sparse.watch = watch
 
 
 def _attend(key: LayerKernels, metadata: DcaMetadata) -> None:

@@ -41,7 +41,7 @@ class DcaSettings:
             None for no temperature.
         source: where the sizes came from, for people to read.
         window: what the model was trained on, tokens.
-        prefill_provider: who computes the prefill's passes, see `vllm_dca.engine.choice`;
+        prefill_provider: who computes the prefill's passes, see `vllm_dca.engine.providers`;
             None for the first that can.
         sparse: of sparse prefill; None if all attention is dense.
     """

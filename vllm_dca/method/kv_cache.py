@@ -1,8 +1,12 @@
 """Keys and values in vLLM's paged cache, K and V side by side in the last axis."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm_dca.method.device import WriteKV
 
 
 def split_kv(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,11 +67,11 @@ def write_kv(
         cache[slots // block_size, slots % block_size] = new[real]
 
 
-def without_scales(write_kv: Callable[..., None]) -> Callable[..., None]:
-    """A `Device.write_kv` from a function like `write_kv`, for a cache of the model's dtype.
+Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
-    Its scales are not used.
-    """
+
+def without_scales(write: Write) -> "WriteKV":
+    """From a function like `write_kv`, for a cache of the model's dtype; no scales are used."""
 
     def store(
         key: torch.Tensor,
@@ -78,6 +82,6 @@ def without_scales(write_kv: Callable[..., None]) -> Callable[..., None]:
         k_scale: torch.Tensor,
         v_scale: torch.Tensor,
     ) -> None:
-        write_kv(key, value, kv_cache, slot_mapping)
+        write(key, value, kv_cache, slot_mapping)
 
     return store

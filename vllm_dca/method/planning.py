@@ -5,7 +5,7 @@ out in numpy and copied over without blocking. The block table, which only the d
 is gathered there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,22 +16,22 @@ import torch
 from vllm_dca.method.geometry import ChunkGeometry, IntArray, Segments, split_at_chunk_borders
 from vllm_dca.method.provider import PagedSegments
 
+# On the host, by name.
+Arrays = dict[str, npt.NDArray[np.generic]]
 
-@dataclass
-class QueryTurns:
-    """Which rotated copies of the queries a batch needs, all passes one after the other.
+
+class QueryTurns(NamedTuple):
+    """Which rotated copies of the queries are made; on the device.
 
     Attributes:
         tokens: [num_turned] int32, index of the token to take the query from.
         turn: [num_turned] int32, positions to turn it further, 0 .. c.
         temperature: [num_turned] fp32, factor to scale it by; None where there is none.
-        sizes: how many copies belong to each pass that needs copies.
     """
 
     tokens: torch.Tensor
     turn: torch.Tensor
-    temperature: torch.Tensor | None
-    sizes: list[int]
+    temperature: torch.Tensor | None = None
 
 
 class Turns(NamedTuple):
@@ -60,13 +60,15 @@ class PrefillPlan:
     Attributes:
         passes: intra over all tokens, then succ and inter where any token needs them.
         parts: the tokens of each pass but the first.
-        turns: copies for each pass but the first, and with a temperature for the first too;
-            None where nothing is copied.
+        turns: copies for each pass but the first, and with a temperature for the first too,
+            pass after pass; None where nothing is copied.
+        turn_sizes: how many copies belong to each pass that needs some.
     """
 
     passes: list[PagedSegments]
     parts: list[Part]
     turns: QueryTurns | None
+    turn_sizes: list[int]
 
 
 def plan_prefill(
@@ -77,77 +79,50 @@ def plan_prefill(
     geometry: ChunkGeometry,
     original_max_position_embeddings: int | None = None,
 ) -> PrefillPlan:
-    """Plan the passes over requests that have any number of new tokens each.
-
-    Args:
-        query_start_loc: [num_requests + 1] on the host, first new token of each request,
-            counted from the first prefill token.
-        seq_lens: [num_requests] on the host, tokens of each request, cached and new.
-        block_table: [num_requests, max_blocks] int32 on the device, pages of each request.
-        block_size: tokens a page; divides the chunk length.
-        geometry: the chunk sizes.
-        original_max_position_embeddings: switches the temperature on.
-    """
+    """Plan the passes over requests; see `vllm_dca.method.device.PlanPrefill`."""
     length = original_max_position_embeddings
     regions = _regions(query_start_loc, seq_lens, geometry)
+    # A temperature scales the queries of the first pass, too.
     copied = regions[1:] if length is None else regions
-    tokens = [region.segments.token_indices() for region in regions]
-    host: dict[str, npt.NDArray[np.generic]] = {}
-    for index, region in enumerate(regions):
-        host |= {
-            f"cu_seqlens_q {index}": np.append(0, region.segments.length.cumsum()),
-            f"cu_seqlens_k {index}": np.append(0, region.num_keys.cumsum()),
-            f"seqused_k {index}": region.num_keys,
-            f"request {index}": region.segments.request,
-            f"first_page {index}": region.first_key // block_size,
-        }
-    for index in range(1, len(regions)):
-        host[f"rows {index}"] = _inverse(tokens[index], len(tokens[0]))
-    sizes = [len(indices) for indices in tokens[len(regions) - len(copied) :]]
+    num_tokens = int(regions[0].segments.length.sum())
+    *passes, turned = upload(
+        [
+            *(_pass_arrays(each, num_tokens, block_size) for each in regions),
+            _turn_arrays(copied, length),
+        ],
+        block_table.device,
+    )
+    turns, parts = None, []
+    sizes = [int(region.segments.length.sum()) for region in copied]
     if copied:
-        host["tokens"] = np.concatenate(tokens[len(regions) - len(copied) :])
-        host["turn"] = np.concatenate(
-            [region.turn(region.segments.token_offsets()) for region in copied]
-        )
-    if length is not None:
-        positions = np.concatenate([region.segments.token_positions() for region in copied])
-        host["temperature"] = query_temperature(positions, length).view(np.int32)
-    device = upload(host, block_table.device)
-
-    turns, answered = None, []
-    if copied:
-        # The intra pass answers all tokens, in order.
-        answered = list(device["tokens"].split(sizes))[1 - len(regions) :]
-        temperature = device.get("temperature")
-        turns = QueryTurns(
-            tokens=device["tokens"],
-            turn=device["turn"],
-            temperature=None if temperature is None else temperature.view(torch.float32),
-            sizes=sizes,
-        )
+        turns = QueryTurns(**turned)
+        # The first pass, intra, answers every token in order, and is no part.
+        answered = turns.tokens.split(sizes)[len(copied) - len(regions) + 1 :]
+        parts = [
+            Part(tokens, there["rows"])
+            for tokens, there in zip(answered, passes[1:], strict=True)
+        ]
     return PrefillPlan(
         passes=[
             PagedSegments(
                 query_lens=region.segments.length,
                 key_lens=region.num_keys,
-                cu_seqlens_q=device[f"cu_seqlens_q {index}"],
-                cu_seqlens_k=device[f"cu_seqlens_k {index}"],
-                seqused_k=device[f"seqused_k {index}"],
+                cu_seqlens_q=there["cu_seqlens_q"],
+                cu_seqlens_k=there["cu_seqlens_k"],
+                seqused_k=there["seqused_k"],
                 block_table=_slice_rows(
                     block_table,
-                    device[f"request {index}"],
-                    device[f"first_page {index}"],
+                    there["request"],
+                    there["first_page"],
                     -(-int(region.num_keys.max()) // block_size),
                 ),
-                causal=index == 0,
+                causal=region.causal,
             )
-            for index, region in enumerate(regions)
+            for region, there in zip(regions, passes, strict=True)
         ],
-        parts=[
-            Part(answered[index - 1], device[f"rows {index}"])
-            for index in range(1, len(regions))
-        ],
+        parts=parts,
         turns=turns,
+        turn_sizes=sizes,
     )
 
 
@@ -158,6 +133,35 @@ class _Region(NamedTuple):
     first_key: IntArray
     num_keys: IntArray
     turn: Callable[[IntArray], IntArray]
+    causal: bool = False
+
+
+def _pass_arrays(region: _Region, num_tokens: int, block_size: int) -> Arrays:
+    """What a pass needs on the device."""
+    segments = region.segments
+    return {
+        "cu_seqlens_q": np.append(0, segments.length.cumsum()),
+        "cu_seqlens_k": np.append(0, region.num_keys.cumsum()),
+        "seqused_k": region.num_keys,
+        "request": segments.request,
+        "first_page": region.first_key // block_size,
+        "rows": _inverse(segments.token_indices(), num_tokens),
+    }
+
+
+def _turn_arrays(copied: list[_Region], length: int | None) -> Arrays:
+    """The same of the copies, by the names that `QueryTurns` has."""
+    if not copied:
+        return {}
+    segments = [region.segments for region in copied]
+    arrays: Arrays = {
+        "tokens": np.concatenate([each.token_indices() for each in segments]),
+        "turn": np.concatenate([each.turn(each.segments.token_offsets()) for each in copied]),
+    }
+    if length is not None:
+        positions = np.concatenate([each.token_positions() for each in segments])
+        arrays["temperature"] = query_temperature(positions, length)
+    return arrays
 
 
 def _regions(
@@ -168,7 +172,9 @@ def _regions(
     intra = split_at_chunk_borders(query_start_loc, seq_lens, chunk_len)
     succ, inter = intra.take(intra.chunk >= 1), intra.take(intra.chunk >= 2)
     regions = [
-        _Region(intra, intra.chunk * chunk_len, intra.offset + intra.length, np.zeros_like),
+        _Region(
+            intra, intra.chunk * chunk_len, intra.offset + intra.length, np.zeros_like, True
+        ),
         _Region(
             succ,
             (succ.chunk - 1) * chunk_len,
@@ -192,23 +198,36 @@ def _inverse(indices: IntArray, size: int) -> IntArray:
     return places
 
 
-def upload(
-    arrays: dict[str, npt.NDArray[np.generic]], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Integer arrays as int32 on the device, copied at once and without blocking.
+def upload(groups: Sequence[Arrays], device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Arrays on the device, copied all at once and without blocking.
 
     Each starts at a multiple of 16 bytes: for others Triton would compile its kernels again.
+
+    Args:
+        groups: [n] integers, which must fit 32 bits, or [n] fp32, by names.
+        device: where to.
+
+    Returns:
+        For each group, int32 or fp32 by the same names.
     """
-    ends = np.cumsum([-(-len(array) // 4) * 4 for array in arrays.values()]).tolist()
-    host = torch.empty(ends[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
-    places = {
-        name: slice(start, start + len(array))
-        for (name, array), start in zip(arrays.items(), [0, *ends], strict=False)
-    }
-    for name, array in arrays.items():
-        host.numpy()[places[name]] = array
+    ends = np.cumsum([-(-len(array) // 4) * 4 for group in groups for array in group.values()])
+    starts = iter([0, *ends.tolist()])
+    host = torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
+    numbers = host.numpy()
+    places = [{name: (next(starts), array) for name, array in each.items()} for each in groups]
+    for group in places:
+        for start, array in group.values():
+            is_float = array.dtype == np.float32
+            numbers[start : start + len(array)] = array.view(np.int32) if is_float else array
     on_device = host.to(device, non_blocking=True)
-    return {name: on_device[place] for name, place in places.items()}
+    of_dtype = on_device, on_device.view(torch.float32)
+    return [
+        {
+            name: of_dtype[array.dtype == np.float32][start : start + len(array)]
+            for name, (start, array) in group.items()
+        }
+        for group in places
+    ]
 
 
 def _slice_rows(

@@ -4,7 +4,6 @@ The same for every device; what differs are the operations that it is put togeth
 """
 
 import functools
-from typing import Any
 
 import torch
 
@@ -28,28 +27,12 @@ def prefill_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """Attend to the paged cache, which holds the new tokens' keys and values already.
-
-    Args:
-        query: [num_tokens, num_heads, head_size], rotated to their offsets.
-        key_cache: [num_blocks, block_size, num_kv_heads, head_size], see `AttentionProvider`.
-        value_cache: like key_cache.
-        output: [num_tokens, num_heads, head_size], written.
-        plan: made once for all layers from the batch's lengths.
-        rotation: how this layer turns queries.
-        softmax_scale: factor on the dot products.
-        operations: the device's.
-        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap).
-        sinks: [num_heads], one more logit of each query's softmax, whose value is 0.
-        k_scale: of an FP8 cache, see `AttentionProvider`.
-        v_scale: likewise.
-    """
-    capped: dict[str, Any] = {} if soft_cap is None else {"soft_cap": soft_cap}
+    """See `vllm_dca.method.device.PrefillAttention`; `operations` are the device's."""
     queries = [query]
     turns = plan.turns
     if turns is not None:
         turned = operations.turn(query, rotation, turns.tokens, turns.turn, turns.temperature)
-        queries = list(turned.split(turns.sizes))
+        queries = list(turned.split(plan.turn_sizes))
         if turns.temperature is None:
             queries.insert(0, query)
 
@@ -61,7 +44,7 @@ def prefill_attention(
             output,
             segments=plan.passes[index],
             softmax_scale=softmax_scale,
-            **capped,
+            soft_cap=soft_cap,
             k_scale=k_scale,
             v_scale=v_scale,
         )

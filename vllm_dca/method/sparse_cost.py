@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dca.method.lines import BAND, PROBE, SINKS
 from vllm_dca.method.sparse_config import TILE, SparseSettings
+from vllm_dca.method.vertical_slash import FIRST_KEYS, NEAR_DIAGONALS, PROBE
 
 # As measured on a CPU (docs/sparse.md), in shares of dense attention's time: attending takes
 # so many times its share of the keys, selecting so many times the probe's share of the rows.
@@ -60,9 +60,11 @@ def _counts(settings: SparseSettings) -> tuple[Numbers, ...]:
     """[num_heads] keys of a head at least, and at most."""
     if settings.budgets is None:
         blocks = TILE * -(-settings.min_keys // TILE)
-        return np.array([float(max(blocks, BAND))]), np.array([np.inf])
+        return np.array([float(max(blocks, NEAR_DIAGONALS))]), np.array([np.inf])
     heads = [head for layer in settings.budgets for head in layer]
-    verticals, slashes = np.maximum(np.array(heads, dtype=float), [SINKS, BAND]).T
+    verticals, slashes = np.maximum(
+        np.array(heads, dtype=float), [FIRST_KEYS, NEAR_DIAGONALS]
+    ).T
     # The nearest diagonals lie side by side in any case.
-    apart = BAND + TILE - 1 + TILE * (slashes - BAND)
+    apart = NEAR_DIAGONALS + TILE - 1 + TILE * (slashes - NEAR_DIAGONALS)
     return np.maximum(verticals, slashes + TILE - 1), verticals + apart

@@ -19,8 +19,8 @@ from vllm_dca.reference.attention import dual_chunk_attention, key_positions, ro
 
 TILE = 64
 PROBE = 64  # a segment's last rows, which its lines are selected from
-SINKS = 30  # the first keys, always seen
-BAND = 100  # the nearest diagonals, always seen
+FIRST_KEYS = 30  # the first keys, always seen
+NEAR_DIAGONALS = 100  # the nearest diagonals, always seen
 LEAST_ROWS = 256  # segments with fewer rows are dense
 
 
@@ -76,14 +76,14 @@ def select(weights: torch.Tensor, i: torch.Tensor, rule: Rule) -> Lines:
     """
     num_heads, _, end = weights.shape
     j = torch.arange(end)
-    always = torch.arange(end) < SINKS
+    always = torch.arange(end) < FIRST_KEYS
     by_budget = rule.verticals is not None
     # A line is a diagonal, or a block of them in tiles.
     line = i[:, None] - j if by_budget else i[:, None] // TILE - j // TILE
     last = int(line.max()) + 1
     # A block's nearest diagonal is that of a tile's first row.
     reach = torch.arange(last) if by_budget else TILE * torch.arange(last) - (TILE - 1)
-    nearest = reach < BAND
+    nearest = reach < NEAR_DIAGONALS
     verticals, slashes = [], []
     for head in range(num_heads):
         vertical = weights[head].sum(0)

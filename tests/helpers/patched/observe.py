@@ -213,7 +213,7 @@ def _observe_dca(model: Path) -> dict[str, Any]:
             },
         ),
         "prepared": [module is created for module in prepared],
-        "rotations": [type(layer.attn.impl.rotation).__name__ for layer in layers],
+        "rotations": [type(layer.attn.impl.prepared.rotation).__name__ for layer in layers],
         "tables": [len(layer.rotary_emb.cos_sin_cache) for layer in layers],
     }
 

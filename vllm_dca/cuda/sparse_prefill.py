@@ -22,18 +22,14 @@ from vllm_dca.cuda.sparse_plan import (
 )
 from vllm_dca.cuda.sparse_probe import Weights
 from vllm_dca.cuda.sparse_select import choose
-from vllm_dca.method import lines
-from vllm_dca.method.lines import Lines, Rule
+from vllm_dca.method import vertical_slash
 from vllm_dca.method.rotary import QueryRotation
-from vllm_dca.method.sparse import (
-    Attended,
-    SparsePlan,
-    SparsePrefill,
-    SparseSizes,
-    Watch,
-)
 from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import LEAST_ROWS, Segment
+from vllm_dca.method.sparse_prefill import SparsePrefill, SparseSizes
+from vllm_dca.method.sparse_recall import Attended, Watch
+from vllm_dca.method.vertical_slash import Lines, Rule
 
 
 class Buffers:
@@ -101,7 +97,7 @@ class Sparse:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
     ) -> None:
-        """As `vllm_dca.method.sparse.sparse_attention`; an FP8 cache has its scales.
+        """See `vllm_dca.method.sparse_prefill.SparseAttention`.
 
         `watch` is shown the step's last segment only, and reads nothing back: it is told on the
         device.
@@ -144,14 +140,18 @@ class Sparse:
             given |= {"plan": plan.host, "k_scale": k_scale}
             of_segment = functools.partial(weigh, buffers)
             rows = query[segment.rows]
-            watch(Attended(rows, kv_cache, segment, taken, of_segment, lines.select, given))
+            watch(
+                Attended(
+                    rows, kv_cache, segment, taken, of_segment, vertical_slash.select, given
+                )
+            )
 
 
-def prefill(sizes: SparseSizes, device: torch.device) -> SparsePrefill:
-    """Ready, with its buffers."""
+def with_buffers(sizes: SparseSizes, device: torch.device) -> SparsePrefill:
+    """Allocate the buffers; the functions are bound to them."""
     sparse = Sparse(sizes, device)
-    # Queries turned three ways, the dense rest and its answer.
-    return SparsePrefill(sparse.plan, sparse.attend, room=5)
+    # Queries turned three ways.
+    return SparsePrefill(sparse.plan, sparse.attend, room=3)
 
 
 def weigh(
@@ -166,7 +166,7 @@ def weigh(
     softmax_scale: float,
     k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weigh one segment's lines for a watch, as `vllm_dca.cpu.sparse.weigh` does.
+    """A `vllm_dca.method.sparse_operations.WeighLines` of one segment, for a watch.
 
     What it returns is in the buffers, which nobody needs between two layers: it is good until
     the next call. As much memory for its own would come on top of what vLLM counted.

@@ -10,7 +10,7 @@ a later step counts those that have come.
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from prometheus_client import Histogram
@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 
 from vllm_dca.engine.log import logger
 from vllm_dca.engine.settings import settings_of
-from vllm_dca.method.sparse import Attended
+from vllm_dca.method.sparse_recall import Attended
 
 LABELS = ["model_name"]
 SHARES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
@@ -52,19 +52,62 @@ def _registered() -> _Metrics:
 class _Coming(NamedTuple):
     """Figures of a segment: recall and keys, [2, num_heads] on the host once `arrived`."""
 
+    end: int
     figures: torch.Tensor
     arrived: Callable[[], bool]
-    observe: Callable[[torch.Tensor], None]
 
 
-_coming: deque[_Coming] = deque()
+class RecallSampler:
+    """Has layers look at one in so many steps with sparse segments, and counts what they saw.
 
+    All layers of a model share it. It warns once if they keep less than the user's bound.
 
-def collect() -> None:
-    """Count what has come since; the engine calls it at each step."""
-    while _coming and _coming[0].arrived():
-        coming = _coming.popleft()
-        coming.observe(coming.figures)
+    Attributes:
+        every: one in so many steps.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, every: int = 16) -> None:
+        sparse = settings_of(vllm_config).sparse
+        assert sparse is not None
+        self.every = every
+        self._bound = sparse.min_recall
+        self._steps, self._has_warned = 0, False
+        self._coming: deque[_Coming] = deque()
+        metrics = _registered()
+        name = vllm_config.model_config.served_model_name
+        self._recall, self._keys = metrics.recall.labels(name), metrics.keys.labels(name)
+
+    def takes_next_step(self) -> bool:
+        """Whether layers are to look at the next step; the first one is looked at."""
+        self._steps += 1
+        return (self._steps - 1) % self.every == 0
+
+    def watch(self, attended: Attended) -> None:
+        """Look at a segment of a layer."""
+        figures, arrived = _to_host(torch.stack(attended.kept(attended.lines)))
+        self._coming.append(_Coming(attended.segment.end, figures, arrived))
+
+    def collect(self) -> None:
+        """Count what has come since; called at each step."""
+        while self._coming and self._coming[0].arrived():
+            self._count(self._coming.popleft())
+
+    def _count(self, coming: _Coming) -> None:
+        recall, keys = coming.figures
+        for histogram, of_heads in ((self._recall, recall), (self._keys, keys)):
+            for share in of_heads.tolist():
+                histogram.observe(share)
+        if recall.mean() < self._bound and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "DCA: sparse prefill kept %.3f of a layer's attention, with %.3f of the keys, "
+                "at position %d; sparse_min_recall is %.3f. A larger sparse_coverage, or "
+                "larger budgets, keep more.",
+                recall.mean(),
+                keys.mean(),
+                coming.end,
+                self._bound,
+            )
 
 
 def _to_host(figures: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
@@ -76,41 +119,3 @@ def _to_host(figures: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
     copied = torch.cuda.Event()
     copied.record()
     return there, copied.query
-
-
-class RecallWatch:
-    """Counts what layers keep; warns once a process if that is under the user's bound."""
-
-    warned: ClassVar[bool] = False
-
-    def __init__(self, vllm_config: VllmConfig) -> None:
-        sparse = settings_of(vllm_config).sparse
-        assert sparse is not None
-        self.bound = sparse.min_recall
-        metrics = _registered()
-        name = vllm_config.model_config.served_model_name
-        self.recall, self.keys = metrics.recall.labels(name), metrics.keys.labels(name)
-
-    def __call__(self, attended: Attended) -> None:
-        """Look at a segment of a layer."""
-        figures, arrived = _to_host(torch.stack(attended.kept(attended.lines)))
-        count = functools.partial(self.count, attended.segment.end)
-        _coming.append(_Coming(figures, arrived, count))
-
-    def count(self, end: int, figures: torch.Tensor) -> None:
-        """What a segment's heads kept, and of how many of the keys before `end`."""
-        recall, keys = figures
-        for histogram, of_heads in ((self.recall, recall), (self.keys, keys)):
-            for share in of_heads.tolist():
-                histogram.observe(share)
-        if recall.mean() < self.bound and not RecallWatch.warned:
-            RecallWatch.warned = True
-            logger.warning(
-                "DCA: sparse prefill kept %.3f of a layer's attention, with %.3f of the keys, "
-                "at position %d; sparse_min_recall is %.3f. A larger sparse_coverage, or "
-                "larger budgets, keep more.",
-                recall.mean(),
-                keys.mean(),
-                end,
-                self.bound,
-            )

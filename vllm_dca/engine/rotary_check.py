@@ -12,19 +12,14 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_dca.engine import transformers_rotary
-from vllm_dca.engine.following import (
-    NotUnderstoodError,
-    ReachedError,
-    arguments_of,
-    standing_in,
-)
+from vllm_dca.engine.dry_run import Inputs, NotUnderstoodError, run_to_attention
 from vllm_dca.method.rotary import QueryRotation, turn_queries
 
 # Of the largest entry. Rounding in bf16 is a tenth of that, another turn ten times as much.
 _TOLERANCE = 0.05
 
 
-def check_turns(
+def check_rotation(
     layer_name: str,
     model: torch.nn.Module,
     rotation: QueryRotation,
@@ -87,26 +82,13 @@ def _at(
         x = random(1, len(positions), 1)
         return rotary(x, positions[None], *(() if layer_type is None else (layer_type,)))
 
-    reached: list[torch.Tensor] = []
     twins = {
         name: random(*tensor.shape).to(tensor.dtype)
         for name, tensor in parent.named_parameters()
         if tensor.is_floating_point()
         and not isinstance(parent.get_submodule(name.rpartition(".")[0]), LinearBase)
     }
-    arguments = arguments_of(parent, around, positions, hidden, embeddings)
-    try:
-        with (
-            standing_in(parent, attention, linear, lambda *both: reached.extend(both)),
-            torch.inference_mode(),
-        ):
-            torch.func.functional_call(parent, twins, (), arguments, strict=False)
-    except ReachedError:
-        pass
-    except Exception as error:
-        raise NotUnderstoodError(
-            f"the code of its {type(parent).__name__} could not be tried "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    inputs = Inputs(positions, hidden, embeddings, linear, twins)
+    reached = run_to_attention(parent, attention, around, inputs)
     query, key = (each.reshape(len(positions), -1, attention.head_size) for each in reached)
     return query, key

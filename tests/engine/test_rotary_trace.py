@@ -21,9 +21,11 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.helpers import checkpoints
 from vllm_dca.engine import rotary_tables
-from vllm_dca.engine.following import NotUnderstoodError, rotation_of
-from vllm_dca.engine.remap import _periodic, _Tables
-from vllm_dca.engine.turning import check_turns
+from vllm_dca.engine.dry_run import NotUnderstoodError
+from vllm_dca.engine.remap import remap_layer
+from vllm_dca.engine.rotary_check import check_rotation
+from vllm_dca.engine.rotary_replacements import RotaryReplacements
+from vllm_dca.engine.rotary_trace import rotation_of
 from vllm_dca.method.config import resolve_settings
 from vllm_dca.method.rotary import QueryRotation, unit_table
 
@@ -188,14 +190,14 @@ def rotation_in(layer: Layer) -> QueryRotation:
 @pytest.mark.parametrize("kind", [Layer, Scaled])
 def test_queries_that_turn_as_the_table_says(kind: type[Layer]) -> None:
     layer = kind()
-    check_turns("self_attn.attn", model_of(layer), rotation_in(layer), 64)
+    check_rotation("self_attn.attn", model_of(layer), rotation_in(layer), 64)
 
 
 @pytest.mark.parametrize("kind", [Normed, Tail, Fused])
 def test_queries_that_do_not(kind: type[Layer]) -> None:
     layer = kind()
     with pytest.raises(NotUnderstoodError, match="do not turn with their positions"):
-        check_turns("self_attn.attn", model_of(layer), rotation_in(layer), 64)
+        check_rotation("self_attn.attn", model_of(layer), rotation_in(layer), 64)
 
 
 class Hidden(Layer):
@@ -226,13 +228,13 @@ def test_what_no_module_was_seen_to_rotate_stays_as_it_is(
     assert found is None
     settings = resolve_settings({"chunk_size": 96, "local_size": 32}, None, 128, 16)
     config = VllmConfig(additional_config={"dca": settings.to_dict()})
-    given = ("self_attn.attn", found, model, config, _Tables(settings, 128))
+    given = ("self_attn.attn", found, model, config, RotaryReplacements(settings, 128))
     if reason is None:
-        assert _periodic(*given).cos_sin.unique(dim=0).tolist() == [[1, 0]]
+        assert remap_layer(*given).cos_sin.unique(dim=0).tolist() == [[1, 0]]
     else:
         message = f"{reason} on their positions, by code that cannot be followed"
         with pytest.raises(NotImplementedError, match=message):
-            _periodic(*given)
+            remap_layer(*given)
 
 
 @triton.jit
@@ -281,10 +283,10 @@ def test_a_kernel_of_triton_is_not_launched_on_tensors_without_data() -> None:
     rotation = rotation_of("self_attn.attn", model_of(layer))
     assert rotation is not None
     assert rotation.rotary is layer.rotary_emb
-    check_turns("self_attn.attn", model_of(layer), rotation_in(layer), 64)
+    check_rotation("self_attn.attn", model_of(layer), rotation_in(layer), 64)
     half = LaunchingForHalf()
     with pytest.raises(NotUnderstoodError, match="its keys do not turn with their positions"):
-        check_turns("self_attn.attn", model_of(half), rotation_in(half), 64)
+        check_rotation("self_attn.attn", model_of(half), rotation_in(half), 64)
     with pytest.raises(NotUnderstoodError, match="through no rotary module"):
         rotation_of("self_attn.attn", model_of(LaunchingWithoutTable()))
 
@@ -315,9 +317,9 @@ def test_qwen3_next_s_kernel_for_gpus(scaling: str, monkeypatch: pytest.MonkeyPa
     rotation = rotation_of("self_attn.attn", model)
     assert rotation is not None
     assert rotation.rotary is layer.rotary_emb
-    heir, turns = rotary_tables.remap(layer.rotary_emb, 96, 64, 256)
-    layer.rotary_emb = heir
-    check_turns("self_attn.attn", model, turns, 64)
+    replacement, turns = rotary_tables.periodic(layer.rotary_emb, 96, 64, 256)
+    layer.rotary_emb = replacement
+    check_rotation("self_attn.attn", model, turns, 64)
 
 
 def fails(*args: Any) -> Any:

@@ -10,8 +10,8 @@ import torch
 from vllm_dca.method.sparse_config import TILE, SparseSettings
 
 PROBE = 64  # a segment's last rows, which its lines are selected from
-SINKS = 30  # the first keys, always seen
-BAND = 100  # the nearest diagonals, always seen
+FIRST_KEYS = 30  # the first keys, always seen
+NEAR_DIAGONALS = 100  # the nearest diagonals, always seen
 
 
 class Rule(NamedTuple):
@@ -80,9 +80,9 @@ def select(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> Lines:
     """
     num_heads, end = vertical.shape
     width = rule.line_width
-    always = torch.arange(end, device=vertical.device) < SINKS
+    always = torch.arange(end, device=vertical.device) < FIRST_KEYS
     line = torch.arange(slash.shape[1], device=slash.device) * width
-    near = line - (width - 1) < BAND
+    near = line - (width - 1) < NEAR_DIAGONALS
     keys = _largest(vertical, always, rule.verticals, rule.min_keys, rule.coverage)
     lines = _largest(slash, near, rule.slashes, -(-rule.min_keys // width), rule.coverage)
     distances = vertical.new_zeros(num_heads, end + TILE + 1, dtype=torch.bool)

@@ -24,12 +24,15 @@ from tests.helpers.sparse_checks import (
     weights_of,
 )
 from vllm_dca.cuda import sparse_attend, sparse_lists, sparse_plan, sparse_probe, sparse_select
-from vllm_dca.cuda.sparse import Buffers, Sparse
+from vllm_dca.cuda.sparse_prefill import Buffers, Sparse
 from vllm_dca.cuda.sparse_probe import Weights
 from vllm_dca.cuda.tuning import Tuning
-from vllm_dca.method.lines import Lines, Rule
 from vllm_dca.method.rotary import turn_queries
-from vllm_dca.method.sparse import Attended, SparsePlan, SparseSizes
+from vllm_dca.method.planning import QueryTurns
+from vllm_dca.method.sparse_operations import SparsePlan
+from vllm_dca.method.sparse_prefill import SparseSizes
+from vllm_dca.method.sparse_recall import Attended
+from vllm_dca.method.vertical_slash import Lines, Rule
 
 interpreter.repair()
 
@@ -222,9 +225,7 @@ def choose(weights: list[tuple[torch.Tensor, torch.Tensor]], rule: Rule) -> list
         buffers.weights.slash[1][:, lines] = slash - part
         first += sparse_plan.places_of(ends[index])
     nothing = torch.empty(0)
-    probe = sparse_plan.Probe(
-        sparse_plan.Turned(nothing, nothing, None), table.to(DEVICE), ends
-    )
+    probe = sparse_plan.Probe(QueryTurns(nothing, nothing), table.to(DEVICE), ends)
     for marks in buffers.marks:
         marks.fill_(True)
     sparse_select.choose(Weights(*buffers.weights), buffers.marks, probe, rule.to(DEVICE))

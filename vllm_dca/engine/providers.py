@@ -1,29 +1,31 @@
 """Who computes the prefill on a device: the user's choice, else the first that can serve."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from vllm_dca.cuda import flash_attn, xformers_pass
-from vllm_dca.method.device import Prefill
+from vllm_dca.method.device import Device, Prefill
 from vllm_dca.method.provider import AttentionProvider, Needs, UnusableProviderError
 
+# What attends a pass, all of a prefill at once, or everything, as on the CPU.
+Provider = AttentionProvider | Prefill | Device
 
-def _compiled(needs: Needs) -> Callable[..., None]:
-    from vllm_dca.cpu import build, compiled
+
+def _compiled(needs: Needs) -> Device:
+    from vllm_dca.cpu import build, device
 
     try:
-        compiled.library()
+        return device.by_kernel()
     except build.BuildError as error:
         raise UnusableProviderError(f"it cannot be compiled here ({error})") from error
-    return compiled.attention
 
 
-def _torch(needs: Needs) -> AttentionProvider:
-    from vllm_dca.cpu.paged_pass import attention
+def _torch(needs: Needs) -> Device:
+    from vllm_dca.cpu import device
 
-    return attention
+    return device.by_torch()
 
 
 def _vllm_flash_attn(needs: Needs) -> AttentionProvider:
@@ -80,7 +82,9 @@ def _interpreted_passes(needs: Needs) -> AttentionProvider:
 def _check_interpreter() -> None:
     try:
         from vllm_dca.cuda.device import interprets
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
         raise UnusableProviderError(f"Triton is not installed ({error})") from error
     if not interprets():
         raise UnusableProviderError(
@@ -90,11 +94,10 @@ def _check_interpreter() -> None:
 
 
 # In order of preference. xformers copies a pass's keys, so it goes after what reads them in
-# their pages; it multiplies by flash-attention, so it goes before Triton's plain kernels. All
-# are providers of one pass but two that take all of DCA at once: the compiled kernel,
-# `vllm_dca.cpu.compiled`, and "triton". "triton_passes" serves what "triton" does, so after it
-# it runs only where it is asked for. "interpreter" is CUDA's path on a CPU.
-PROVIDERS: dict[str, dict[str, Callable[[Needs], Any]]] = {
+# their pages; it multiplies by flash-attention, so it goes before Triton's plain kernels.
+# "triton_passes" serves what "triton" does, so after it it runs only where it is asked for.
+# "interpreter" is CUDA's path on a CPU.
+PROVIDERS: dict[str, dict[str, Callable[[Needs], Provider]]] = {
     "cpu": {"compiled": _compiled, "torch": _torch},
     "cuda": {
         "vllm_flash_attn": _vllm_flash_attn,
@@ -135,8 +138,16 @@ def serving_all(device_type: str, needs: Iterable[Needs]) -> list[str]:
     return [name for name in names if all(serves(name, each) for each in wanted)]
 
 
-def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Any, list[str]]:
-    """A provider's name, the provider, and why those before it cannot serve.
+class Choice(NamedTuple):
+    """A provider, its name, and why those that are preferred to it cannot serve."""
+
+    name: str
+    provider: Provider
+    reasons: list[str]
+
+
+def choose(device_type: str, asked: str | None, needs: Needs) -> Choice:
+    """The provider that was asked for, or the first that can serve.
 
     Args:
         device_type: "cpu", "cuda" or "interpreter".
@@ -155,7 +166,7 @@ def choose(device_type: str, asked: str | None, needs: Needs) -> tuple[str, Any,
     reasons: list[str] = []
     for name in in_order(device_type, needs) if asked is None else [asked]:
         try:
-            return name, known[name](needs), reasons
+            return Choice(name, known[name](needs), reasons)
         except UnusableProviderError as error:
             reasons.append(f"{name}: {error}")
     raise ValueError(f"DCA has no attention provider for prefill here. {'; '.join(reasons)}.")

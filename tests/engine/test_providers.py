@@ -21,7 +21,7 @@ from vllm_dca.cuda import flash_attn
 from vllm_dca.cuda.decode import decode_attention
 from vllm_dca.cuda.device import WALK
 from vllm_dca.engine import devices
-from vllm_dca.engine.choice import PROVIDERS, choose
+from vllm_dca.engine.providers import PROVIDERS, choose
 from vllm_dca.method.device import PrefillOperations
 from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.provider import (
