@@ -16,17 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# What plans and runs a step, and what it follows from. What only refuses is not among them.
 _STEP = (
-    "backend",
-    "devices",
-    "impl",
-    "layers",
-    "metadata",
-    "remap",
-    "rotary_tables",
-    "settings",
-    "step",
-    "turning",
+    *("backend", "block_size", "devices", "impl", "layers", "metadata", "remap"),
+    *("rotary_replacements", "rotary_tables", "settings", "step", "window"),
 )
 METHOD = ("vllm_dca/method/*.py",)
 CPU = ("vllm_dca/cpu/*", *METHOD)

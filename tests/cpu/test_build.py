@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._inductor import cpp_builder
 
-from vllm_dca.cpu import build, compiled
+from vllm_dca.cpu import build, compiled, structures
 
 CODE = 'extern "C" int answer() { return 42; }\n'
 GXX = shutil.which("g++")
@@ -134,6 +134,7 @@ def test_another_processor_has_flags_of_its_own(monkeypatch: pytest.MonkeyPatch)
         return types.SimpleNamespace(instructions=lambda: None)
 
     monkeypatch.setattr(build, "library", library)
+    monkeypatch.setattr(structures, "check", lambda _: None)
     here = torch.cpu.get_capabilities()
     compiled.library.__wrapped__()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**here, "f16c": "another"})

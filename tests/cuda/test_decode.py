@@ -186,6 +186,20 @@ def test_launches_replay_for_other_lengths(rows: int) -> None:
     batch.assert_close(attend(batch, query, captured))
 
 
+@pytest.mark.parametrize("longest", [3, None])
+def test_uneven_rows_are_packed_by_the_longest_request(longest: int | None) -> None:
+    """As few queries as serve are multiplied; if nobody knows, as many as fit."""
+    lengths = [(50, 49), (70, 67), (33, 32)]
+    batch = Batch.random(Shape(lengths))
+    query = batch.rotated_query().to(DEVICE)
+    steps = planner(batch.shape, len(query), 5)
+    starts = query_start_loc(lengths).to(DEVICE)
+    seq_lens = torch.tensor([total for total, _ in lengths], dtype=torch.int32, device=DEVICE)
+    found = steps.plan(starts, seq_lens, batch.block_table.to(DEVICE), len(query), longest)
+    assert found.pack_rows == (longest or steps.pack_rows)
+    batch.assert_close(attend(batch, query, found))
+
+
 def test_tolerance_would_catch_a_wrong_region() -> None:
     """The check can fail: one position too few towards the previous chunk is seen."""
     batch = Batch.random(Shape([(70, 69)]))

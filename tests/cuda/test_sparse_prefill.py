@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import interpreter
@@ -27,8 +27,8 @@ from vllm_dca.cuda import sparse_attend, sparse_lists, sparse_plan, sparse_probe
 from vllm_dca.cuda.sparse_prefill import Buffers, Sparse
 from vllm_dca.cuda.sparse_probe import Weights
 from vllm_dca.cuda.tuning import Tuning
-from vllm_dca.method.rotary import turn_queries
 from vllm_dca.method.planning import QueryTurns
+from vllm_dca.method.rotary import turn_queries
 from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_prefill import SparseSizes
 from vllm_dca.method.sparse_recall import Attended
@@ -125,8 +125,7 @@ def attend(batch: Batch, plan: SparsePlan, taken: list[Lines]) -> torch.Tensor:
 def test_attends_to_given_lines(shape: Shape, threshold: int, share: float) -> None:
     batch = Batch.random(shape)
     plan = helper.plan(batch, threshold)
-    if not plan.segments:
-        return
+    assume(plan.segments)
     taken = [helper.random_lines(batch, each, share, shape.seed) for each in plan.segments]
     output = attend(batch, plan, taken)
     assert output[helper.rest(batch, plan)].isnan().all()
@@ -199,8 +198,8 @@ def weigh(batch: Batch, rule: Rule) -> list[tuple[torch.Tensor, ...]]:
 def test_weighs_lines(shape: Shape, rule: Rule) -> None:
     batch = Batch.random(shape)
     segments = helper.plan(batch).segments
-    if segments:
-        assert_weights(batch, rule, segments, weigh(batch, rule))
+    assume(segments)
+    assert_weights(batch, rule, segments, weigh(batch, rule))
 
 
 @pytest.mark.parametrize("rule", [BY_BUDGETS, BY_COVERAGE], ids=["budgets", "coverage"])

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import checkpoints
+from tests.helpers import checkpoints, sparse
 from tests.helpers.answers import assert_close, generate, of_prompt
 from tests.helpers.cases import cases
 from tests.helpers.inprocess import engine
 from vllm_dca.method.config import OPTION_KEYS
 from vllm_dca.method.sparse_config import SPARSE_KEYS
 from vllm_dca.reference.model import prompt_logprobs
+from vllm_dca.reference.sparse import Rule
 
 SIZES = st.sampled_from([8, 16, 32, 48, 64, 96, 100, 128, 256])
 NONSENSE = st.sampled_from([0, -16, 1.5, "64", "", True, None, [], {}, 10**30])
@@ -123,9 +124,38 @@ WINDOWS = st.fixed_dictionaries(
         "max_model_len": st.sampled_from([1, 32, 64, 500]),
     },
 )
+# Most of which is served, too.
+SPARSELY = st.fixed_dictionaries(
+    {
+        "dca": st.fixed_dictionaries(
+            {
+                "sparse": st.just("auto"),
+                "chunk_size": st.sampled_from([384, 448, 512]),
+                "local_size": st.sampled_from([64, 96, 128]),
+                "sparse_threshold": st.sampled_from([0, 10, 150, 300]),
+            },
+            optional={
+                "sparse_coverage": st.sampled_from([0.3, 0.95, 1, 0]),
+                "sparse_min_keys": st.sampled_from([0, 64, 5000, -1]),
+                "sparse_min_recall": st.sampled_from([0.5, 1, True]),
+                "sparse_budgets": st.just("/dev/null"),
+                "original_max_position_embeddings": st.sampled_from([64, None]),
+                "prefill_provider": st.sampled_from(["torch", "compiled"]),
+            },
+        ),
+        "max_model_len": st.just(1000),
+    },
+    optional={
+        "block_size": st.sampled_from([16, 32, 64, 128]),
+        "max_num_batched_tokens": st.sampled_from([255, 256, 512, 8192]),
+        "scaling": st.sampled_from(list(checkpoints.SCALINGS)),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        "speculative_config": st.just("ngram"),
+    },
+)
 # What a refusal may name instead of the key: what people type, and what DCA worked out from it.
 WORDS = {
-    "dca": ('"dca"', *OPTION_KEYS, "chunk_len"),
+    "dca": ('"dca"',),
     "checkpoint": ("dual_chunk_attention_config", *OPTION_KEYS, "sparse_attention_threshold"),
     "block_size": ("block size", "--block-size", "block_size"),
     "max_model_len": ("max_model_len", "max-model-len"),
@@ -248,9 +278,9 @@ def assert_served_as_asked(
     window = trained_window(given, found.model_config.max_model_len, models)
     assert settled["window"] == window
     asked = dict(given["dca"])
-    sparse = {key: asked.pop(key) for key in SPARSE_KEYS if key in asked}
-    assert (settled["sparse"] is not None) == (sparse.pop("sparse", "off") != "off")
-    for key, value in sparse.items():
+    of_sparse = {key: asked.pop(key) for key in SPARSE_KEYS if key in asked}
+    assert (settled["sparse"] is not None) == (of_sparse.pop("sparse", "off") != "off")
+    for key, value in of_sparse.items():
         assert settled["sparse"][key.removeprefix("sparse_")] == value
     for key, value in asked.items():
         assert settled[key] == value
@@ -270,10 +300,12 @@ def assert_served_as_asked(
 def assert_refused_by_name(given: dict[str, Any], error: Exception) -> None:
     """The message names something that was given."""
     words = [word for key in given for word in WORDS[key]]
+    if isinstance(given["dca"], dict):
+        words += given["dca"]
     assert any(word in str(error) for word in words), error
 
 
-@given(given=GIVEN | WINDOWS)
+@given(given=GIVEN | WINDOWS | SPARSELY)
 @settings(
     max_examples=cases(250),
     deadline=None,
@@ -313,7 +345,7 @@ def as_served(model: Path, given: dict[str, Any], directory: Path) -> Path:
 
 
 @pytest.mark.nightly
-@given(given=GIVEN | WINDOWS)
+@given(given=GIVEN | WINDOWS | SPARSELY)
 @settings(max_examples=60, deadline=None, print_blob=True)
 def test_what_starts_agrees_with_the_reference(
     given: dict[str, Any],
@@ -330,7 +362,11 @@ def test_what_starts_agrees_with_the_reference(
     options = arguments(given, models)
     model = Path(options.pop("model"))
     served = as_served(model, given, tmp_path_factory.mktemp("served"))
-    prompt = checkpoints.tokens(300)
+    # Past the threshold there must be segments.
+    is_sparse = isinstance(given["dca"], dict) and given["dca"].get("sparse") == "auto"
+    prompt = checkpoints.tokens(900 if is_sparse else 300)
+    # The sparse reference knows a model's own frequencies only.
+    assume(not (is_sparse and "scaling" in given))
     try:
         with engine(model, **options) as llm:
             found = llm.llm_engine.vllm_config
@@ -339,17 +375,27 @@ def test_what_starts_agrees_with_the_reference(
                 return
             [answer] = generate(llm, [prompt], prompt_logprobs=0)
             settled = found.additional_config["dca"]
+            step = found.scheduler_config.max_num_batched_tokens
     except (ValueError, NotImplementedError) as error:
         assert_refused_by_name(given, error)
         return
     if given.get("dtype") == "bfloat16":
         return
-    temperature = settled["original_max_position_embeddings"]
-    expected = prompt_logprobs(
-        served,
-        prompt,
-        chunk_size=settled["chunk_size"],
-        local_size=settled["local_size"],
-        original_max_position_embeddings=temperature,
-    )
+    names = ("chunk_size", "local_size", "original_max_position_embeddings")
+    sizes = {name: settled[name] for name in names}
+    if settled["sparse"]:
+        rule = Rule(
+            coverage=settled["sparse"]["coverage"], min_keys=settled["sparse"]["min_keys"]
+        )
+        steps = [step] * (len(prompt) // step) + [len(prompt) % step]
+        expected = sparse.prompt_logprobs(
+            served,
+            prompt,
+            steps=[each for each in steps if each],
+            threshold=settled["sparse"]["threshold"],
+            rules=[rule] * 2,
+            **sizes,
+        )
+    else:
+        expected = prompt_logprobs(served, prompt, **sizes)
     assert_close(of_prompt(answer), expected)

@@ -74,11 +74,11 @@ GPT_OSS = (
 @pytest.mark.parametrize(
     ("model", "temperature", "provider", "launches"),
     [
-        # Of two chunks and three.
-        (LLAMA, None, "triton", 2),
-        (LLAMA, 40, "triton", 2),
-        # Of one too, where what is merged may be a pass and a sink.
-        (GPT_OSS, 40, "triton_passes", 1 + 2 + 3),
+        # Two chunks, three, and a few tokens past two, in three numbers.
+        (LLAMA, None, "triton", 2 + 3),
+        (LLAMA, 40, "triton", 2 + 3),
+        # One chunk too, where what is merged may be a pass and a sink.
+        (GPT_OSS, 40, "triton_passes", 1 + 2 + 3 + 3 * 3),
     ],
     ids=["Llama", "tempered", "passes and sinks"],
 )

@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_dca.engine import backend
-from vllm_dca.engine.metadata import DcaMetadataBuilder
+from vllm_dca.engine.metadata import host_lengths
 
 pytestmark = pytest.mark.each_minor
 
@@ -39,21 +39,20 @@ def test_lengths_on_the_host_are_exact_of_what_is_planned_as_prefill(
     )
     if not verifies:
         accepted[2] = true[2]  # vLLM's are exact for prefills
-    builder = types.SimpleNamespace(may_verify_late=drafts > 0, more=more)
-    lengths = DcaMetadataBuilder._host_lengths(builder, common, slice(1, 3))
+    lengths = host_lengths(common, slice(1, 3), more, may_verify_late=drafts > 0)
     assert lengths.tolist()[1:] == (true + more).tolist()[1:]
 
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_no_length_is_fetched_from_a_device_for_prefills(runner: str) -> None:
-    builder = types.SimpleNamespace(may_verify_late=runner == "V1", more=0)
     common = types.SimpleNamespace(
         seq_lens=None,
         seq_lens_cpu_upper_bound=torch.tensor([10, 20]),
         # V2 says this of all that a draft model reads.
         is_prefilling=torch.tensor([False, runner == "V1"]),
     )
-    assert DcaMetadataBuilder._host_lengths(builder, common, slice(1, 2)).tolist() == [10, 20]
+    lengths = host_lengths(common, slice(1, 2), 0, may_verify_late=runner == "V1")
+    assert lengths.tolist() == [10, 20]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ def package_signature(
     """What flash_attn.flash_attn_varlen_func takes in 2.7 and 2.8; it ships as source only."""
 
 
-def stand_in(signature: inspect.Signature, calls: list[dict[str, Any]]) -> Callable[..., Any]:
+def stand_in(
+    signature: inspect.Signature, calls: list[dict[str, Any]], version: int
+) -> Callable[..., Any]:
     """flash-attention as its signature and its documentation have it, on torch's attention."""
 
     def flash_attn_varlen_func(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
@@ -85,9 +87,24 @@ def stand_in(signature: inspect.Signature, calls: list[dict[str, Any]]) -> Calla
             softmax_scale=call["softmax_scale"],
             soft_cap=call["softcap"] or None,
         )
+        if version == 2 and call["max_seqlen_q"] == 1:
+            # Query heads of a KV head are its queries then, and come last.
+            by_group = lse.unflatten(0, (call["k"].shape[2], -1))
+            lse = by_group.transpose(1, 2).reshape(lse.shape)
         return (output, lse) if paged else (output, lse, None)
 
     return flash_attn_varlen_func
+
+
+def attending_by(name: str, calls: list[dict[str, Any]], version: int) -> Callable[..., Any]:
+    """A provider on a stand-in; the package is version 2 in any case."""
+    if name == "flash_attn":
+        function = stand_in(inspect.signature(package_signature), calls, 2)
+        return functools.partial(flash_attn._package, function)
+    signature = inspect.signature(bundled_interface().flash_attn_varlen_func)
+    return functools.partial(
+        flash_attn._bundled, stand_in(signature, calls, version), version, 1
+    )
 
 
 @pytest.mark.parametrize("softmax", [{}, {"soft_cap": 2.0, "has_sinks": True}])
@@ -95,15 +112,9 @@ def stand_in(signature: inspect.Signature, calls: list[dict[str, Any]]) -> Calla
 def test_flash_attention_is_called_as_it_wants(name: str, softmax: dict[str, Any]) -> None:
     """With arguments that it has, by batches that the reference answers."""
     calls: list[dict[str, Any]] = []
-    if name == "vllm_flash_attn":
-        signature = inspect.signature(bundled_interface().flash_attn_varlen_func)
-        attend = functools.partial(flash_attn._bundled, stand_in(signature, calls), 3, 1)
-    else:
-        signature = inspect.signature(package_signature)
-        attend = functools.partial(flash_attn._package, stand_in(signature, calls))
     shape = Shape([(70, 20), (16, 0), (33, 32)], dtype=torch.bfloat16, **softmax)
     batch = Batch.random(shape)
-    operations = PrefillOperations(turn_queries, attend, merge_parts)
+    operations = PrefillOperations(turn_queries, attending_by(name, calls, 3), merge_parts)
     batch.assert_close(batch.prefill(by=by_passes(operations)))
     assert [call["causal"] for call in calls] == [True, False, False]
     for call in calls:
@@ -122,6 +133,14 @@ def test_flash_attention_is_called_as_it_wants(name: str, softmax: dict[str, Any
             assert call["num_splits"] == flash_attn.num_splits(3, *call["q"].shape[:2], 1)
         else:
             assert call["return_attn_probs"]
+
+
+@pytest.mark.parametrize("name", ["vllm_flash_attn", "flash_attn"])
+def test_one_token_of_each_request_is_merged_in_its_order(name: str) -> None:
+    """Version 2 lays log-sum-exps out in another order where it is told of one query each."""
+    batch = Batch.random(Shape([(70, 69), (49, 48), (33, 32)], dtype=torch.bfloat16))
+    operations = PrefillOperations(turn_queries, attending_by(name, [], 2), merge_parts)
+    batch.assert_close(batch.prefill(by=by_passes(operations)))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +295,7 @@ def test_layers_of_a_group_want_one_plan(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def layer(provider: str, prefill: Any, soft_cap: float | None, cache: str = "auto") -> Any:
         device = SimpleNamespace(provider=provider, prefill=prefill)
-        impl = SimpleNamespace(device=device, soft_cap=soft_cap)
+        impl = SimpleNamespace(prepared=SimpleNamespace(device=device), soft_cap=soft_cap)
         return SimpleNamespace(head_size=64, kv_cache_dtype=cache, impl=impl)
 
     plain = layer("xformers", passes, None)

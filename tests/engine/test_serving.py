@@ -35,8 +35,8 @@ def test_it_says_once_what_it_does(server: Server) -> None:
     log = server.log.read_text()
     settled = (
         "DCA: chunk_size 6144, local_size 1024 (chunks of 5120 tokens), derived from the "
-        "trained window of 8192 tokens, no temperature; up to 32768 tokens, 4.0 times the "
-        "model's 8192."
+        "trained window of 8192 tokens, no attention temperature; up to 32768 tokens, 4.0 "
+        "times the model's 8192."
     )
     attended = "DCA attends 30 layers: model.layers.0.self_attn.attn .. model.layers.29"
     assert log.count(settled) == 1

@@ -122,6 +122,25 @@ def test_auto_agrees_with_the_reference(
     assert sum("DCA: sparse prefill kept" in line for line in dca_log) == 1
 
 
+def test_sparse_segments_after_a_cached_prefix(llama: Path) -> None:
+    """Below the threshold a prefix is as fresh; past it, as the steps made it."""
+    below = THRESHOLD // 16 * 16
+    others = checkpoints.tokens(1000, 2)
+    with engine(llama, **options(**AUTO)) as llm:
+        generate(llm, [[*PROMPT[:below], *others]], max_tokens=1)
+        for cached, made in ((below, [below]), (640, [below, 496])):
+            with schedule_of(llm) as schedule:
+                [output] = generate(llm, [PROMPT[: 640 if made == [below] else LENGTH]])
+            assert output.num_cached_tokens == cached
+            [own] = schedule.values()
+            tokens, logprobs = of_answer(output)
+            steps = [*made, *(count for _, count in own)]
+            sequence = [*output.prompt_token_ids, *tokens]
+            assert len(sequence) == sum(steps) + 1
+            right = expected(llama, [AUTO_RULE] * 2, sequence, [*steps, 1])
+            assert_close(logprobs, right[-len(tokens) :])
+
+
 @pytest.mark.each_minor
 def test_steps_that_hold_other_requests(llama: Path) -> None:
     """Dense ones, decode rows and other sparse ones: they change where a step cuts, no more."""
@@ -226,17 +245,21 @@ def test_only_dca_s_layers_of_a_hybrid(tmp_path: Path) -> None:
     file = tmp_path / "budgets.json"
     file.write_text(json.dumps(budgets))
     dense = prompt_logprobs(model, PROMPT, **SIZES)
-    for own in (
-        {"sparse": "auto", "sparse_min_keys": 2 * LENGTH},
-        {"sparse": "checkpoint", "sparse_budgets": str(file)},
+    for own, rule in (
+        ({"sparse": "auto", "sparse_min_keys": 2 * LENGTH}, None),
+        (AUTO, AUTO_RULE),
+        (
+            {"sparse": "checkpoint", "sparse_budgets": str(file)},
+            Rule(verticals=[40] * 4, slashes=[110] * 4, continuous=True),
+        ),
     ):
         given = {**options(**own), "block_size": 32, "num_gpu_blocks_override": 300}
         with engine(model, **given) as llm:
             [output] = generate(llm, [PROMPT], prompt_logprobs=0)
-        error = (of_prompt(output).double() - dense).abs()
-        assert error[: THRESHOLD - 1].max() <= ATOL
         # With all lines it is dense.
-        assert (error.max() <= ATOL) == (own["sparse"] == "auto")
+        right = dense if rule is None else expected(model, [rule] * 3)
+        assert_close(of_prompt(output), right)
+        assert ((right - dense).abs().max() > 100 * ATOL) == (rule is not None)
 
 
 @pytest.mark.usefixtures("no_compiler")

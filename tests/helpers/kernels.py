@@ -43,6 +43,7 @@ def plan(batch: Batch, planner: DecodePlanner, num_rows: int) -> DecodePlan:
         torch.tensor([total for total, _ in lengths], dtype=torch.int32, device=DEVICE),
         batch.block_table.to(DEVICE),
         num_rows,
+        max(total - cached for total, cached in lengths),
     )
 
 

@@ -1,11 +1,9 @@
 """Sparse prefill of a random batch in a paged cache, by the fast code and by the reference."""
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -14,6 +12,7 @@ from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import Segment, sparse_segments
 from vllm_dca.method.vertical_slash import Lines, Rule
 from vllm_dca.reference import sparse as reference
+from vllm_dca.reference.model import load, ordinary
 
 # Of two heads.
 RULES = st.one_of(
@@ -120,42 +119,55 @@ def prompt_logprobs(
     *,
     steps: Sequence[int],
     threshold: int,
-    rules: Sequence[reference.Rule],
+    rules: Sequence[reference.Rule | None],
     **sizes: Any,
 ) -> torch.Tensor:
     """Log-probability of every token but the first, given those before it, in fp64.
 
-    A Llama or Qwen2 by Hugging Face's code, its attention replaced by the reference.
+    A model by Hugging Face's code, its attention replaced by the reference. Layers with a
+    window keep theirs.
 
     Args:
-        model_dir: the checkpoint.
+        model_dir: the checkpoint; queries and keys are rotated in halves.
         tokens: the sequence.
         steps: how many tokens each step of the engine took.
         threshold: the position from which attention is sparse.
         rules: of each layer.
         sizes: as of `dual_chunk_attention`.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
 
-    def attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        if mask is not None:
+            return ordinary(query, key, value, module.scaling, ~mask[0, 0])[None], None
         attended = reference.sparse_attention(
-            *(t[0].transpose(0, 1) for t in (query, key, value)),
+            *(_unrotated(each, cos, sin) for each in (query, key)),
+            value,
             steps=steps,
             threshold=threshold,
             rule=rules[module.layer_idx],
-            inv_freq=model.model.rotary_emb.inv_freq,
+            inv_freq=getattr(rotary, f"{prefix}inv_freq"),
             scale=module.scaling,
             **sizes,
         )
         return attended[None], None
 
-    AttentionInterface.register("sparse_reference", attention)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float64, attn_implementation="sparse_reference"
-    ).eval()
-    modeling: Any = importlib.import_module(type(model).__module__)
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(modeling, "apply_rotary_pos_emb", lambda query, key, *_: (query, key))
+    model = load(model_dir, attention, torch.float64)
+    rotary = model.model.rotary_emb
+    layer_type = ("full_attention",) if isinstance(rotary.rope_type, dict) else ()
+    prefix = "".join(f"{each}_" for each in layer_type)
+    x, positions = torch.zeros(1, dtype=torch.float64), torch.arange(len(tokens))[None]
+    cos, sin = (each[0, :, None] for each in rotary(x, positions, *layer_type))
+    with torch.inference_mode():
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
     predicted = torch.tensor(tokens[1:])[:, None]
     return logits[:-1].log_softmax(-1).gather(1, predicted)[:, 0]
+
+
+def _unrotated(turned: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys, [num_tokens, num_heads, head_size], at position 0."""
+    rotary, rest = turned.tensor_split([cos.shape[-1]], dim=-1)
+    first, second = rotary.chunk(2, dim=-1)
+    return torch.cat([rotary * cos + torch.cat([second, -first], dim=-1) * sin, rest], dim=-1)

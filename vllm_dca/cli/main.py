@@ -109,6 +109,7 @@ def calibrate(
 ) -> None:
     """Find budgets of sparse prefill for a model, on your own text."""
     from vllm_dca.cli.calibrate import run
+    from vllm_dca.engine.calibrate import with_budgets
 
     with quiet_vllm() as warnings, _refusals():
         model, given = parse(words)
@@ -118,13 +119,7 @@ def calibrate(
         finally:  # They may be why it failed.
             _print_warnings(warnings)
     # Budgets belong to the chunk sizes that they were found with.
-    options = {
-        key: value
-        for key, value in additional.get("dca", {}).items()
-        if key not in ("sparse", "sparse_coverage", "sparse_min_keys")
-    }
-    options |= {"sparse": "checkpoint", "sparse_budgets": str(output.resolve())}
-    used = json.dumps(additional | {"dca": options})
+    used = json.dumps(with_budgets(additional, output))
     _line("use it", f"--additional-config {shlex.quote(used)}")
 
 

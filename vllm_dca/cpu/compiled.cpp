@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <type_traits>
@@ -39,7 +40,7 @@ constexpr int64_t kSplits = 8;       // of more keys, no more than these, until 
 constexpr int64_t kLongest = 4096;   // as long as that: its start costs as much as 50 keys or so
 constexpr float kLog2E = 1.44269504f;
 
-// As vllm_dca/cpu/compiled.py fills it. Strides are in elements; the last axes are dense.
+// As vllm_dca/cpu/structures.py has it. Strides are in elements; the last axes are dense.
 struct Arguments {
   const void* query;         // [rows, heads, head_size], rotated to their offsets
   const void* kv_cache;      // [blocks, kv_heads, block_size, 2 * head_size]
@@ -365,6 +366,11 @@ void store(const Tokens& a) {
 #include "select.h"
 
 extern "C" const char* instructions() { return kInstructions; }
+// What Python must agree with: bytes of the structures that it fills, and a tile's rows.
+extern "C" void layout(int64_t* numbers) {
+  const int64_t own[] = {sizeof(Arguments), sizeof(Tokens), sizeof(Lines), kTileRows};
+  std::copy(std::begin(own), std::end(own), numbers);
+}
 extern "C" void write_kv(const Tokens* a) { store(*a); }
 extern "C" void attend_float32(const Arguments* a) { attend_all<float>(*a); }
 extern "C" void attend_bfloat16(const Arguments* a) { attend_all<c10::BFloat16>(*a); }

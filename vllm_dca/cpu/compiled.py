@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from vllm_dca.cpu import build
+from vllm_dca.cpu import build, structures
 from vllm_dca.cpu.rows import Rows
+from vllm_dca.cpu.structures import Arguments, Tokens
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.rotary import QueryRotation
 
@@ -36,55 +37,6 @@ ATTEND = {
 }
 
 
-class _Arguments(ctypes.Structure):
-    """The kernel's `Arguments`."""
-
-    _fields_ = (
-        ("query", ctypes.c_void_p),
-        ("kv_cache", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
-        ("cos_sin", ctypes.c_void_p),
-        ("temperature", ctypes.c_void_p),
-        ("sinks", ctypes.c_void_p),
-        ("position", ctypes.c_void_p),
-        ("request", ctypes.c_void_p),
-        ("turn", ctypes.c_void_p),
-        ("block_table", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("head_size", ctypes.c_int64),
-        ("rotary_dim", ctypes.c_int64),
-        ("is_neox", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("chunk_len", ctypes.c_int64),
-        ("query_stride", ctypes.c_int64 * 2),
-        ("output_stride", ctypes.c_int64 * 2),
-        ("cache_stride", ctypes.c_int64 * 3),
-        ("table_stride", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("soft_cap", ctypes.c_float),
-    )
-
-
-class _Tokens(ctypes.Structure):
-    """The kernel's `Tokens`."""
-
-    _fields_ = (
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("kv_cache", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_bytes", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("key_stride", ctypes.c_int64 * 2),
-        ("value_stride", ctypes.c_int64 * 2),
-        ("cache_stride", ctypes.c_int64 * 3),
-    )
-
-
 class CompiledPlan:
     """What all layers share: every new token of the batch, one a row.
 
@@ -104,7 +56,7 @@ class CompiledPlan:
         self.rows = Rows.of(query_start_loc, seq_lens, geometry, length)
         self.block_table = block_table
         self.chunk_len = geometry.chunk_len
-        self.arguments: dict[tuple[object, ...], _Arguments] = {}  # by kind of layer
+        self.arguments: dict[tuple[object, ...], Arguments] = {}  # by kind of layer
         assert block_table.dtype == torch.int32
         assert block_table.stride(1) == 1
         assert bool((self.rows.position >= 0).all())
@@ -162,6 +114,7 @@ def library(instructions: str | None = None) -> ctypes.CDLL:
     flags = (named, *vectors, *FLAGS, *(lesser if platform.machine() == "x86_64" else ()))
     built = build.library(_source(), flags)
     built.instructions.restype = ctypes.c_char_p
+    structures.check(built)
     return built
 
 
@@ -220,7 +173,7 @@ def arguments_of(
     rotation: QueryRotation,
     softmax_scale: float,
     soft_cap: float | None = None,
-) -> _Arguments:
+) -> Arguments:
     """The kernel's, without sinks; it holds no reference to the tensors."""
     _, num_kv_heads, block_size, width = kv_cache.shape
     num_rows, num_heads, head_size = query.shape
@@ -230,7 +183,7 @@ def arguments_of(
     assert rotation.cos_sin.is_contiguous()
     assert width == 2 * head_size
     assert all(t.stride(-1) == 1 for t in (query, kv_cache, output))
-    return _Arguments(
+    return Arguments(
         query=query.data_ptr(),
         kv_cache=kv_cache.data_ptr(),
         output=output.data_ptr(),
@@ -269,7 +222,7 @@ def write_kv(
     assert slot_mapping.is_contiguous()
     assert all(t.stride(-1) == 1 for t in (key, value, kv_cache))
     itemsize = key.itemsize
-    tokens = _Tokens(
+    tokens = Tokens(
         key=key.data_ptr(),
         value=value.data_ptr(),
         kv_cache=kv_cache.data_ptr(),

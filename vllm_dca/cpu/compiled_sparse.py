@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 
+from vllm_dca.cpu import structures
 from vllm_dca.cpu.compiled import arguments_of, library
 from vllm_dca.cpu.rows import Rows
 from vllm_dca.method.planning import turns_of
@@ -12,24 +13,6 @@ from vllm_dca.method.sparse_config import TILE
 from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import Segment
 from vllm_dca.method.vertical_slash import FIRST_KEYS, NEAR_DIAGONALS, PROBE, Lines, Rule
-
-
-class _Lines(ctypes.Structure):
-    """The kernel's `Lines`."""
-
-    _fields_ = (
-        ("vertical", ctypes.c_void_p),
-        ("slash", ctypes.c_void_p),
-        ("verticals", ctypes.c_void_p),
-        ("distances", ctypes.c_void_p),
-        ("budgets", ctypes.c_void_p),
-        ("end", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("lines", ctypes.c_int64),
-        ("slash_stride", ctypes.c_int64),
-        ("min_keys", ctypes.c_int64),
-        ("coverage", ctypes.c_double),
-    )
 
 
 def weigh(
@@ -100,7 +83,7 @@ def attend(
 ) -> None:
     """See `vllm_dca.method.sparse_operations.AttendLines`."""
     verticals, distances = (each.contiguous() for each in lines)
-    selected = _Lines(
+    selected = structures.Lines(
         verticals=verticals.data_ptr(), distances=distances.data_ptr(), end=segment.end
     )
     _call(
@@ -116,8 +99,8 @@ def attend(
     )
 
 
-def _weights(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> _Lines:
-    return _Lines(
+def _weights(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> structures.Lines:
+    return structures.Lines(
         vertical=vertical.data_ptr(),
         slash=slash.data_ptr(),
         end=vertical.shape[1],
@@ -134,7 +117,7 @@ def _call(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     output: torch.Tensor,
-    lines: _Lines,
+    lines: structures.Lines,
     segment: Segment,
     plan: SparsePlan,
     rotation: QueryRotation,

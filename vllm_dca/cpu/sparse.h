@@ -9,7 +9,7 @@ constexpr int64_t kTileRows = 64;
 constexpr int kNarrow = 2;  // vectors of a panel, so that tiles fill their panels
 constexpr int64_t kNarrowWidth = kNarrow * kLanes, kPanels = kTileRows / kNarrowWidth;
 
-// As vllm_dca/cpu/compiled_sparse.py fills it.
+// As vllm_dca/cpu/structures.py has it, and vllm_dca/cpu/compiled_sparse.py fills it.
 struct Lines {
   float* vertical;           // [heads, end], weight of each key
   float* slash;              // [heads, lines], weight of each diagonal or block of them; `weigh`

@@ -50,8 +50,9 @@ def num_splits(
 
     Flash-attention 4 is compiled where it first runs: a forward for parts, another for none,
     and what merges the parts again for each power of two of them. Warm-up's short prompts meet
-    few, and a long prompt would wait for the others. Uncut there is one. The few queries of a
-    prompt's last piece then leave multiprocessors idle; answers' rows never come here.
+    few, and a long prompt would wait for the others. Uncut there are three, by how many queries
+    a segment has, which the warm-up meets. The few queries of a prompt's last piece, or of the
+    next turn of a conversation, then leave multiprocessors idle; answers' rows never come here.
 
     Args:
         fa_version: 2, 3 or 4.

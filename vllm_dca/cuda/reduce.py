@@ -46,7 +46,7 @@ def _reduce_kernel(
     ALL_PIECES: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    # Works for the sequence that the program before began, and did not finish.
+    # Program p merges the sequence that decode program p began and later ones finished.
     program = tl.program_id(0)
     units, share = share_of(first_unit, num_packs, sequences, num_programs, MIN_SHARE)
     unit = (program + 1) * share

@@ -26,9 +26,10 @@ from vllm_dca.cuda.tiles import LOG2_E
 from vllm_dca.cuda.tuning import padded
 from vllm_dca.cuda.turn import turn_queries
 from vllm_dca.method.rotary import QueryRotation
+from vllm_dca.method.sparse_config import TILE
 from vllm_dca.method.vertical_slash import PROBE
 
-KEYS = 64  # of a block, which lies in one region
+KEYS = TILE  # of a block, which lies in one region
 SPLITS = 32  # spans that the keys of a head are cut into for its log-sum-exps, at most
 LEAST_SPAN = 512  # keys
 SPAN = 512  # keys that a program weighs

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams
@@ -17,7 +18,15 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm_dca.engine.impl import DcaImpl
 from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.method.config import validate_options
-from vllm_dca.method.sparse_config import KIND
+from vllm_dca.method.sparse_config import (
+    AUTO,
+    BUDGETS_KEY,
+    CHECKPOINT,
+    COVERAGE_KEY,
+    KIND,
+    MIN_KEYS_KEY,
+    MODE_KEY,
+)
 from vllm_dca.method.sparse_recall import Attended
 from vllm_dca.method.vertical_slash import Rule
 
@@ -143,10 +152,8 @@ def calibrate(
     options = additional.get(OPTIONS, {})
     if isinstance(options, dict):
         # All lines: dense.
-        options = {**options, "sparse": "auto", "sparse_min_keys": 1 << 30}
+        options = {**options, MODE_KEY: AUTO, MIN_KEYS_KEY: 1 << 30}
     validate_options(options)
-    # The engine in this process, so that its steps can be counted.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     own = {
         "attention_backend": "dca",
         "additional_config": {**additional, OPTIONS: options},
@@ -155,7 +162,9 @@ def calibrate(
         "enforce_eager": True,
         "speculative_config": None,
     }
-    llm = LLM(model, **{**given, **own})
+    # The engine in this process, so that its steps can be counted.
+    with mock.patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0"):
+        llm = LLM(model, **{**given, **own})
     try:
         config = llm.llm_engine.vllm_config
         tokens = llm.get_tokenizer().encode(content)[: config.model_config.max_model_len - 1]
@@ -181,6 +190,17 @@ def calibrate(
         for layer, heads in of_rank.items():
             budgets.setdefault(layer, []).extend(heads)
     return dict(sorted(budgets.items()))
+
+
+def with_budgets(additional: dict[str, Any], budgets: Path) -> dict[str, Any]:
+    """The `--additional-config` that uses budgets, from the one they were found with."""
+    options = {
+        key: value
+        for key, value in additional.get(OPTIONS, {}).items()
+        if key not in (MODE_KEY, COVERAGE_KEY, MIN_KEYS_KEY)
+    }
+    options |= {MODE_KEY: CHECKPOINT, BUDGETS_KEY: str(budgets.resolve())}
+    return {**additional, OPTIONS: options}
 
 
 def as_config(budgets: dict[int, list[Budget]]) -> list[dict[str, list[Any]]]:

@@ -13,7 +13,9 @@ from vllm_dca.cpu.processor import Processor, processor
 from vllm_dca.engine.block_size import block_size_of
 from vllm_dca.engine.log import logger
 from vllm_dca.engine.providers import PROVIDERS, choose, serving_all
+from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.engine.support import cache_dtype_of
+from vllm_dca.method.config import PROVIDER_KEY
 from vllm_dca.method.device import Device
 from vllm_dca.method.provider import Needs
 
@@ -60,7 +62,7 @@ def check_one_plan(layers: Mapping[str, Attention], vllm_config: VllmConfig) -> 
     common = serving_all(device_type, needs)
     advice = "Use another attention backend."
     if common:
-        given = json.dumps({"dca": {"prefill_provider": common[0]}})
+        given = json.dumps({OPTIONS: {PROVIDER_KEY: common[0]}})
         advice = f"Ask for one that serves all: --additional-config '{given}'."
     raise ValueError(
         "DCA plans a step once for all layers of a KV cache group, and these would want "

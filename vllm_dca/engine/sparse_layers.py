@@ -11,6 +11,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm_dca.engine.drafters import is_drafters
 from vllm_dca.engine.layers import refusal
 from vllm_dca.engine.settings import settings_of
+from vllm_dca.method.sparse_config import AUTO, MODE_KEY
 from vllm_dca.method.sparse_prefill import SparseSizes
 from vllm_dca.method.vertical_slash import Rule, rule_of
 
@@ -35,7 +36,7 @@ def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
             f"it has {on_all_ranks} query heads, and as the config's num_attention_heads is "
             f"another number, budgets of sparse prefill are read for "
             f"{len(settings.budgets[index])}",
-            'a budget for each, or "sparse": "auto"',
+            f'a budget for each, or "{MODE_KEY}": "{AUTO}"',
         )
     return rule_of(settings, index, slice(rank * heads, (rank + 1) * heads))
 

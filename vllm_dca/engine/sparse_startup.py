@@ -10,6 +10,7 @@ from vllm.model_executor.model_loader.weight_utils import get_sparse_attention_c
 
 from vllm_dca.engine.log import logger
 from vllm_dca.engine.model_facts import has_sliding_layers, layer_types
+from vllm_dca.engine.settings import OPTIONS
 from vllm_dca.method.config import DcaSettings
 from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.sparse_config import (
@@ -103,7 +104,7 @@ def say_sparse(
     sparse = settings.sparse
     if sparse is None:
         if checkpoint and checkpoint.get("sparse_attention_enabled"):
-            option = json.dumps({"dca": {MODE_KEY: CHECKPOINT}})
+            option = json.dumps({OPTIONS: {MODE_KEY: CHECKPOINT}})
             logger.warning(
                 "DCA: the checkpoint asks for sparse prefill, which is off: attention runs "
                 "dense, same answers or better, more time on long prompts. "

@@ -74,9 +74,9 @@ def configure(vllm_config: VllmConfig) -> None:
         settings.local_size,
         geometry.chunk_len,
         settings.source,
-        "no temperature"
+        "no attention temperature"
         if settings.original_max_position_embeddings is None
-        else f"temperature from {settings.original_max_position_embeddings} tokens",
+        else f"attention temperature from {settings.original_max_position_embeddings} tokens",
         model_config.max_model_len,
         model_config.max_model_len / window,
         window,

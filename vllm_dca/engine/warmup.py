@@ -19,8 +19,11 @@ from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.sparse_operations import SparsePlan
 from vllm_dca.method.sparse_planning import LEAST_ROWS, Segment
 
-# Tokens a chunk at least, so that a kernel which treats many queries in another way is met.
-CHUNK_LEN = 256
+# Tokens a chunk at least, so that a segment has more queries than `QUERIES`.
+CHUNK_LEN = 320
+# Each pass of flash-attention 4 is compiled for up to so many queries of a segment that share a
+# KV head, and for more.
+QUERIES = (128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,22 +117,20 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
         device, page_size = layer.kv_cache.device, layer.kv_cache.shape[2]
         # Turns by more positions than the layer's table has rows would be read past its end.
         chunk_len = min(settings.geometry.chunk_len, -(-CHUNK_LEN // page_size) * page_size)
-        # All passes' kernels are met in two and three; one chunk is merged with sinks only.
-        for chunks in range(1 if compile_key.has_sinks else 2, 4):
-            length = chunks * chunk_len
-            table = torch.zeros(1, length // page_size, dtype=torch.int32, device=device)
+        group = compile_key.num_heads // compile_key.num_kv_heads
+        for new, length in prompts(chunk_len, group, compile_key.has_sinks):
+            table = torch.zeros(1, -(-length // page_size), dtype=torch.int32, device=device)
             plan = device_of_dca.prefill.plan(
-                [0, length],
+                [0, new],
                 [length],
                 table,
                 page_size,
                 ChunkGeometry(chunk_len + 1, 1),
                 settings.original_max_position_embeddings,
             )
-            _attend(compile_key, DcaMetadata(0, length, None, plan))
+            _attend(compile_key, DcaMetadata(0, new, None, plan))
         if compile_key.is_sparse:
             _attend_sparsely(compile_key)
-        group = compile_key.num_heads // compile_key.num_kv_heads
         powers = range(device_of_dca.decode_rows(group).bit_length() + 1)
         planner = device_of_dca.decode_planner(settings, page_size, 1 << powers[-1], group)
         # As many rows of a request stand in one tile as are speculated, or as fit.
@@ -140,6 +141,20 @@ class DcaKernels(VllmJitKernel[LayerKernels]):
             )
             plan = planner(starts, lengths, table, rows)
             _attend(compile_key, DcaMetadata(rows, rows, plan, None))
+
+
+def prompts(chunk_len: int, group: int, has_sinks: bool) -> list[tuple[int, int]]:
+    """New tokens and length of each prompt to answer, so that every kind of pass is met.
+
+    Args:
+        chunk_len: s.
+        group: query heads that share a KV head.
+        has_sinks: of the layer.
+    """
+    # All passes' kernels are met in two and three; one chunk is merged with sinks only.
+    whole = [chunks * chunk_len for chunks in range(1 if has_sinks else 2, 4)]
+    few = [1, *(most // group + 1 for most in QUERIES)]
+    return [(each, each) for each in whole] + [(each, 2 * chunk_len + each) for each in few]
 
 
 def _attend_sparsely(key: LayerKernels) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.options import token_count
 from vllm_dca.method.sparse_config import SPARSE_KEYS, SparseSettings, validate_sparse_options
 
 SIZE_KEYS = ("chunk_size", "local_size")
@@ -25,8 +26,6 @@ LOCAL_SIZE_OF_CHUNK = (1, 6)
 # the same for every usual block size.
 CHUNK_LEN_ALIGNMENT = 128
 
-# Positions are 32-bit numbers.
-MOST_TOKENS = 2**31 - 1
 _NAMED_BLOCK_SIZES = tuple(2**n for n in range(12))
 
 
@@ -89,8 +88,11 @@ def validate_options(options: object) -> dict[str, Any]:
             f'--additional-config: unknown under "dca": {", ".join(map(str, unknown))}. '
             f"Known: {', '.join(OPTION_KEYS)}."
         )
-    numbers = (*SIZE_KEYS, TEMPERATURE_KEY)
-    sizes = {key: _positive(key, options[key]) for key in numbers if key in options}
+    sizes: dict[str, int | None] = {
+        key: token_count(key, options[key]) for key in SIZE_KEYS if key in options
+    }
+    if TEMPERATURE_KEY in options:
+        sizes[TEMPERATURE_KEY] = _temperature(options[TEMPERATURE_KEY])
     provider = options.get(PROVIDER_KEY)
     if not isinstance(provider, str | None):
         raise ValueError(
@@ -100,14 +102,8 @@ def validate_options(options: object) -> dict[str, Any]:
     return {**sizes, PROVIDER_KEY: provider, **validate_sparse_options(options)}
 
 
-def _positive(key: str, value: object) -> int | None:
-    if value is None and key == TEMPERATURE_KEY:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"DCA's {key} must be a positive number of tokens, not {value!r}.")
-    if value > MOST_TOKENS:
-        raise ValueError(f"DCA's {key} must be {MOST_TOKENS} tokens at most, not {value}.")
-    return value
+def _temperature(value: object) -> int | None:
+    return None if value is None else token_count(TEMPERATURE_KEY, value)
 
 
 def resolve_settings(
@@ -118,7 +114,8 @@ def resolve_settings(
 ) -> DcaSettings:
     """Settle the sizes: the user's, else the checkpoint's, else from the trained window.
 
-    Whoever names a size speaks for both; a local_size that they leave out is derived.
+    If the user names chunk_size or local_size, the checkpoint's values of both are ignored,
+    and a local_size that is left out is derived.
 
     Args:
         options: as `validate_options` returns them.
@@ -137,10 +134,10 @@ def resolve_settings(
             "DCA: the checkpoint's dual_chunk_attention_config must be an object, not "
             f"{checkpoint!r:.99}."
         )
-    named = {key: _positive(key, checkpoint[key]) for key in SIZE_KEYS if key in checkpoint}
+    named = {key: token_count(key, checkpoint[key]) for key in SIZE_KEYS if key in checkpoint}
     # Qwen's configs and vLLM V0 both write 0 for "no temperature".
     temperature = checkpoint.get(TEMPERATURE_KEY)
-    temperature = None if temperature == 0 else _positive(TEMPERATURE_KEY, temperature)
+    temperature = None if temperature == 0 else _temperature(temperature)
     if trained := named.get("chunk_size"):
         window = min(window, max(trained, temperature or 0))
     source = "the checkpoint's dual_chunk_attention_config"

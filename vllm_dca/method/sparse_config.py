@@ -3,11 +3,13 @@
 Like `vllm_dca.method.config`, it knows nothing of vLLM.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_dca.method.geometry import ChunkGeometry
+from vllm_dca.method.options import share, token_count
 
 MODE_KEY = "sparse"
 THRESHOLD_KEY = "sparse_threshold"
@@ -91,25 +93,24 @@ def validate_sparse_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f'DCA\'s {key} is for "{MODE_KEY}": {modes}, and that is {mode!r}.'
             )
-    for key in (THRESHOLD_KEY, MIN_KEYS_KEY):
-        _tokens(key, given.get(key, 1))
-    for key in (COVERAGE_KEY, MIN_RECALL_KEY):
-        share = given.get(key, COVERAGE)
-        if isinstance(share, bool) or not isinstance(share, int | float):
-            raise ValueError(f"DCA's {key} must be a number, not {share!r}.")
-        if not 0 < share <= 1:
-            raise ValueError(f"DCA's {key} must be above 0 and up to 1, not {share}.")
-    if not isinstance(given.get(BUDGETS_KEY, ""), str):
-        raise ValueError(
-            f"DCA's {BUDGETS_KEY} must be a file's path, not {given[BUDGETS_KEY]!r}."
-        )
+    for key, value in given.items():
+        _CHECKS[key](key, value)
     return {MODE_KEY: mode, **given}
 
 
-def _tokens(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise ValueError(f"DCA's {key} must be a number of tokens, not {value!r}.")
-    return value
+def _path(key: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"DCA's {key} must be a file's path, not {value!r}.")
+
+
+_any_tokens = functools.partial(token_count, least=0)
+_CHECKS: dict[str, Callable[[str, object], object]] = {
+    THRESHOLD_KEY: _any_tokens,
+    MIN_KEYS_KEY: _any_tokens,
+    COVERAGE_KEY: share,
+    MIN_RECALL_KEY: share,
+    BUDGETS_KEY: _path,
+}
 
 
 def resolve_sparse(
@@ -156,7 +157,7 @@ def resolve_sparse(
     name = "sparse_attention_threshold"
     threshold = options.get(THRESHOLD_KEY)
     if threshold is None:
-        threshold = _tokens(name, (checkpoint or {}).get(name, THRESHOLD))
+        threshold = token_count(name, (checkpoint or {}).get(name, THRESHOLD), least=0)
     return SparseSettings(
         threshold,
         options.get(COVERAGE_KEY, COVERAGE),

@@ -7,8 +7,12 @@ import numpy.typing as npt
 import torch
 
 from vllm_dca.method.geometry import ranges, split_at_chunk_borders
+from vllm_dca.method.sparse_config import TILE
+from vllm_dca.method.vertical_slash import PROBE
 
 LEAST_ROWS = 256  # segments with fewer rows are dense
+# A whole tile and a probe before it lie in a segment's first half, and its own probe after it.
+assert 2 * (PROBE + TILE - 1) <= LEAST_ROWS
 
 
 class Segment(NamedTuple):

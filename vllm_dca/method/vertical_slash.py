@@ -9,7 +9,7 @@ import torch
 
 from vllm_dca.method.sparse_config import TILE, SparseSettings
 
-PROBE = 64  # a segment's last rows, which its lines are selected from
+PROBE = TILE  # a segment's last rows, which its lines are selected from
 FIRST_KEYS = 30  # the first keys, always seen
 NEAR_DIAGONALS = 100  # the nearest diagonals, always seen
 

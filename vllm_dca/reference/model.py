@@ -74,7 +74,7 @@ def forward(
         both in `dtype`.
     """
     layers = _Layers(chunk_size, local_size, original_max_position_embeddings)
-    model = _load(model_dir, layers.attention, dtype)
+    model = load(model_dir, layers.attention, dtype)
     with torch.inference_mode(), _rotary_calls(model, layers):
         # Which modules attend shows when they do.
         layers.ordinary = True
@@ -86,7 +86,11 @@ def forward(
     return output.logits[0], output.hidden_states[-1][0]
 
 
-def _load(model_dir: str | Path, attention: Callable[..., Any], dtype: torch.dtype) -> Any:
+def load(model_dir: str | Path, attention: Callable[..., Any], dtype: torch.dtype) -> Any:
+    """A Hugging Face decoder with another attention, a function by transformers' interface.
+
+    Its mask is None where that would be causal, and nothing else.
+    """
     from transformers import (
         AttentionInterface,
         AttentionMaskInterface,

@@ -1,0 +1,41 @@
+"""What sparse prefill keeps, as a server tells it."""
+
+import json
+from pathlib import Path
+
+from scripts.common.server import Server
+from tests.helpers import checkpoints
+from tests.helpers.sparse_served import AUTO, LENGTH, SIZES, STEP, THRESHOLD
+
+
+def test_metrics_say_what_was_kept(tmp_path: Path) -> None:
+    """The workers count it, and /metrics finds it in the folder where they meet."""
+    model = checkpoints.write(tmp_path / "model", "LlamaConfig")
+    checkpoints.write_tokenizer(model)
+    (tmp_path / "metrics").mkdir()
+    server = Server(
+        tmp_path / "log",
+        model,
+        *(
+            "--additional-config",
+            json.dumps({"dca": {**SIZES, **AUTO, "sparse_threshold": THRESHOLD}}),
+        ),
+        *("--dtype", "float32", "--max-model-len", "1300", "--block-size", "16"),
+        *("--max-num-batched-tokens", str(STEP), "--enforce-eager"),
+        PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "metrics"),
+    )
+    try:
+        server.wait()
+        for seed in range(2):
+            prompt = checkpoints.tokens(LENGTH, seed)
+            status, answer = server.complete(prompt=prompt, max_tokens=2)
+            assert status == 200, answer
+        count, recall, keys = (
+            server.metric(f"vllm_dca:sparse_{name}", model_name=server.model)
+            for name in ("recall_count", "recall_sum", "keys_sum")
+        )
+    finally:
+        server.stop()
+    # The first sparse step, with one segment: two layers of four heads.
+    assert count == 8
+    assert 0 < keys < recall < count
