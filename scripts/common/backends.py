@@ -11,10 +11,10 @@ def of_layers(model: torch.nn.Module) -> list[str]:
     from vllm.model_executor.layers.attention import Attention
 
     layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
-    devices = [getattr(layer.impl, "device", None) for layer in layers]
+    prepared = [getattr(layer.impl, "prepared", None) for layer in layers]
     return sorted(
         {
-            layer.attn_backend.get_name() + (f" ({device.provider})" if device else "")
-            for layer, device in zip(layers, devices, strict=True)
+            layer.attn_backend.get_name() + (f" ({own.device.provider})" if own else "")
+            for layer, own in zip(layers, prepared, strict=True)
         }
     )

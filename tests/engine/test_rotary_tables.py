@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import checkpoints
+from tests.helpers.answers import generate
 from tests.helpers.checkpoints import SIZES
 from tests.helpers.inprocess import engine, settle
 
@@ -54,6 +55,15 @@ def test_only_the_layers_of_dca_get_a_periodic_table(
         # A copy bound to the original would silently go on using the original's table.
         assert bound_to_itself
         assert torch.equal(table, original[torch.arange(1024) % 64])
+
+
+def test_a_table_of_few_rows_is_not_read_past_its_end(tmp_path: Path) -> None:
+    """LongRoPE's is read by torch, which sees it."""
+    scaling = checkpoints.SCALINGS["LongRoPE"]
+    model = checkpoints.write(tmp_path, "LlamaConfig", rope_parameters=scaling)
+    with engine(model, additional_config={"dca": SIZES}, max_model_len=2) as llm:
+        [output] = generate(llm, [[5]])
+    assert len(output.outputs[0].token_ids) == 1
 
 
 def test_a_rotary_module_goes_when_nobody_uses_it(llama: Path) -> None:

@@ -106,6 +106,7 @@ def remap_layer(
         NotImplementedError: its positions cannot be remapped, or it does more with them.
     """
     geometry = settings_of(vllm_config).geometry
+    num_positions = min(geometry.chunk_len, rotaries.max_model_len)
     if found is None:
         # However its queries are turned, nothing is rotated: DCA is ordinary attention.
         nothing = torch.tensor([[1.0, 0.0]], dtype=torch.float32)
@@ -114,7 +115,7 @@ def remap_layer(
         parent = model.get_submodule(layer_name.rpartition(".")[0])
         rotation = rotaries.make_periodic(layer_name, found, parent)
     with _naming(layer_name), set_current_vllm_config(vllm_config):
-        check_rotation(layer_name, model, rotation, geometry.chunk_len, found is not None)
+        check_rotation(layer_name, model, rotation, num_positions, found is not None)
     return rotation
 
 

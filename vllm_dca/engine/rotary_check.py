@@ -23,7 +23,7 @@ def check_rotation(
     layer_name: str,
     model: torch.nn.Module,
     rotation: QueryRotation,
-    chunk_len: int,
+    num_positions: int,
     is_rotated: bool = True,
 ) -> None:
     """Compare what reaches the attention at some positions; nothing without a device.
@@ -32,7 +32,7 @@ def check_rotation(
         layer_name: of the Attention in the model.
         model: with rotary modules that DCA has replaced, before its weights are loaded.
         rotation: of the layer.
-        chunk_len: s.
+        num_positions: that its table tells apart.
         is_rotated: whether a rotary module was found; else `rotation` turns nothing.
 
     Raises:
@@ -42,7 +42,7 @@ def check_rotation(
     if any(each.is_meta for each in parent.parameters()):
         return
     device = rotation.cos_sin.device
-    positions = torch.tensor([0, 1, 5], device=device).clamp(max=chunk_len - 1)
+    positions = torch.tensor([0, 1, 5], device=device).clamp(max=num_positions - 1)
     query, key = _at(positions, parent, model, layer_name)
     turns = positions[1:]
     for name, at in (("queries", query), ("keys", key)):
