@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,43 @@ def test_doctor_without_a_platform() -> None:
     assert platform.startswith("platform unknown: vLLM's build for CUDA sees no GPU")
     assert prefill == "nothing can compute the prefill on this platform"
     assert any(line.startswith("shims in force") for line in found["ok"])
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "verdict", "said"),
+    [
+        ("cuda", (9, 0), "ok", "platform cuda, compute capability 9.0"),
+        (
+            "cuda",
+            (7, 5),
+            "problem",
+            "platform cuda, compute capability 7.5: DCA needs a GPU of",
+        ),
+        ("xpu", None, "problem", "platform xpu: DCA runs on cpu and cuda"),
+    ],
+)
+def test_doctor_on_other_platforms(
+    device: str,
+    capability: tuple[int, int] | None,
+    verdict: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm import platforms
+    from vllm.platforms.interface import DeviceCapability
+
+    from vllm_dca.cli import doctor
+
+    platform = types.SimpleNamespace(
+        device_type=device,
+        is_cpu=lambda: False,
+        is_cuda=lambda: device == "cuda",
+        get_device_capability=lambda: capability and DeviceCapability(*capability),
+    )
+    monkeypatch.setattr(platforms, "_current_platform", platform)
+    [found] = doctor._check_platform()
+    assert found.verdict == verdict
+    assert found.text.startswith(said)
 
 
 def test_doctor_where_vllm_does_not_import(tmp_path: Path) -> None:
@@ -226,6 +264,24 @@ def test_doctor_says_which_dtype_to_serve_in(
     monkeypatch.setattr(devices, "processor", lambda: here)
     [said] = [line for line in findings(run("doctor"))["ok"] if line.startswith("processor")]
     assert advice in said
+
+
+def test_doctor_says_nothing_of_a_processor_beside_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "current_processor", lambda: None)
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "processor" not in result.output
+
+
+@pytest.mark.parametrize("operators", [[], ["cpu_gemm_wna16"]])
+def test_doctor_says_where_4_bit_weights_are_not_served(
+    operators: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops, "_C", types.SimpleNamespace(**dict.fromkeys(operators)))
+    notes = findings(run("doctor"))["note"]
+    assert any(line.startswith("4-bit weights") for line in notes) == (not operators)
 
 
 @pytest.mark.parametrize(

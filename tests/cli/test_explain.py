@@ -149,6 +149,7 @@ def test_what_budgets_keep_is_said(llama: str, tmp_path: Path) -> None:
     dca = {"dca": {"chunk_size": 2048, "local_size": 1024, **sparse}}
     options = ("--max-model-len", "16K", "--additional-config", json.dumps(dca))
     said = explained(llama, *options, *FP32, *BLOCK)
+    assert said["sparse prefill"] == ["from position 4096 on, by the checkpoint's budgets"]
     [keys], [time] = said["its keys"], said["its time"]
     least, most = (float(share) for share in re.findall(r"([\d.]+)%", keys))
     # And 163 to 193 keys of the later rows, which have 10,240 before them on average.

@@ -170,3 +170,8 @@ def test_what_fails_is_named_with_what_would_work(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(build.BuildError, match=f"tmp.*{HELP}"):
         build.library(CODE, ())
+
+
+def test_a_full_disk_is_said_whatever_the_compiler_says_after_it() -> None:
+    said = "a.s: final close failed: No space left on device\n1 file was not written\n"
+    assert build._said(said).endswith("No space left on device")

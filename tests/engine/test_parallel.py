@@ -87,6 +87,14 @@ def test_data_parallel_engines_are_counted_apart(tmp_path: Path) -> None:
     }
     # Chunks are of 64 tokens, the window of 128.
     assert counted == {"0": [64, 108, 0, 2], "1": [64, 516, 180 + 80, 5 + 4]}
+    # Buckets are for 64K tokens of such chunks, too.
+    label = {"model_name": str(model), "engine": "1"}
+    assert [
+        REGISTRY.get_sample_value(
+            "vllm_dca:request_chunks_bucket", {**label, "le": f"{most}.0"}
+        )
+        for most in (4, 8, 1024)
+    ] == [1, 2, 2]
 
 
 def test_data_parallel_engines_answer_alike(tmp_path: Path) -> None:

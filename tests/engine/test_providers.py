@@ -274,6 +274,18 @@ def test_an_old_package_is_not_called(
             choose("cuda", "xformers", needs)
 
 
+def test_a_card_that_vllm_has_no_flash_attention_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends import fa_utils
+
+    bundled = ModuleType("vllm.vllm_flash_attn")
+    bundled.flash_attn_varlen_func = package_signature  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", bundled)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: None, raising=False)
+    with pytest.raises(ValueError, match=r"vLLM has none for compute capability \(9, 0\)"):
+        choose("cuda", "vllm_flash_attn", NEEDS)
+    assert choose("cuda", None, NEEDS)[0] == "triton"
+
+
 def test_triton_reads_e4m3_where_the_card_does() -> None:
     needs = Needs(128, torch.bfloat16, torch.float8_e4m3fn, 16, (8, 0))
     with pytest.raises(ValueError, match=r"capability 8.9.*--kv-cache-dtype fp8_e5m2 works"):

@@ -148,6 +148,21 @@ def test_other_platforms_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
+    ("is_cpu", "named", "expected"), [(True, False, 128), (True, True, 16), (False, False, 16)]
+)
+def test_the_block_size_that_a_config_does_not_tell_is_the_cpu_s(
+    is_cpu: bool, named: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_dca.engine import block_size
+
+    platform = types.SimpleNamespace(is_cpu=lambda: is_cpu)
+    monkeypatch.setattr(block_size, "current_platform", platform)
+    cache: Any = types.SimpleNamespace(user_specified_block_size=named, block_size=16)
+    config: Any = types.SimpleNamespace(cache_config=cache)
+    assert block_size.block_size_of(config) == expected
+
+
+@pytest.mark.parametrize(
     ("use", "reason"),
     [
         ("use_batch_invariant", "batch invariance not supported"),
@@ -213,6 +228,10 @@ def test_a_shared_store_of_keys_is_warned_of(llama: Path, dca_log: list[str]) ->
     [shared, offloaded] = [line for line in dca_log if "as DCA rotated them" in line]
     assert shared.startswith("DCA: ExampleConnector stores keys")
     assert offloaded.startswith("DCA: OffloadingConnector stores keys")
-    sizes = "chunk_size 96, local_size 32 and original_max_position_embeddings null"
+    sizes = "chunk_size 96, local_size 32 and original_max_position_embeddings null. Give"
     assert sizes in shared
     assert sizes in offloaded
+    temperature = {**SIZES, "original_max_position_embeddings": 64}
+    settle(llama, additional_config={"dca": temperature}, kv_offloading_size=1.0)
+    assert "original_max_position_embeddings 64. Give" in dca_log[-1]
+    assert sum("temperature from 64 tokens; up to" in line for line in dca_log) == 1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.common.record import ROOT
 from tests.helpers import checkpoints
 from tests.helpers import sparse as helper
 from tests.helpers.answers import ATOL, assert_close, generate, of_prompt
@@ -112,13 +113,17 @@ REFUSED = [
     ({"sparse_coverage": 0.9}, 'sparse_coverage is for "sparse": "auto"'),
     ({**AUTO, "sparse_coverage": 0}, "above 0 and up to 1, not 0"),
     ({**AUTO, "sparse_coverage": "x"}, "must be a number, not 'x'"),
+    ({**AUTO, "sparse_min_recall": True}, "must be a number, not True"),
     ({**AUTO, "sparse_threshold": -1}, "must be a number of tokens, not -1"),
-    ({**AUTO, "sparse_min_keys": 2**31}, "must be a number of tokens, not 2147483648"),
+    ({**AUTO, "sparse_min_keys": 2**31}, "must be 2147483647 tokens at most"),
     ({**AUTO, "sparse_budgets": "x"}, 'sparse_budgets is for "sparse": "checkpoint"'),
     ({"sparse": "checkpoint"}, "the checkpoint has no sparse_attention_config.json"),
     ({"sparse": "checkpoint", "sparse_budgets": "/nowhere"}, "/nowhere cannot be read"),
     ({**AUTO, "local_size": 320}, "of 256 tokens or more, but chunk_size 512 - local_size 320"),
-    ({**AUTO, "local_size": 50}, "multiple of 64, but chunk_size 512 - local_size 50 = 462"),
+    (
+        {**AUTO, "local_size": 50},
+        "chunk_size 512 - local_size 50 = 462: choose another, such as local_size 64.",
+    ),
 ]
 
 
@@ -127,6 +132,15 @@ def test_refused_at_start_up(llama: Path, given: dict[str, Any], message: str) -
     refused = options() | {"additional_config": {"dca": {**SIZES, **given}}}
     with pytest.raises(ValueError, match=re.escape(message)):
         settle(llama, block_size=2, **refused)
+
+
+def test_defaults_are_those_of_the_documentation(llama: Path) -> None:
+    given = options() | {"additional_config": {"dca": {**SIZES, "sparse": "auto"}}}
+    settled = settle(llama, **given).additional_config["dca"]["sparse"]
+    page = (ROOT / "docs/sparse.md").read_text()
+    for name in ("threshold", "coverage", "min_keys"):
+        [default] = re.findall(rf"^\| `sparse_{name}` \|[^|]*\|([^|]*)\|", page, re.M)
+        assert default.split()[-1] == f"{settled[name]:,}"
 
 
 def test_who_shares_keys_must_have_the_same_options(llama: Path, dca_log: list[str]) -> None:
@@ -150,6 +164,9 @@ def test_fp32_is_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
     [refused] = refusals.refusals(config)
     assert refused.startswith("sparse prefill in float32 on CUDA (use --dtype bfloat16")
+    config.additional_config = {"dca": {**given["additional_config"]["dca"], "sparse": "off"}}
+    assert refusals.refusals(config) == []
+    config.additional_config = given["additional_config"]
     config.model_config.dtype = torch.bfloat16
     assert refusals.refusals(config) == []
 

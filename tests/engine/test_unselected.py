@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from prometheus_client import REGISTRY
+
 from tests.helpers import checkpoints
+from tests.helpers.inprocess import settle
 
 ORDINARY = """
 import json, sys
@@ -46,3 +49,24 @@ def test_ordinary_answers_are_the_same_to_the_last_bit(tmp_path: Path) -> None:
     absent, expected = ordinary(model, VLLM_PLUGINS="")
     assert (installed, absent) == (True, False)
     assert answers == expected
+
+
+def test_its_metrics_are_silent(tmp_path: Path) -> None:
+    """`vllm serve` asks for them whatever the backend is."""
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats
+
+    from vllm_dca.engine.metrics import DcaStatLogger
+
+    model = checkpoints.write_config(tmp_path, "LlamaConfig", "LlamaForCausalLM")
+    step = IterationStats()
+    step.finished_requests = [FinishedRequestStats(FinishReason.STOP, num_prompt_tokens=9)]
+    silent = DcaStatLogger(settle(model, attention_backend=None, block_size=32))
+    silent.record(None, step)
+    samples = [sample for metric in REGISTRY.collect() for sample in metric.samples]
+    assert not any(
+        sample.name.startswith("vllm_dca:") and sample.labels.get("model_name") == str(model)
+        for sample in samples
+    )
+    # Nor is there anything to say of a step without statistics.
+    DcaStatLogger(settle(model)).record(None, None)

@@ -93,6 +93,17 @@ def test_no_layer_saw_more_than_the_window_that_is_switched_off(
         assert alone.model_config.max_model_len == window
 
 
+def test_the_window_that_is_switched_off_may_be_of_a_config_elsewhere(tmp_path: Path) -> None:
+    """--hf-config-path, which vLLM reads in place of the model's own."""
+    model, other = (
+        checkpoints.write_config(
+            tmp_path / str(size), "MistralConfig", "MistralForCausalLM", sliding_window=size
+        )
+        for size in (32, 64)
+    )
+    assert window_of(model, hf_config_path=str(other), **WINDOWS_OFF) == 64
+
+
 @pytest.mark.parametrize("max_model_len", [32, 1024])
 def test_a_window_that_is_switched_off_goes_before_longrope(
     max_model_len: int, tmp_path: Path

@@ -35,6 +35,11 @@ def resolve(
         ({"chunk_size": 4096}, QWEN, (4096, 768, 262144)),
         ({"local_size": 256}, None, (6144, 256, None)),
         ({"original_max_position_embeddings": 8192}, None, (6144, 1024, 8192)),
+        (
+            {"original_max_position_embeddings": 2**31 - 1},
+            None,
+            (6144, 1024, 2**31 - 1),
+        ),
         ({"original_max_position_embeddings": None}, QWEN, (262144, 8192, None)),
         (None, {**QWEN, "original_max_position_embeddings": 0}, (262144, 8192, None)),
         (None, {**QWEN, "sparse_attention_enabled": True}, (262144, 8192, 262144)),
@@ -65,6 +70,7 @@ def test_a_checkpoint_for_dca_claims_more_than_it_was_trained_on() -> None:
         ({"chunk_size": True}, "positive number of tokens, not True"),
         ({"chunk_size": None}, "positive number of tokens, not None"),
         ({"chunk": 1024}, 'unknown under "dca": chunk. Known: chunk_size, local_size'),
+        ({"prefill_provider": 7}, 'prefill_provider must be a name, such as "torch", not 7'),
         (["chunk_size"], "must be an object"),
     ],
 )
@@ -123,3 +129,10 @@ def test_derived_sizes_fit_the_window_and_the_blocks(window: int, block_size: in
     assert 0 < local_size < chunk_size <= window
     assert (chunk_size - local_size) % block_size == 0
     assert temperature is None
+
+
+@pytest.mark.parametrize("window", [8192, 10_000, 131_073])
+def test_derived_sizes_are_the_same_for_every_usual_block_size(window: int) -> None:
+    """Else a page of another size would be another model."""
+    sizes = {resolve(window=window, block_size=size) for size in (1, 8, 16, 32, 64, 128)}
+    assert len(sizes) == 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_dca.method.rotary import longer_table
+from vllm_dca.method.rotary import longer_table, periodic_table
 
 FREQUENCIES = 1e4 ** -(torch.arange(32, dtype=torch.float32) / 32)
 
@@ -29,3 +29,12 @@ def test_a_table_of_several_frequencies_each_is_refused() -> None:
     both = torch.cat([table(64), table(64)])
     with pytest.raises(ValueError, match="not one of constant frequencies"):
         longer_table(both, 256)
+
+
+@pytest.mark.parametrize("rows", [3, 16, 17, 47, 48])
+def test_a_periodic_table_has_a_row_of_each_position(rows: int) -> None:
+    """Up to the last, which seldom ends a chunk."""
+    own = table(20)
+    periodic = periodic_table(own, 16, rows)
+    assert torch.equal(periodic, own[torch.arange(rows) % 16])
+    assert periodic.is_contiguous()

@@ -60,6 +60,8 @@ def test_by_coverage_the_least_is_known() -> None:
     found = kept(torch.arange(3000, 3640), torch.arange(640), rule)
     assert least <= found < most == 1.0
     assert fastest < 1 < slowest
+    # Blocks are whole: of 577 keys and more there are as many.
+    assert bounds(SparseSettings(THRESHOLD, 0.5, 577, None), LENGTH, STEP).keys[0] == least
 
 
 def test_time_is_as_measured() -> None:
