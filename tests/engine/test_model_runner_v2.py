@@ -28,7 +28,7 @@ from tests.helpers.inprocess import engine, runner_of
 from tests.helpers.ranks import one_core_each
 from tests.helpers.rehearsal import OPTIONS, SIZES, assert_agrees
 from tests.helpers.runners import under
-from vllm_dca.engine.metadata import DcaMetadataBuilder
+from vllm_dca.engine import metadata
 from vllm_dca.reference.model import forward, prompt_logprobs
 
 PROMPT = checkpoints.tokens(100)
@@ -187,20 +187,20 @@ def test_a_draft_model(tmp_path: Path) -> None:
 
     With V2 no length is fetched from the device.
     """
-    host_lengths = DcaMetadataBuilder._host_lengths
+    host_lengths = metadata.host_lengths
 
     def without_the_device(
-        builder: DcaMetadataBuilder, common: CommonAttentionMetadata, planned: slice
+        common: CommonAttentionMetadata, planned: slice, more: int, may_verify_late: bool
     ) -> torch.Tensor | None:
-        if builder.vllm_config.use_v2_model_runner:
+        if not may_verify_late:  # with V2
             common = common.replace(seq_lens=None)
-        return host_lengths(builder, common, planned)
+        return host_lengths(common, planned, more, may_verify_late)
 
     llama = write(tmp_path)
     draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
     prompts = [checkpoints.tokens(60), checkpoints.tokens(29)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DcaMetadataBuilder, "_host_lengths", without_the_device)
+        patch.setattr(metadata, "host_lengths", without_the_device)
         with engine(llama, speculative_config=draft, **OPTIONS) as llm:
             outputs = generate(llm, prompts, max_tokens=9)
             assert accepted(llm) == drafted(llm) > 6
