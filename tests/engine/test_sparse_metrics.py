@@ -3,9 +3,24 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from scripts.common.server import Server
 from tests.helpers import checkpoints
-from tests.helpers.sparse_served import AUTO, LENGTH, SIZES, STEP, THRESHOLD
+from tests.helpers.inprocess import settle
+from tests.helpers.sparse_served import AUTO, LENGTH, SIZES, STEP, THRESHOLD, options
+from vllm_dca.engine.sparse_metrics import RecallSampler
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+def test_the_layers_of_every_group_are_looked_at(groups: int, llama: Path) -> None:
+    """One step in sixteen of each KV cache group, whose builders ask in turns."""
+    sampler = RecallSampler(settle(llama, **options(**AUTO)))
+    steps = 16 * 48
+    taken = [sampler.takes_next_step() for _ in range(groups * steps)]
+    assert taken[0]
+    for group in range(groups):
+        assert sum(taken[group::groups]) == pytest.approx(steps / 16, abs=4)
 
 
 def test_metrics_say_what_was_kept(tmp_path: Path) -> None:

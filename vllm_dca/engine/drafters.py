@@ -22,9 +22,9 @@ def is_drafters(layer_name: str, vllm_config: VllmConfig) -> bool:
 
 
 def reads_one_token_more(layer_names: Iterable[str], vllm_config: VllmConfig) -> bool:
-    """Whether a step of these layers has a token of each request beyond those vLLM counts.
+    """Whether a step of these layers has a token more of each request than vLLM tells the host.
 
-    So has a draft model's: it reads the token that the model has just answered, too.
+    A draft model's has: it reads the token that the model has just answered, too.
     """
     speculative = vllm_config.speculative_config
     return (

@@ -78,9 +78,14 @@ class RecallSampler:
         self._recall, self._keys = metrics.recall.labels(name), metrics.keys.labels(name)
 
     def takes_next_step(self) -> bool:
-        """Whether layers are to look at the next step; the first one is looked at."""
+        """Whether layers are to look at the next step; the first one is looked at.
+
+        The layers of several KV cache groups ask in turns, so that the same place in each run
+        of `every` steps could always be the same group's: the place moves on.
+        """
+        run, place = divmod(self._steps, self.every)
         self._steps += 1
-        return (self._steps - 1) % self.every == 0
+        return place == run % self.every
 
     def watch(self, attended: Attended) -> None:
         """Look at a segment of a layer."""
