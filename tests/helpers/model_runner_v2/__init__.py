@@ -67,7 +67,7 @@ def capturing(sizes: list[int]) -> Iterator[None]:
     from vllm.v1.worker.workspace import init_workspace_manager
 
     from tests.helpers import graphs
-    from vllm_dca.method import kv_cache
+    from vllm_dca.cuda import device
 
     initialize, warm_up = GPUModelRunner.initialize_kv_cache, CPUWorker.compile_or_warm_up_model
 
@@ -93,5 +93,6 @@ def capturing(sizes: list[int]) -> Iterator[None]:
         patch.setattr(CpuPlatform, "opaque_attention_op", classmethod(lambda cls: False))
         for name in ("weak_ref_tensor", "weak_ref_tensors"):  # operators of CUDA's
             patch.setattr(breakable_cudagraph, name, lambda tensors: tensors)
-        patch.setattr(kv_cache, "write_kv", graphs.as_kernel(kv_cache.write_kv))
+        # Where it is used: this process may have imported it from its home before.
+        patch.setattr(device, "write_kv", graphs.as_kernel(device.write_kv))
         yield
