@@ -3,6 +3,7 @@
 Usage: python -m scripts.docs.figures [RESULTS [FIGURES]]
 """
 
+import itertools
 import json
 import math
 import sys
@@ -103,19 +104,28 @@ def retrieval(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def sparse_loss(results: dict[str, Any]) -> Figure:
-    """How much higher perplexity is, by the keys that are kept and by attention's time."""
+def sparse_loss(of_lengths: dict[str, dict[str, Any]]) -> Figure:
+    """How much higher perplexity is, by the keys that are kept and by attention's time.
+
+    Args:
+        of_lengths: by the tokens that were read, the results of a record.
+    """
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    found = losses(results)
     ways = (("auto", "auto", COLOURS["dca"]), ("window", "first and nearest", COLOURS["yarn"]))
-    for kind, name, colour in ways:
+    lines = zip(("-", "--"), of_lengths.items(), strict=True)
+    for (kind, name, colour), (dashes, (length, results)) in itertools.product(ways, lines):
+        found = losses(results)
         of_kind = [of for label, of in found.items() if label.startswith(f"{kind} ")]
         of_kind.sort(key=lambda of: of.keys or 0.0)
         for axes, shares in zip(
-            panels, ([of.keys for of in of_kind], [of.time for of in of_kind]), strict=True
+            panels,
+            ([of.keys for of in of_kind], [of.attention_time for of in of_kind]),
+            strict=True,
         ):
-            axes.plot(shares, [of.more for of in of_kind], "o-", color=colour, label=name)
+            more = [of.more for of in of_kind]
+            label = f"{name}, {length} tokens"
+            axes.plot(shares, more, dashes, marker="o", color=colour, label=label)
     for axes, label in zip(
         panels, ("share of the keys kept", "attention's time, dense = 1"), strict=True
     ):
@@ -199,8 +209,11 @@ def main() -> None:
     save(
         retrieval(json.loads((results / "retrieval.json").read_text())["results"]), "retrieval"
     )
-    quality = json.loads((results / "sparse-quality-16k.json").read_text())
-    save(sparse_loss(quality["results"]), "sparse-loss")
+    reads = {
+        length: json.loads((results / f"sparse-quality-{length}.json").read_text())["results"]
+        for length in ("16k", "128k")
+    }
+    save(sparse_loss(reads), "sparse-loss")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def sizes() -> str:
 def sparse_quality() -> str:
     rows = [
         (length, label, of)
-        for length in ("16k", "32k")
+        for length in ("16k", "32k", "128k")
         if (RESULTS / f"sparse-quality-{length}.json").exists()
         for label, of in loss.losses(load(f"sparse-quality-{length}")["results"]).items()
     ]
@@ -90,20 +90,21 @@ def sparse_quality() -> str:
             "kept",
             "recall",
             "attention's time",
+            "read's time",
         ),
         *(
             (
                 *(length, label, of.texts),
                 f"{of.perplexity:.2f} ({of.more:+.1%})",
                 f"{of.found} of {of.asked}; dense {of.dense_found}",
-                *(shown(share) for share in (of.keys, of.recall, of.time)),
+                *map(shown, (of.keys, of.recall, of.attention_time, of.read_time)),
             )
             for length, label, of in sorted(rows, key=_by_keys)
         ),
     )
 
 
-def _by_keys(row: tuple[str, str, loss.Loss]) -> tuple[str, bool, float]:
+def _by_keys(row: tuple[str, str, loss.Loss]) -> tuple[int, bool, float]:
     """Densely, then the more keys the sooner; what stands beside for comparison last."""
     length, label, of = row
-    return length, label.startswith("window"), -(of.keys or 1)
+    return int(length.removesuffix("k")), label.startswith("window"), -(of.keys or 1)

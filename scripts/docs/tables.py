@@ -240,7 +240,7 @@ DATED = {
     "retrieval": ("retrieval",),
     "ruler": ("ruler",),
     "sizes": ("sizes-perplexity", "sizes-retrieval"),
-    "sparse_quality": ("sparse-quality-16k",),
+    "sparse_quality": ("sparse-quality-16k", "sparse-quality-128k"),
     "evaluation": ("perplexity", "retrieval"),
     "cpu": ("cpu",),
     "cpu_avx2": ("cpu-avx2",),

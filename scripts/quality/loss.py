@@ -17,7 +17,8 @@ class Loss(NamedTuple):
         asked: how many.
         keys: share of the keys that was kept; None where attention was dense.
         recall: share of attention that was kept; likewise.
-        time: attention's processor time, as a share of dense attention's.
+        attention_time: of the processor, as a share of dense attention's.
+        read_time: from the threshold to the end, all that a model does, likewise a share.
     """
 
     texts: int
@@ -28,7 +29,8 @@ class Loss(NamedTuple):
     asked: int
     keys: float | None
     recall: float | None
-    time: float
+    attention_time: float
+    read_time: float
 
     @property
     def more(self) -> float:
@@ -55,7 +57,8 @@ def losses(results: dict[str, dict[str, Any]]) -> dict[str, Loss]:
             *map(right_answers, (own, dense)),
             sum(len(of["answers"]) for of in own),
             **shares,
-            time=seconds(own) / seconds(dense),
+            attention_time=_sum(own, "attention_seconds") / _sum(dense, "attention_seconds"),
+            read_time=_sum(own, "seconds") / _sum(dense, "seconds"),
         )
     return found
 
@@ -68,5 +71,5 @@ def right_answers(of_texts: list[dict[str, Any]]) -> int:
     return sum(answer["right"] for of in of_texts for answer in of["answers"])
 
 
-def seconds(of_texts: list[dict[str, Any]]) -> float:
-    return sum(of["attention_seconds"] for of in of_texts)
+def _sum(of_texts: list[dict[str, Any]], what: str) -> float:
+    return sum(of[what] for of in of_texts)

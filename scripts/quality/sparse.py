@@ -9,8 +9,8 @@ the threshold is dense in any case, and read once. The rest is read once in each
   nearest ones. This is no setting: the engine is as for `auto`, and its selection is replaced.
 
 From the same read come the perplexity of the tokens past the threshold, the shares of keys and
-of attention that were kept there, and the processor time that attention took. Then the model is
-asked for each number; its cached keys are those of that read.
+of attention that were kept there, the read's time, and the processor time that attention took.
+Then the model is asked for each number; its cached keys are those of that read.
 
 With --output, the record is written after each read, and what is there already is kept. With
 --minutes, the command ends before a read that would take it longer; the same command goes on.
@@ -134,7 +134,8 @@ def main(
                     flush=True,
                 )
 
-    table = Table("", "texts", "perplexity", "found", "keys", "recall", "attention's time")
+    shares = ("keys", "recall", "attention's time", "read's time")
+    table = Table("", "texts", "perplexity", "found", *shares)
     for label, of in loss.losses(document.results).items():
         table.add_row(
             label,
@@ -142,7 +143,8 @@ def main(
             f"{of.perplexity:.2f} ({of.more:+.1%})",
             f"{of.found} of {of.asked}",
             *("" if share is None else f"{share:.3f}" for share in (of.keys, of.recall)),
-            f"{of.time:.2f}",
+            f"{of.attention_time:.2f}",
+            f"{of.read_time:.2f}",
         )
     study.console.print(table)
 
