@@ -88,7 +88,7 @@ MEASUREMENTS = {
     ),
     "scripts.quality.ruler": Measurement(("ruler",), ENGINE_ON_CPU),
     "scripts.quality.sparse": Measurement(
-        ("sparse-quality-16k", "sparse-quality-32k", "sparse-quality-128k"),
+        ("sparse-quality-16k", "sparse-quality-128k"),
         ("scripts/quality/kept.py", *ENGINE_ON_CPU),
         is_sparse=True,
     ),

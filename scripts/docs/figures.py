@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scripts.common.record import ROOT
+from scripts.docs.page import SPARSE_LENGTHS
 from scripts.quality.loss import losses
 from scripts.quality.methods import name_of
 from vllm_dca.cli import picture
@@ -211,7 +212,7 @@ def main() -> None:
     )
     reads = {
         length: json.loads((results / f"sparse-quality-{length}.json").read_text())["results"]
-        for length in ("16k", "128k")
+        for length in SPARSE_LENGTHS
     }
     save(sparse_loss(reads), "sparse-loss")
 

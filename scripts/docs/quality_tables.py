@@ -1,6 +1,6 @@
 """The tables of what a model answers: perplexity, retrieval, RULER, sparse prefill's loss."""
 
-from scripts.docs.page import RESULTS, load, markdown
+from scripts.docs.page import SPARSE_LENGTHS, load, markdown
 from scripts.docs.ruler import rows as ruler_rows
 from scripts.quality import loss
 from scripts.quality.methods import name_of
@@ -69,11 +69,22 @@ def sizes() -> str:
     )
 
 
+def sixteen_windows() -> str:
+    record = load("sparse-quality-128k")
+    part = 16 * 1024 // record["bucket"]
+    scores = record["results"]["dense"]["pride-and-prejudice"]["nll"]
+    parts = [scores[at : at + part] for at in range(0, len(scores), part)]
+    ends = range(record["threshold"] + 16 * 1024, record["length"] + 1, 16 * 1024)
+    return markdown(
+        ("up to", *(f"{end:,}" for end in ends)),
+        ("DCA", *(f"{loss.perplexity([{'nll': each}]):.1f}" for each in parts)),
+    )
+
+
 def sparse_quality() -> str:
     rows = [
         (length, label, of)
-        for length in ("16k", "32k", "128k")
-        if (RESULTS / f"sparse-quality-{length}.json").exists()
+        for length in SPARSE_LENGTHS
         for label, of in loss.losses(load(f"sparse-quality-{length}")["results"]).items()
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from scripts.common.record import ROOT
 from scripts.docs import gpu_tables, load_tables, quality_tables, records, support_table
-from scripts.docs.page import load, markdown
+from scripts.docs.page import SPARSE_LENGTHS, load, markdown
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE = re.compile(r"(?<=<!-- table: )(\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
@@ -224,6 +224,7 @@ MADE_BY = (
     load_tables.soak_rounds,
     sparse,
     first_token,
+    quality_tables.sixteen_windows,
     quality_tables.sparse_quality,
     model_counts,
     models,
@@ -240,7 +241,8 @@ DATED = {
     "retrieval": ("retrieval",),
     "ruler": ("ruler",),
     "sizes": ("sizes-perplexity", "sizes-retrieval"),
-    "sparse_quality": ("sparse-quality-16k", "sparse-quality-128k"),
+    "sixteen_windows": ("sparse-quality-128k",),
+    "sparse_quality": tuple(f"sparse-quality-{each}" for each in SPARSE_LENGTHS),
     "evaluation": ("perplexity", "retrieval"),
     "cpu": ("cpu",),
     "cpu_avx2": ("cpu-avx2",),
