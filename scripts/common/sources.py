@@ -81,11 +81,9 @@ MEASUREMENTS = {
     ),
     "scripts.quality.demo": Measurement(("demo",), ENGINE_ON_CPU),
     "scripts.quality.perplexity": Measurement(
-        ("perplexity", "perplexity-128k", "sizes-perplexity"), ENGINE_ON_CPU
+        ("perplexity", "sizes-perplexity"), ENGINE_ON_CPU
     ),
-    "scripts.quality.retrieval": Measurement(
-        ("retrieval", "retrieval-128k", "sizes-retrieval"), ENGINE_ON_CPU
-    ),
+    "scripts.quality.retrieval": Measurement(("retrieval", "sizes-retrieval"), ENGINE_ON_CPU),
     "scripts.quality.ruler": Measurement(("ruler",), ENGINE_ON_CPU),
     "scripts.quality.sparse": Measurement(
         ("sparse-quality-16k", "sparse-quality-128k"),
@@ -95,6 +93,7 @@ MEASUREMENTS = {
     "scripts.quality.twice_the_window": Measurement(
         ("twice-the-window",), ("vllm_dca/reference/*.py", *ENGINE_ON_CPU)
     ),
+    "scripts.quality.windows": Measurement(("windows",), ENGINE_ON_CPU),
 }
 
 
