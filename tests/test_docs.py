@@ -206,6 +206,15 @@ def test_what_the_readme_shows_says_that_it_is_older(monkeypatch: pytest.MonkeyP
     )
 
 
+@pytest.mark.nightly
+def test_what_the_readme_shows_is_of_this_code() -> None:
+    """A change may wait for its measurement, which takes an hour; a release does not."""
+    readme = (ROOT / "README.md").read_text()
+    shown = {name for found in tables.TABLE.finditer(readme) for name in tables.DATED[found[1]]}
+    assert shown
+    assert {name: files for name in shown if (files := records.changed(name))} == {}
+
+
 @pytest.mark.each_minor
 def test_messages_that_are_explained_are_printed() -> None:
     """The quotes of docs/troubleshooting.md are in our code, or in vLLM's where it says so."""

@@ -86,14 +86,14 @@ MEASUREMENTS = {
     "scripts.quality.retrieval": Measurement(("retrieval", "sizes-retrieval"), ENGINE_ON_CPU),
     "scripts.quality.ruler": Measurement(("ruler",), ENGINE_ON_CPU),
     "scripts.quality.sparse": Measurement(
-        ("sparse-quality-16k", "sparse-quality-128k"),
+        ("sparse-quality-16k", "sparse-quality-32k", "sparse-quality-128k"),
         ("scripts/quality/kept.py", *ENGINE_ON_CPU),
         is_sparse=True,
     ),
     "scripts.quality.twice_the_window": Measurement(
         ("twice-the-window",), ("vllm_dca/reference/*.py", *ENGINE_ON_CPU)
     ),
-    "scripts.quality.windows": Measurement(("windows",), ENGINE_ON_CPU),
+    "scripts.quality.windows": Measurement(("windows", "windows-sizes"), ENGINE_ON_CPU),
 }
 
 

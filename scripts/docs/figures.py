@@ -114,7 +114,7 @@ def sparse_loss(of_lengths: dict[str, dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     ways = (("auto", "auto", COLOURS["dca"]), ("window", "first and nearest", COLOURS["yarn"]))
-    lines = zip(("-", "--"), of_lengths.items(), strict=True)
+    lines = zip(("-", "-.", "--"), of_lengths.items(), strict=True)
     for (kind, name, colour), (dashes, (length, results)) in itertools.product(ways, lines):
         found = losses(results)
         of_kind = [of for label, of in found.items() if label.startswith(f"{kind} ")]

@@ -7,7 +7,7 @@ from typing import Any
 from scripts.common.record import ROOT
 
 RESULTS = ROOT / "docs/results"
-SPARSE_LENGTHS = ("16k", "128k")  # of the records sparse-quality-*
+SPARSE_LENGTHS = ("16k", "32k", "128k")  # of the records sparse-quality-*
 
 
 def load(name: str) -> dict[str, Any]:

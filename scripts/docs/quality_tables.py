@@ -1,9 +1,14 @@
 """The tables of what a model answers: perplexity, retrieval, RULER, sparse prefill's loss."""
 
+from typing import Any
+
 from scripts.docs.page import SPARSE_LENGTHS, load, markdown
 from scripts.docs.ruler import rows as ruler_rows
 from scripts.quality import loss
 from scripts.quality.methods import name_of
+from scripts.quality.windows import by_length
+
+TITLES = {"pride-and-prejudice": "*Pride and Prejudice*", "opticks": "*Opticks*"}
 
 
 def demo() -> str:
@@ -60,7 +65,7 @@ def sizes() -> str:
         ("", *read, *found),
         *(
             (
-                label.partition(":")[2].replace(",", ", ") or "derived: 6144 / 1024",
+                _sizes_of(label),
                 *(f"{value:.1f}" for value in prose[label]["perplexity"].values()),
                 *(f"{value:.0%}" for value in numbers[label]["accuracy"].values()),
             )
@@ -69,16 +74,40 @@ def sizes() -> str:
     )
 
 
-def sixteen_windows() -> str:
-    record = load("sparse-quality-128k")
-    part = 16 * 1024 // record["bucket"]
-    scores = record["results"]["dense"]["pride-and-prejudice"]["nll"]
-    parts = [scores[at : at + part] for at in range(0, len(scores), part)]
-    ends = range(record["threshold"] + 16 * 1024, record["length"] + 1, 16 * 1024)
+def windows() -> str:
+    record = load("windows")
+    head = ("text", "method", *(f"{end:,}" for end in record["lengths"]))
+    works = dict.fromkeys(work for of in record["results"].values() for work in of)
     return markdown(
-        ("up to", *(f"{end:,}" for end in ends)),
-        ("DCA", *(f"{loss.perplexity([{'nll': each}]):.1f}" for each in parts)),
+        head,
+        *(
+            (TITLES[work], name_of(label), *_by_length(of_works[work], record["lengths"]))
+            for work in works
+            for label, of_works in record["results"].items()
+            if work in of_works
+        ),
     )
+
+
+def windows_sizes() -> str:
+    record = load("windows-sizes")
+    rows = {"dca": load("windows")["results"]["dca"], **record["results"]}
+    return markdown(
+        ("", *(f"{end:,}" for end in record["lengths"])),
+        *(
+            (_sizes_of(label), *_by_length(of["pride-and-prejudice"], record["lengths"]))
+            for label, of in rows.items()
+        ),
+    )
+
+
+def _sizes_of(label: str) -> str:
+    return label.partition(":")[2].replace(",", ", ") or "derived: 6144 / 1024"
+
+
+def _by_length(read: dict[str, Any], ends: list[int]) -> list[str]:
+    of_ends = by_length([read], ends).values()
+    return [f"{perplexity:,.1f}; {found} of {asked}" for perplexity, found, asked in of_ends]
 
 
 def sparse_quality() -> str:
@@ -101,14 +130,15 @@ def sparse_quality() -> str:
             "kept",
             "recall",
             "attention's time",
-            "read's time",
+            "whole read, s",
         ),
         *(
             (
                 *(length, label, of.texts),
                 f"{of.perplexity:.2f} ({of.more:+.1%})",
                 f"{of.found} of {of.asked}; dense {of.dense_found}",
-                *map(shown, (of.keys, of.recall, of.attention_time, of.read_time)),
+                *map(shown, (of.keys, of.recall, of.attention_time)),
+                f"{of.seconds:,.0f} ({of.read_time:.2f})",
             )
             for length, label, of in sorted(rows, key=_by_keys)
         ),

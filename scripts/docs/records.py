@@ -3,9 +3,9 @@
 Usage: python -m scripts.docs.records
 
 A record knows the digests of the files that it measured (scripts/common/sources.py). Older
-records are no failure, since a measurement takes hours. But where README.md shows one, it and
-docs/evaluation.md must say so: `python -m scripts.docs.tables` writes that, and the tests see
-that it was done.
+records are no failure from day to day, since a measurement takes hours. But a page that shows
+one must say so: `python -m scripts.docs.tables` writes that, and the tests see that it was
+done. Where README.md shows one, `scripts/test -m nightly` fails.
 """
 
 import json

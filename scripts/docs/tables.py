@@ -224,7 +224,8 @@ MADE_BY = (
     load_tables.soak_rounds,
     sparse,
     first_token,
-    quality_tables.sixteen_windows,
+    quality_tables.windows,
+    quality_tables.windows_sizes,
     quality_tables.sparse_quality,
     model_counts,
     models,
@@ -236,12 +237,17 @@ TABLES |= {"evaluation": str}
 OF_NO_TABLE = {"evaluation": "The picture and these numbers were measured"}
 # The records behind a table that says if they are older. A compiled kernel's row has a commit.
 DATED = {
+    "balance": ("balance",),
+    "decode_bytes": ("balance",),
+    "prefill_kernels": ("prefill-kernels",),
+    "linear_memory": ("linear-memory",),
     "demo": ("demo",),
     "perplexity": ("perplexity",),
     "retrieval": ("retrieval",),
     "ruler": ("ruler",),
     "sizes": ("sizes-perplexity", "sizes-retrieval"),
-    "sixteen_windows": ("sparse-quality-128k",),
+    "windows": ("windows",),
+    "windows_sizes": ("windows", "windows-sizes"),
     "sparse_quality": tuple(f"sparse-quality-{each}" for each in SPARSE_LENGTHS),
     "evaluation": ("perplexity", "retrieval"),
     "cpu": ("cpu",),

@@ -17,8 +17,9 @@ class Loss(NamedTuple):
         asked: how many.
         keys: share of the keys that was kept; None where attention was dense.
         recall: share of attention that was kept; likewise.
-        attention_time: of the processor, as a share of dense attention's.
-        read_time: from the threshold to the end, all that a model does, likewise a share.
+        attention_time: of the processor past the threshold, as a share of dense attention's.
+        seconds: of the whole read, all that a model does, below the threshold too.
+        dense_seconds: likewise.
     """
 
     texts: int
@@ -30,12 +31,18 @@ class Loss(NamedTuple):
     keys: float | None
     recall: float | None
     attention_time: float
-    read_time: float
+    seconds: float
+    dense_seconds: float
 
     @property
     def more(self) -> float:
         """By which share perplexity is higher."""
         return self.perplexity / self.dense_perplexity - 1
+
+    @property
+    def read_time(self) -> float:
+        """Of the whole read, as a share of the dense one's."""
+        return self.seconds / self.dense_seconds
 
 
 def losses(results: dict[str, dict[str, Any]]) -> dict[str, Loss]:
@@ -58,7 +65,8 @@ def losses(results: dict[str, dict[str, Any]]) -> dict[str, Loss]:
             sum(len(of["answers"]) for of in own),
             **shares,
             attention_time=_sum(own, "attention_seconds") / _sum(dense, "attention_seconds"),
-            read_time=_sum(own, "seconds") / _sum(dense, "seconds"),
+            seconds=_sum(own, "seconds_below") + _sum(own, "seconds"),
+            dense_seconds=_sum(dense, "seconds_below") + _sum(dense, "seconds"),
         )
     return found
 

@@ -9,8 +9,9 @@ the threshold is dense in any case, and read once. The rest is read once in each
   nearest ones. This is no setting: the engine is as for `auto`, and its selection is replaced.
 
 From the same read come the perplexity of the tokens past the threshold, the shares of keys and
-of attention that were kept there, the read's time, and the processor time that attention took.
-Then the model is asked for each number; its cached keys are those of that read.
+of attention that were kept there, the processor time that attention took, and the read's time:
+with that of what lies below the threshold, a prompt's first token took so long. Then the model
+is asked for each number; its cached keys are those of that read.
 
 With --output, the record is written after each read, and what is there already is kept. With
 --minutes, the command ends before a read that would take it longer; the same command goes on.
@@ -45,7 +46,9 @@ class Reader:
         core = llm.llm_engine.engine_core.engine_core
         self.pool = core.scheduler.kv_cache_manager.block_pool
         llm.reset_prefix_cache()
+        started = time.perf_counter()
         nll(llm, text[: threshold + 1])
+        self.seconds_below = round(time.perf_counter() - started, 1)
         self.below = self._cached()
 
     def _cached(self) -> set[int]:
@@ -66,7 +69,8 @@ class Reader:
         answers = retrieval.ask(
             self.llm, self.tokenizer, self.text, self.needles, len(self.text), cached=True
         )
-        return {"seconds": round(seconds), **found, "nll": scores, "answers": answers}
+        times = {"seconds_below": self.seconds_below, "seconds": round(seconds, 1)}
+        return {**times, **found, "nll": scores, "answers": answers}
 
 
 def main(
@@ -134,7 +138,7 @@ def main(
                     flush=True,
                 )
 
-    shares = ("keys", "recall", "attention's time", "read's time")
+    shares = ("keys", "recall", "attention's time", "whole read, s")
     table = Table("", "texts", "perplexity", "found", *shares)
     for label, of in loss.losses(document.results).items():
         table.add_row(
@@ -144,7 +148,7 @@ def main(
             f"{of.found} of {of.asked}",
             *("" if share is None else f"{share:.3f}" for share in (of.keys, of.recall)),
             f"{of.attention_time:.2f}",
-            f"{of.read_time:.2f}",
+            f"{of.seconds:.0f} ({of.read_time:.2f})",
         )
     study.console.print(table)
 

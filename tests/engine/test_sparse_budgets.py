@@ -23,6 +23,7 @@ from tests.helpers.sparse_served import (
     expected,
     options,
 )
+from vllm_dca.method.sparse_config import read_budgets
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
 
@@ -74,6 +75,21 @@ def test_a_checkpoint_s_budgets(form: Any, tmp_path: Path) -> None:
     with engine(model, **given) as llm:
         [output] = generate(llm, [PROMPT], prompt_logprobs=0)
     assert_close(of_prompt(output), right)
+
+
+def test_budgets_that_other_rows_select_for_are_told(
+    tmp_path: Path, dca_log: list[str]
+) -> None:
+    model = checkpoints.write_config(
+        tmp_path,
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        dual_chunk_attention_config={**SIZES, "sparse_attention_last_q": 128},
+    )
+    (tmp_path / "sparse_attention_config.json").write_text(json.dumps(as_list(BUDGETS)))
+    settle(model, additional_config={"dca": {"sparse": "checkpoint"}})
+    [warning] = [line for line in dca_log if "sparse_attention_last_q" in line]
+    assert "128 rows select. Here the last 64 of a segment do." in warning
 
 
 @pytest.mark.parametrize(
@@ -152,6 +168,22 @@ def test_who_shares_keys_must_have_the_same_options(llama: Path, dca_log: list[s
     assert "with these options of sparse prefill. Give" in warning
 
 
+def test_a_start_says_what_never_gets_sparse(llama: Path, dca_log: list[str]) -> None:
+    """Prompts that end before it begins, and pieces that are too short."""
+    given = options(**AUTO)
+    settle(llama, **given)
+    assert not [line for line in dca_log if "no prompt" in line or "dense: only" in line]
+    settle(llama, **given | {"max_model_len": THRESHOLD + 255})
+    [warning] = [line for line in dca_log if "no prompt" in line]
+    assert f"up to {THRESHOLD + 255} tokens reaches sparse prefill, which begins" in warning
+    settle(llama, long_prefill_token_threshold=255, **given)
+    settle(llama, long_prefill_token_threshold=256, **given)
+    [warning] = [line for line in dca_log if "dense: only a prompt alone is sparse" in line]
+    assert "--long-prefill-token-threshold 255 cuts" in warning
+    with pytest.raises(ValueError, match=r"steps of 256 tokens or more, and .* is 255"):
+        settle(llama, **given | {"max_num_batched_tokens": 255})
+
+
 def test_fp32_is_refused_on_cuda(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dca.engine import refusals
 
@@ -188,6 +220,11 @@ def test_budgets_of_every_head_are_needed(
     given = options(sparse="checkpoint", sparse_budgets=str(file))
     with pytest.raises(ValueError, match=re.escape(message)):
         settle(llama, **given)
+
+
+def test_budgets_need_to_know_which_layers_attend() -> None:
+    with pytest.raises(ValueError, match="layer_types name none of full attention"):
+        read_budgets(as_list(BUDGETS), [], 4)
 
 
 def test_budgets_are_for_as_many_heads_as_the_layer_has(

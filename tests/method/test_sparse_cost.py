@@ -1,5 +1,6 @@
 """What `explain` says of sparse prefill, against what the reference keeps and records took."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from vllm_dca.method.sparse_config import SparseSettings
 from vllm_dca.method.sparse_cost import ATTENDING, SELECTING, bounds
 from vllm_dca.reference import sparse as reference
 
-LENGTH, THRESHOLD, STEP = 4096, 1024, 512
+LENGTH, THRESHOLD, STEP, CHUNK_LEN = 4096, 1024, 512, 2048
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
 
 
@@ -37,10 +38,10 @@ def by_budget(verticals: int, slashes: int) -> tuple[SparseSettings, reference.R
 
 def test_budgets_keep_the_least_side_by_side_and_the_most_apart() -> None:
     settings, rule = by_budget(30, 400)
-    (least, _), _ = bounds(settings, LENGTH, STEP)
+    (least, _), _ = bounds(settings, LENGTH, STEP, CHUNK_LEN)
     assert kept(torch.arange(30), torch.arange(400), rule) == pytest.approx(least, rel=0.1)
     settings, rule = by_budget(60, 110)
-    (_, most), _ = bounds(settings, LENGTH, STEP)
+    (_, most), _ = bounds(settings, LENGTH, STEP, CHUNK_LEN)
     diagonals = torch.cat([torch.arange(100), torch.arange(200, 1000, 80)])
     assert kept(torch.arange(60), diagonals, rule) == pytest.approx(most, rel=0.1)
 
@@ -48,20 +49,38 @@ def test_budgets_keep_the_least_side_by_side_and_the_most_apart() -> None:
 @pytest.mark.parametrize("budgets", [None, (((5000, 5000),),)])
 def test_all_is_kept_below_the_threshold(budgets: object) -> None:
     settings = SparseSettings(LENGTH, 0.95, 64, budgets)  # type: ignore[arg-type]
-    assert bounds(settings, LENGTH, STEP) == ((1.0, 1.0), (1.0, 1.0))
+    assert bounds(settings, LENGTH, STEP, CHUNK_LEN) == ((1.0, 1.0), (1.0, 1.0))
 
 
 def test_by_coverage_the_least_is_known() -> None:
     """With weight on the nearest keys alone, no more than sparse_min_keys are kept."""
     settings = SparseSettings(THRESHOLD, 0.5, 640, None)
-    (least, most), (fastest, slowest) = bounds(settings, LENGTH, STEP)
+    (least, most), (fastest, slowest) = bounds(settings, LENGTH, STEP, CHUNK_LEN)
     rule = reference.Rule(coverage=0.5, min_keys=640)
     # Blocks of equal weight are taken from the nearest on; so are keys.
     found = kept(torch.arange(3000, 3640), torch.arange(640), rule)
     assert least <= found < most == 1.0
     assert fastest < 1 < slowest
     # Blocks are whole: of 577 keys and more there are as many.
-    assert bounds(SparseSettings(THRESHOLD, 0.5, 577, None), LENGTH, STEP).keys[0] == least
+    other = SparseSettings(THRESHOLD, 0.5, 577, None)
+    assert bounds(other, LENGTH, STEP, CHUNK_LEN).keys[0] == least
+
+
+def test_what_a_step_leaves_of_a_chunk_is_dense_if_it_is_short() -> None:
+    chunk_len, (verticals, slashes) = 448, (30, 100)
+    settings, _ = by_budget(verticals, slashes)
+    cuts = {*range(0, LENGTH, STEP), *range(0, LENGTH, chunk_len), THRESHOLD, LENGTH}
+    seen = 0
+    for begin, end in itertools.pairwise(sorted(cuts)):
+        is_sparse = begin >= THRESHOLD and end - begin >= 256
+        # The diagonals side by side, from the end of a row's tile on.
+        most = slashes if is_sparse else LENGTH
+        seen += sum(min(i + 1, most + i % 64) for i in range(begin, end))
+    (least, _), (fastest, _) = bounds(settings, LENGTH, STEP, chunk_len)
+    assert least == pytest.approx(seen / (LENGTH * (LENGTH + 1) / 2), rel=0.02)
+    # Beside chunks that steps divide.
+    (even, _), (quick, _) = bounds(settings, LENGTH, STEP, CHUNK_LEN)
+    assert (least > 2 * even, fastest > quick) == (True, True)
 
 
 def test_time_is_as_measured() -> None:

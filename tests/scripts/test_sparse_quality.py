@@ -60,7 +60,7 @@ def test_a_window_has_as_many_keys_in_the_middle_of_a_segment() -> None:
 def test_ways_are_compared_on_the_texts_that_both_read() -> None:
     def read(score: float, right: int, seconds: float, **more: float) -> dict[str, object]:
         answers = [{"right": n < right} for n in range(4)]
-        times = {"attention_seconds": seconds, "seconds": seconds + 2}
+        times = {"attention_seconds": seconds, "seconds_below": 4, "seconds": seconds + 2}
         return {"nll": [score], "answers": answers, **times, **more}
 
     found = losses(
@@ -75,7 +75,8 @@ def test_ways_are_compared_on_the_texts_that_both_read() -> None:
     assert found["auto 0.9"].more == pytest.approx(math.exp(0.1) - 1)
     assert found["auto 0.9"][3:6] == (2, 4, 4)
     assert found["auto 0.9"].attention_time == 0.5
-    assert found["auto 0.9"].read_time == 17 / 32
+    assert (found["auto 0.9"].seconds, found["auto 0.9"].dense_seconds) == (21, 36)
+    assert found["auto 0.9"].read_time == 21 / 36
     assert not losses({"auto 0.9": {"b": read(3.1, 2, 15.0, keys=0.2, recall=0.9)}})
 
 

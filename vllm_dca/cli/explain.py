@@ -113,10 +113,8 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         else bounds(
             settings.sparse,
             model_config.max_model_len,
-            min(
-                vllm_config.scheduler_config.max_num_batched_tokens,
-                settings.geometry.chunk_len,
-            ),
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            settings.geometry.chunk_len,
         ),
         warnings=[
             *warnings,

@@ -22,8 +22,10 @@ from vllm_dca.method.sparse_config import (
     resolve_sparse,
 )
 from vllm_dca.method.sparse_planning import LEAST_ROWS
+from vllm_dca.method.vertical_slash import PROBE
 
 IN_CHECKPOINT = "sparse_attention_config"
+LAST_ROWS = "sparse_attention_last_q"
 
 
 def settle_sparse(
@@ -117,6 +119,23 @@ def say_sparse(
         sparse.described,
         LEAST_ROWS,
     )
+    rows = (checkpoint or {}).get(LAST_ROWS, PROBE)
+    if sparse.budgets is not None and rows != PROBE:
+        logger.warning(
+            "DCA: the checkpoint's budgets are for lines that its %s %s rows select. Here the "
+            "last %d of a segment do.",
+            LAST_ROWS,
+            rows,
+            PROBE,
+        )
+    piece = vllm_config.scheduler_config.long_prefill_token_threshold
+    if 0 < piece < LEAST_ROWS:
+        logger.warning(
+            "DCA: --long-prefill-token-threshold %d cuts prompts that share a step into pieces "
+            "of fewer than %d tokens, which are dense: only a prompt alone is sparse.",
+            piece,
+            LEAST_ROWS,
+        )
     max_model_len = vllm_config.model_config.max_model_len
     if sparse.threshold + LEAST_ROWS > max_model_len:
         logger.warning(

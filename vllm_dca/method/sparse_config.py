@@ -177,8 +177,13 @@ def read_budgets(config: object, attended: Sequence[int], num_heads: int) -> Bud
         num_heads: how many heads of each must.
 
     Raises:
-        ValueError: a layer or head without a budget, or one of another kind.
+        ValueError: a layer or head without a budget, or one of another kind; no such layers.
     """
+    if not attended:
+        raise ValueError(
+            "DCA's sparse prefill cannot tell which layers the budgets are of: the model's "
+            f'layer_types name none of full attention. Choose "{MODE_KEY}": "{AUTO}".'
+        )
     layers = _numbered(config, "sparse_attention_config")
     return tuple(
         _of_layer(layers, layer, num_heads) if layer in attended else ()
