@@ -200,6 +200,28 @@ def test_uneven_rows_are_packed_by_the_longest_request(longest: int | None) -> N
     batch.assert_close(attend(batch, query, found))
 
 
+def test_a_launch_gets_no_numpy_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V1's drafters count a batch's tokens in numpy, and only the interpreter takes that."""
+    launched: list[Any] = []
+
+    class Recorder:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **constants: launched.extend(arguments)
+
+    monkeypatch.setattr(plan_decode, "_plan_kernel", Recorder())
+    batch = Batch.random(Shape(lengths=((40, 38), (70, 68))))
+    planner(batch.shape, 8, 2).plan(
+        query_start_loc(batch.shape.lengths).to(DEVICE),
+        torch.tensor([40, 70], dtype=torch.int32, device=DEVICE),
+        batch.block_table.to(DEVICE),
+        np.int32(4),
+        np.int32(2),
+    )
+    numbers = [each for each in launched if not isinstance(each, torch.Tensor)]
+    assert numbers
+    assert {type(each) for each in numbers} == {int}
+
+
 def test_tolerance_would_catch_a_wrong_region() -> None:
     """The check can fail: one position too few towards the previous chunk is seen."""
     batch = Batch.random(Shape([(70, 69)]))

@@ -69,6 +69,19 @@ def test_a_drafter_s_own_cache_that_is_served(
     assert refusals.refusals(config) == []
 
 
+def test_a_predictor_without_keys_of_its_own_is_refused(llama: Path) -> None:
+    """Gemma 4's, which is an "mtp" as others are that DCA serves."""
+    from vllm_dca.engine.refusals import refusals
+
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    speculative = (config := settle(llama, speculative_config=draft)).speculative_config
+    speculative.method = "mtp"
+    assert refusals(config) == []
+    speculative.draft_model_config.hf_config.model_type = "gemma4_mtp"
+    [refused] = refusals(config)
+    assert refused.startswith("speculative decoding by Gemma 4's own multi-token predictor (")
+
+
 def refused_of_a_drafter(llama: Path, **changes: Any) -> list[str]:
     """Where its config is changed after vLLM's own checks."""
     from vllm_dca.engine.refusals import refusals

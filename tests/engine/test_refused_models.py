@@ -47,6 +47,17 @@ def test_models_that_are_refused_by_their_config(
     assert "or use another attention backend" in str(refusal.value)
 
 
+def test_diffusion_is_refused(llama: Path) -> None:
+    """Under V1, the CPU's, vLLM refuses it before."""
+    from vllm_dca.engine.refusals import refusals
+
+    config = settle(llama)
+    assert refusals(config) == []
+    config.model_config.__dict__.pop("is_diffusion", None)
+    config.model_config.hf_config.canvas_length = 16
+    assert refusals(config) == ["diffusion models"]
+
+
 @pytest.mark.parametrize(
     ("config", "architecture", "changes", "message"),
     [

@@ -127,6 +127,7 @@ REFUSED = {
     "encoders": BY_CONFIG,
     "cross attention": BY_CONFIG,
     "no attention": BY_CONFIG,
+    "diffusion": "test_refused_models::test_diffusion_is_refused",
     "sliding windows in all layers": BY_CONFIG,
     "other quantised": BY_OPTION,
     "such a KV cache for the drafter": (

@@ -51,7 +51,8 @@ def num_splits(
     Flash-attention 4 is compiled where it first runs: a forward for parts, another for none,
     and what merges the parts again for each power of two of them. Warm-up's short prompts meet
     few, and a long prompt would wait for the others. Uncut there are three, by how many queries
-    a segment has, which the warm-up meets. The few queries of a prompt's last piece, or of the
+    a segment has, which the warm-up meets (and in a step of more than 256 segments, which it
+    does not meet, three more). The few queries of a prompt's last piece, or of the
     next turn of a conversation, then leave multiprocessors idle; answers' rows never come here.
 
     Args:

@@ -116,8 +116,10 @@ class DecodePlanner:
         num_requests = len(seq_lens)
         # A graph is captured for these two numbers, so they alone say how an even batch is
         # packed. No uneven one is captured.
+        # A launch takes no numpy integers, which some of vLLM's batches have here.
+        num_rows = int(num_rows)
         each, uneven = divmod(num_rows, num_requests)
-        most = each if uneven == 0 else max_query_len or self.pack_rows
+        most = each if uneven == 0 else int(max_query_len or self.pack_rows)
         pack_rows = max(min(most, self.pack_rows), 1)
         max_packs = min(num_rows, num_requests + num_rows // pack_rows)
         plan = DecodePlan(

@@ -43,6 +43,10 @@ def _if(condition: Callable[[VllmConfig], Any], message: str) -> Callable[[VllmC
     return lambda vllm_config: message if condition(vllm_config) else ""
 
 
+def _if_model(has: str, message: str) -> Callable[[VllmConfig], str]:
+    return _if(lambda vllm_config: getattr(vllm_config.model_config, has), message)
+
+
 def _platform(vllm_config: VllmConfig) -> str:
     if current_platform.is_cpu() or current_platform.is_cuda():
         return ""
@@ -115,9 +119,15 @@ def _cache_dtype(vllm_config: VllmConfig) -> str:
 
 def _drafter(vllm_config: VllmConfig) -> str:
     speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method in DRAFTERS:
+    if speculative is None:
         return ""
-    return f"speculative decoding by {speculative.method} (supported: {', '.join(DRAFTERS)})"
+    method = speculative.method
+    if speculative.use_gemma4_mtp():
+        # Its layers share the model's keys, of which they have none themselves.
+        method = "Gemma 4's own multi-token predictor"
+    elif method in DRAFTERS:
+        return ""
+    return f"speculative decoding by {method} (supported: {', '.join(DRAFTERS)})"
 
 
 def _parallel_drafting(vllm_config: VllmConfig) -> str:
@@ -198,11 +208,7 @@ REFUSALS: Sequence[Refusal] = (
     ),
     Refusal("models", "images and videos with M-RoPE", _mrope),
     Refusal("models", "images attended both ways", _mm_prefix),
-    Refusal(
-        "models",
-        "MLA",
-        _if(lambda config: config.model_config.use_mla, "multi-head latent attention (MLA)"),
-    ),
+    Refusal("models", "MLA", _if_model("use_mla", "multi-head latent attention (MLA)")),
     Refusal(
         "models",
         "encoders",
@@ -212,15 +218,12 @@ REFUSALS: Sequence[Refusal] = (
         ),
     ),
     Refusal(
-        "models",
-        "cross attention",
-        _if(lambda config: config.model_config.is_encoder_decoder, "encoder-decoder models"),
+        "models", "cross attention", _if_model("is_encoder_decoder", "encoder-decoder models")
     ),
     Refusal(
-        "models",
-        "no attention",
-        _if(lambda config: config.model_config.is_attention_free, "models without attention"),
+        "models", "no attention", _if_model("is_attention_free", "models without attention")
     ),
+    Refusal("models", "diffusion", _if_model("is_diffusion", "diffusion models")),
     Refusal("models", "sliding windows in all layers", _windows_only),
     Refusal("dtypes", "other quantised KV caches, FP8 on the CPU", _cache_dtype),
     Refusal("dtypes", "such a KV cache for the drafter alone", _drafter_cache_dtype),
