@@ -92,7 +92,7 @@ def _attended_layers(model: ModelConfig) -> list[int]:
     if not kinds:
         return list(range(model.hf_text_config.num_hidden_layers))
     # "hybrid" of Falcon-H1: each layer attends and keeps a state.
-    attended = {"full_attention", "hybrid"}
+    attended = {"full_attention", "attention", "hybrid"}
     if not has_sliding_layers(model):
         # Such as with --disable-sliding-window.
         attended.add("sliding_attention")
