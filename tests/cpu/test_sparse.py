@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import sparse as helper
@@ -64,8 +64,13 @@ def attend(
     return output
 
 
+# Of its two segments one begins with a tile of one row, and the other ends with such a tile.
+ONE_ROW_TILES = Shape([(577, 63)], 320, 60, block_size=16, num_kv_heads=1, group=1)
+
+
 @settings(max_examples=cases(25), deadline=None)
 @given(shapes(), st.sampled_from([0, 70, 300]), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+@example(ONE_ROW_TILES, 0, 0.02)
 def test_attends_to_given_lines(shape: Shape, threshold: int, share: float) -> None:
     batch = Batch.random(shape)
     plan = helper.plan(batch, threshold)

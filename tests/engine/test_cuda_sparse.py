@@ -96,6 +96,48 @@ def test_auto_agrees_with_the_reference(tmp_path: Path) -> None:
     assert 0 < keys < recall < count
 
 
+@under("V2")
+def test_verified_rows_beside_a_segment(tmp_path: Path) -> None:
+    """A request's drafts in the step that has another's segment, and dense tokens around it."""
+    from vllm_dca.engine.metadata import DcaMetadataBuilder
+
+    # So few words that whatever is generated was seen before, and is drafted from.
+    small = {"vocab_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    llama = checkpoints.write(tmp_path, "LlamaConfig", **small)
+    short, long = (
+        [3 + token % 13 for token in checkpoints.tokens(length, length)] for length in (40, 530)
+    )
+    lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    draft = {"speculative_config": {**lookup, "num_speculative_tokens": 3}}
+    auto = {"sparse": "auto", "sparse_coverage": 0.5, "sparse_min_keys": 64}
+    split, beside = DcaMetadataBuilder.split, []
+
+    def seen(builder: Any, requests: Any, num_decodes: int, num_prefills: int) -> Any:
+        found = split(builder, requests, num_decodes, num_prefills)
+        if found:
+            rows = requests.host_starts.diff().tolist()
+            beside.append((rows[:num_decodes], [(each.begin, each.end) for each in found[0]]))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patched(patch)
+        patch.setattr(DcaMetadataBuilder, "split", seen)
+        given = {**options(**auto), "max_num_batched_tokens": 290, **draft}
+        with engine(llama, **given) as llm:
+            answers = generate(llm, [short, long], max_tokens=3, prompt_logprobs=0)
+    # Positions 250 to 255, and from 512 on, are dense.
+    assert beside == [([4], [(256, 512)])]
+    tokens, logprobs = of_answer(answers[0])
+    given = {"steps": [len(short + tokens)], "threshold": 99, "rules": [Rule()] * 2}
+    right = helper.prompt_logprobs(llama, short + tokens, **given, **SIZES)
+    assert_close(logprobs, right[-len(tokens) :])
+    tokens, logprobs = of_answer(answers[1])
+    steps = [290 - len(short), len(long) + len(short) - 290, *[1] * len(tokens)]
+    right = expected(llama, long + tokens, steps, Rule(coverage=0.5, min_keys=64))
+    assert_close(of_prompt(answers[1]), right[: len(long) - 1])
+    assert_close(logprobs, right[-len(tokens) :])
+
+
 @under("V1")
 def test_a_checkpoint_s_budgets(tmp_path: Path) -> None:
     """With the temperature that such checkpoints have; all kernels were compiled before."""

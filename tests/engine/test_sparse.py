@@ -34,6 +34,7 @@ from tests.helpers.sparse_served import (
     expected,
     options,
 )
+from vllm_dca.engine.sparse_metrics import RecallSampler
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
 
@@ -120,6 +121,24 @@ def test_auto_agrees_with_the_reference(
     assert 0 < keys < recall < count
     assert sum("DCA: sparse prefill from position 150 on" in line for line in dca_log) == 1
     assert sum("DCA: sparse prefill kept" in line for line in dca_log) == 1
+
+
+def test_the_log_is_quiet_where_enough_is_kept(
+    llama: Path, dca_log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a bound that is hardly below what each layer keeps."""
+    count, kept, bound = RecallSampler._count, [], 0.9
+
+    def counted(sampler: RecallSampler, coming: Any) -> None:
+        count(sampler, coming)
+        kept.append(float(coming.figures[0].mean()))
+
+    monkeypatch.setattr(RecallSampler, "_count", counted)
+    with engine(llama, **options(**AUTO, sparse_min_recall=bound)) as llm:
+        generate(llm, [PROMPT])
+    assert len(kept) == 2
+    assert bound < min(kept) < bound + 0.05
+    assert not any("DCA: sparse prefill kept" in line for line in dca_log)
 
 
 def test_sparse_segments_after_a_cached_prefix(llama: Path) -> None:

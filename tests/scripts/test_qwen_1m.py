@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.helpers import checkpoints
@@ -78,6 +80,63 @@ def test_qwen_1m_starts_a_checkpoint_with_chunk_sizes(tmp_path: Path) -> None:
     assert "262144 tokens, the checkpoint's dual_chunk_attention_config" in said
     assert "28 of 28 layers" in said
     assert "for one request of 1010000 tokens on each of 2 ranks" in said
+
+
+def test_qwen_1m_prefills_by_the_checkpoint_s_budgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each head of each layer by its own; its keys and its time as they are by hand."""
+    from vllm_dca.engine import remap
+
+    model = checkpoints.write_config(tmp_path, "Qwen2Config", "Qwen2ForCausalLM", **QWEN2_5_1M)
+    budgets = [
+        [[500 + number, 4096 - number] for number in range(28 * layer, 28 * layer + 28)]
+        for layer in range(28)
+    ]
+    entries = [
+        {str(head): ["vertical_and_slash", *pair, 0.9] for head, pair in enumerate(layer)}
+        for layer in budgets
+    ]
+    (model / "sparse_attention_config.json").write_text(json.dumps(entries))
+    of_layer, found = remap.rule_of_layer, {}
+
+    def rule_of_layer(layer: Any, vllm_config: Any) -> Any:
+        with torch.device("cpu"):  # else it has no numbers, as the model has no weights
+            rule = of_layer(layer, vllm_config)
+        found[layer.layer_name] = torch.stack([rule.verticals, rule.slashes], dim=1).tolist()
+        return rule
+
+    monkeypatch.setattr(remap, "rule_of_layer", rule_of_layer)
+    sparse = json.dumps({"dca": {"sparse": "checkpoint"}})
+    said = explained(str(model), "1", "--additional-config", sparse)
+    assert found == {
+        f"model.layers.{layer}.self_attn.attn": pairs for layer, pairs in enumerate(budgets)
+    }
+    assert re.search(r"^chunk_len +253952 tokens", said, re.M)
+    assert "from position 32768 on, by the checkpoint's budgets" in said
+
+    length, threshold = 1010000, 32768
+    heads = [pair for layer in budgets for pair in layer]
+    dense = (threshold / length) ** 2
+
+    def share(kept: list[int]) -> float:
+        """Of all pairs, where a row past the threshold sees so many keys, or all before it."""
+        whole = [max(keys, threshold) for keys in kept]
+        pairs = [
+            rows**2 / 2 + (length - rows) * keys for rows, keys in zip(whole, kept, strict=True)
+        ]
+        return sum(pairs) / len(pairs) / (length**2 / 2)
+
+    # Diagonals side by side have 63 keys more than there are; apart, all but the nearest 100
+    # have 64 keys each.
+    least = share([slashes + 63 for _, slashes in heads])
+    most = share([verticals + 163 + 64 * (slashes - 100) for verticals, slashes in heads])
+    shares = [float(each) for each in re.findall(r"([\d.]+)%", said)]
+    assert shares == pytest.approx([100 * least, 100 * most], abs=0.1)
+    # Weighed are 64 rows, twice, of a step of 8,192 tokens.
+    [times] = re.findall(r"^its time +([\d.]+) to ([\d.]+) of", said, re.M)
+    by_hand = [dense + 1.4 * (each - dense) + 128 / 8192 for each in (least, most)]
+    assert [float(each) for each in times] == pytest.approx(by_hand, abs=0.01)
 
 
 def test_qwen_1m_asks_for_the_chunk_sizes_of_qwen3(tmp_path: Path) -> None:
