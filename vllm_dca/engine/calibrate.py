@@ -85,7 +85,8 @@ class Grid:
         recalls, keys = (
             torch.stack(column) / self.segments for column in zip(*self.totals, strict=True)
         )
-        enough = recalls >= recall
+        # Where all is kept it is 1 but for rounding.
+        enough = recalls >= recall - 1e-6
         # Where nothing is enough, the best.
         cost = torch.where(enough.any(0), keys.masked_fill(~enough, torch.inf), -recalls)
         chosen = cost.argmin(0).tolist()
@@ -151,8 +152,10 @@ def calibrate(
     additional = given.get("additional_config", {})
     options = additional.get(OPTIONS, {})
     if isinstance(options, dict):
+        # Those of an earlier calibration are for the mode that it printed with them.
+        options = {key: value for key, value in options.items() if key != BUDGETS_KEY}
         # All lines: dense.
-        options = {**options, MODE_KEY: AUTO, MIN_KEYS_KEY: 1 << 30}
+        options |= {MODE_KEY: AUTO, MIN_KEYS_KEY: 1 << 30}
     validate_options(options)
     own = {
         "attention_backend": "dca",
