@@ -93,7 +93,7 @@ MEASUREMENTS = {
     "scripts.quality.twice_the_window": Measurement(
         ("twice-the-window",), ("vllm_dca/reference/*.py", *ENGINE_ON_CPU)
     ),
-    "scripts.quality.windows": Measurement(("windows", "windows-sizes"), ENGINE_ON_CPU),
+    "scripts.quality.windows": Measurement(("windows", "windows-65k"), ENGINE_ON_CPU),
 }
 
 

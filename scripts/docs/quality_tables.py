@@ -65,7 +65,7 @@ def sizes() -> str:
         ("", *read, *found),
         *(
             (
-                _sizes_of(label),
+                label.partition(":")[2].replace(",", ", ") or "derived: 6144 / 1024",
                 *(f"{value:.1f}" for value in prose[label]["perplexity"].values()),
                 *(f"{value:.0%}" for value in numbers[label]["accuracy"].values()),
             )
@@ -76,38 +76,34 @@ def sizes() -> str:
 
 def windows() -> str:
     record = load("windows")
-    head = ("text", "method", *(f"{end:,}" for end in record["lengths"]))
-    works = dict.fromkeys(work for of in record["results"].values() for work in of)
+    return _windows(record["lengths"], record["results"], [*TITLES])
+
+
+def eight_windows() -> str:
+    """Beside as much of what DCA read to sixteen."""
+    record = load("windows-65k")
+    others = record["results"]
+    works = [work for work in TITLES if any(work in of for of in others.values())]
+    derived = load("windows")["results"]["dca"]
+    return _windows(record["lengths"], {"dca": derived, **others}, works)
+
+
+def _windows(ends: list[int], results: dict[str, Any], works: list[str]) -> str:
+    """Perplexity since the length before, and how many numbers were found."""
+
+    def cells(read: dict[str, Any]) -> list[str]:
+        of_ends = by_length([read], ends).values()
+        return [f"{score:,.1f}; {found} of {asked}" for score, found, asked in of_ends]
+
     return markdown(
-        head,
+        ("text", "method", *(f"{end:,}" for end in ends)),
         *(
-            (TITLES[work], name_of(label), *_by_length(of_works[work], record["lengths"]))
+            (TITLES[work], name_of(label), *cells(of_works[work]))
             for work in works
-            for label, of_works in record["results"].items()
+            for label, of_works in results.items()
             if work in of_works
         ),
     )
-
-
-def windows_sizes() -> str:
-    record = load("windows-sizes")
-    rows = {"dca": load("windows")["results"]["dca"], **record["results"]}
-    return markdown(
-        ("", *(f"{end:,}" for end in record["lengths"])),
-        *(
-            (_sizes_of(label), *_by_length(of["pride-and-prejudice"], record["lengths"]))
-            for label, of in rows.items()
-        ),
-    )
-
-
-def _sizes_of(label: str) -> str:
-    return label.partition(":")[2].replace(",", ", ") or "derived: 6144 / 1024"
-
-
-def _by_length(read: dict[str, Any], ends: list[int]) -> list[str]:
-    of_ends = by_length([read], ends).values()
-    return [f"{perplexity:,.1f}; {found} of {asked}" for perplexity, found, asked in of_ends]
 
 
 def sparse_quality() -> str:

@@ -20,7 +20,8 @@ def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
     """How a layer's lines are selected; None where its prefill is dense, as a drafter's is.
 
     Raises:
-        NotImplementedError: there are budgets for another number of heads than the layer has.
+        NotImplementedError: there are budgets for another number of heads than the layer has,
+            or none.
     """
     settings = settings_of(vllm_config).sparse
     if settings is None:
@@ -30,14 +31,16 @@ def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
     index = extract_layer_index(layer.layer_name)
     rank, heads = get_tensor_model_parallel_rank(), layer.num_heads
     on_all_ranks = heads * get_tensor_model_parallel_world_size()
-    if settings.budgets is not None and len(settings.budgets[index]) != on_all_ranks:
-        raise refusal(
-            layer.layer_name,
-            f"it has {on_all_ranks} query heads, and as the config's num_attention_heads is "
-            f"another number, budgets of sparse prefill are read for "
-            f"{len(settings.budgets[index])}",
-            f'a budget for each, or "{MODE_KEY}": "{AUTO}"',
-        )
+    if settings.budgets is not None:
+        # Zamba 2's layers are numbered by those that attend.
+        with_budgets = sum(map(len, settings.budgets[index : index + 1]))
+        if with_budgets != on_all_ranks:
+            raise refusal(
+                layer.layer_name,
+                f"it has {on_all_ranks} query heads, and by the config's layer_types and "
+                f"num_attention_heads budgets of layer {index} are read for {with_budgets}",
+                f'a budget for each, or "{MODE_KEY}": "{AUTO}"',
+            )
     return rule_of(settings, index, slice(rank * heads, (rank + 1) * heads))
 
 
