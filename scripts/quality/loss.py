@@ -18,7 +18,7 @@ class Loss(NamedTuple):
         keys: share of the keys that was kept; None where attention was dense.
         recall: share of attention that was kept; likewise.
         attention_time: of the processor past the threshold, as a share of dense attention's.
-        seconds: of the whole read, all that a model does, below the threshold too.
+        seconds: of a text's whole read, all that a model does, below the threshold too.
         dense_seconds: likewise.
     """
 
@@ -65,8 +65,8 @@ def losses(results: dict[str, dict[str, Any]]) -> dict[str, Loss]:
             sum(len(of["answers"]) for of in own),
             **shares,
             attention_time=_sum(own, "attention_seconds") / _sum(dense, "attention_seconds"),
-            seconds=_sum(own, "seconds_below") + _sum(own, "seconds"),
-            dense_seconds=_sum(dense, "seconds_below") + _sum(dense, "seconds"),
+            seconds=_of_a_text(own),
+            dense_seconds=_of_a_text(dense),
         )
     return found
 
@@ -77,6 +77,10 @@ def perplexity(of_texts: list[dict[str, Any]]) -> float:
 
 def right_answers(of_texts: list[dict[str, Any]]) -> int:
     return sum(answer["right"] for of in of_texts for answer in of["answers"])
+
+
+def _of_a_text(of_texts: list[dict[str, Any]]) -> float:
+    return fmean([of["seconds_below"] + of["seconds"] for of in of_texts])
 
 
 def _sum(of_texts: list[dict[str, Any]], what: str) -> float:

@@ -349,19 +349,23 @@ def arguments(folder: Path, output: Path) -> list[str]:
     return ["calibrate", str(folder / "model"), *sizes, *options, *dca]
 
 
-def test_an_engine_has_the_options_of_a_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """But for those that a reading has no use for."""
-    given: dict[str, Any] = {}
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What an engine is asked for, which does not start."""
+    found: dict[str, Any] = {}
 
     def llm(_: str, **options: Any) -> None:
-        given.update(options)
+        found.update(options)
         raise RuntimeError
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    (tmp_path / "text").write_text("long")
     monkeypatch.setattr("vllm_dca.engine.calibrate.LLM", llm)
+    return found
+
+
+def test_an_engine_has_the_options_of_a_server(tmp_path: Path, given: dict[str, Any]) -> None:
+    """But for those that a reading has no use for."""
+    (tmp_path / "text").write_text("long")
     ngram = '{"method": "ngram", "num_speculative_tokens": 2}'
     words = ("--trust-remote-code", "--block-size", "32", "--hf-overrides", '{"a": 1}')
     words += ("--max-num-batched-tokens", "1K", "--port", "8001", "--speculative-config", ngram)
@@ -373,17 +377,9 @@ def test_an_engine_has_the_options_of_a_server(
 
 
 def test_options_that_were_printed_may_be_given_again(
-    calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Calibrated, tmp_path: Path, given: dict[str, Any]
 ) -> None:
     """Budgets are found as if there were none yet, and replace those."""
-    given: dict[str, Any] = {}
-
-    def llm(_: str, **options: Any) -> None:
-        given.update(options)
-        raise RuntimeError
-
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setattr("vllm_dca.engine.calibrate.LLM", llm)
     words = arguments(calibrated.folder, tmp_path / "budgets.json")
     result = run(*words, "--additional-config", calibrated.option)
     assert given, result.output
