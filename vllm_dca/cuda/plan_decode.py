@@ -114,10 +114,10 @@ class DecodePlanner:
     ) -> DecodePlan:
         """See `vllm_dca.method.device.PlanDecode`."""
         num_requests = len(seq_lens)
-        # A graph is captured for these two numbers, so they alone say how an even batch is
-        # packed. No uneven one is captured.
         # A launch takes no numpy integers, which some of vLLM's batches have here.
         num_rows = int(num_rows)
+        # A graph is captured for these two numbers, so they alone say how an even batch is
+        # packed. No uneven one is captured.
         each, uneven = divmod(num_rows, num_requests)
         most = each if uneven == 0 else int(max_query_len or self.pack_rows)
         pack_rows = max(min(most, self.pack_rows), 1)

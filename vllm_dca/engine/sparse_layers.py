@@ -33,7 +33,7 @@ def rule_of_layer(layer: Attention, vllm_config: VllmConfig) -> Rule | None:
     on_all_ranks = heads * get_tensor_model_parallel_world_size()
     if settings.budgets is not None:
         # Zamba 2's layers are numbered by those that attend.
-        with_budgets = sum(map(len, settings.budgets[index : index + 1]))
+        with_budgets = len(settings.budgets[index]) if index < len(settings.budgets) else 0
         if with_budgets != on_all_ranks:
             raise refusal(
                 layer.layer_name,
