@@ -103,10 +103,13 @@ void for_each_token(const Arguments& a, int64_t token, int64_t end, Wanted wante
 
 inline int64_t all_of(int64_t token, int64_t) { return token; }
 
-// The next token before `stop` that is a vertical or at a distance from the tile's end.
+// The next token before `stop` with of(whether it is a vertical, whether it is at a distance from a
+// tile's end), of which each byte is a token's.
+template <typename Of>
 struct OnLines {
   const uint8_t *verticals, *distances;
   int64_t tile_end;
+  Of of;
 
   int64_t operator()(int64_t token, int64_t stop) const {
     for (; token < stop; ++token) {
@@ -114,10 +117,10 @@ struct OnLines {
       for (; token + 8 <= stop; token += 8) {
         std::memcpy(&some, verticals + token, 8);
         std::memcpy(&more, distances + tile_end - token - 7, 8);
-        if (some | more) break;
+        if (of(some, __builtin_bswap64(more))) break;
       }
       if (token >= stop) break;
-      if (verticals[token] | distances[tile_end - token]) return token;
+      if (of(verticals[token], distances[tile_end - token])) return token;
     }
     return stop;
   }
@@ -131,81 +134,161 @@ inline std::pair<int64_t, int64_t> keys_of(int64_t region, int64_t chunk, int64_
   return {chunk * chunk_len, end};
 }
 
-// A tile of a head.
+// Neighbouring tiles of a head: rows first .. first + count - 1 of a segment. They share what they
+// read. Verticals are gathered once for all of them. Keys at distances are each tile's own, but the
+// tiles take turns in going on, so that what one has read is in the cache for the next.
 template <typename T>
-void attend_tile(const Arguments& a, int64_t first, int64_t count, const OnLines& lines,
-                 Workspace& work, float* partial) {
+struct Run {
   using Cell = CellOf<T>;
-  const int64_t size = padded<T>(a.head_size), depth = size / kNumbers<Cell>;
-  const int64_t position = a.position[first], chunk = position / a.chunk_len;
-  const int64_t begin = position / kTileRows * kTileRows;
-  const int64_t panels = (count + kNarrowWidth - 1) / kNarrowWidth;
-  const int64_t panel_size = (kHead + size) * kNarrowWidth;
-  Cell *queries = work.queries.data<Cell>(), *weights = work.weights.data<Cell>();
-  Gathered<T> taken(a, work, 2 * a.head_size);
-  bool nothing = true;
+  static constexpr int64_t kMost = 6, kWindow = 1 << 18;  // tiles, and bytes of a turn
 
-  // hidden is at least 0 for the tile's own keys, less where all see all.
-  auto attend = [&](int64_t hidden) {
-    if (taken.count == 0) return;
-    taken.copy_keys();
-    const Cell* values = taken.copy_values();
-    for (int64_t i = 0; i < panels; ++i) {
-      float* place = partial + i * panel_size;
-      Panel<Cell, kNarrow> panel{queries + i * depth * kNarrowWidth, place,
-                                 place + kSums * kNarrowWidth, place + kHead * kNarrowWidth,
-                                 weights, size};
-      panel.attend(taken.keys(), values, taken.count, hidden - i * kNarrowWidth, 1, nothing);
-    }
-    nothing = false;
-    taken.count = 0;
+  struct Tile {
+    int64_t first, count, begin;  // its rows, and the token with which it begins
+    Gathered<T> taken;
+    bool nothing = true;          // has been attended to
   };
 
-  const Split rows{first, count, 0, 0, kNarrowWidth, panels, 0};
-  for (int64_t region = 2; region >= 0; --region) {
-    const auto [from, to] = keys_of(region, chunk, a.chunk_len, begin);
-    bool turned = region == 0;
-    if (turned) turn_queries<T>(a, rows, 0, region, queries);
-    for_each_token<T>(a, from, to, lines, [&](const T* place) {
-      if (!turned) turn_queries<T>(a, rows, 0, region, queries);
-      turned = true;
-      taken.add(place);
-      if (taken.full()) attend(-Gathered<T>::kMost - kTileRows);
-    });
-    attend(-Gathered<T>::kMost - kTileRows);
-  }
-  // The nearest distances are always seen.
-  for_each_token<T>(a, begin, position + count, all_of, [&](const T* place) { taken.add(place); });
-  attend(begin - position);
+  const Arguments& a;
+  const uint8_t *verticals, *distances;
+  Workspace& work;
+  float* partials;
+  int64_t size = padded<T>(a.head_size), depth = size / kNumbers<Cell>;
+  int64_t panel_size = (kHead + size) * kNarrowWidth;
+  std::vector<Tile> tiles = {};
 
-  for (int64_t m = 0; m < count; ++m) {
-    const float* of = partial + m / kNarrowWidth * panel_size + m % kNarrowWidth;
-    T* output = static_cast<T*>(a.output) + (first + m) * a.output_stride[0];
-    for (int64_t d = 0; d < a.head_size; ++d)
-      output[d] = T(of[(kHead + d) * kNarrowWidth] / of[kSums * kNarrowWidth]);
+  void operator()(int64_t first, int64_t count) {
+    const int64_t position = a.position[first], chunk = position / a.chunk_len;
+    tiles.clear();
+    for (int64_t row = first, stop; row < first + count; row = stop) {
+      const int64_t begin = a.position[row] / kTileRows * kTileRows;
+      stop = std::min(row + begin + kTileRows - a.position[row], first + count);
+      tiles.push_back({row, stop - row, begin, {a, work, 2 * a.head_size}});
+    }
+    const int64_t begin = tiles[0].begin, tokens = kWindow / (2 * a.head_size * sizeof(T));
+    for (int64_t region = 2; region >= 0; --region) {
+      const auto [from, to] = keys_of(region, chunk, a.chunk_len, tiles.back().begin);
+      if (from == to) continue;
+      turn(region);
+      const int64_t shared = std::min(begin, to);
+      attend_verticals(from, shared);
+      for (int64_t start = from; start < to; start += tokens)
+        for (Tile& tile : tiles) {
+          const int64_t stop = std::min(start + tokens, to);
+          take(tile, start, std::min(stop, shared),
+               [](uint64_t vertical, uint64_t distance) { return distance & ~vertical; });
+          take(tile, std::max(start, shared), std::min(stop, tile.begin),
+               [](uint64_t vertical, uint64_t distance) { return distance | vertical; });
+        }
+      for (Tile& tile : tiles) attend(tile);
+    }
+    // The nearest distances are always seen.
+    turn(0);
+    for (Tile& tile : tiles) {
+      const int64_t own = a.position[tile.first];
+      for_each_token<T>(a, tile.begin, own + tile.count, all_of,
+                        [&](const T* place) { tile.taken.add(place); });
+      attend(tile, tile.begin - own);
+      write(tile);
+    }
   }
-}
+
+ private:
+  static constexpr int64_t kAllSee = -Gathered<T>::kMost - kTileRows;
+
+  int64_t panels_of(const Tile& tile) const {
+    return (tile.count + kNarrowWidth - 1) / kNarrowWidth;
+  }
+  int64_t panel(const Tile& tile, int64_t i) const { return (&tile - &tiles[0]) * kPanels + i; }
+  Cell* queries(int64_t panel) {
+    return work.queries.template data<Cell>() + panel * depth * kNarrowWidth;
+  }
+
+  void turn(int64_t region) {
+    for (const Tile& tile : tiles) {
+      const Split rows{tile.first, tile.count, 0, 0, kNarrowWidth, panels_of(tile), 0};
+      turn_queries<T>(a, rows, 0, region, queries(panel(tile, 0)));
+    }
+  }
+
+  void attend_verticals(int64_t from, int64_t to) {
+    Gathered<T>& taken = tiles[0].taken;
+    const auto attend_all = [&] {
+      if (taken.count == 0) return;
+      taken.copy_keys();
+      const Cell* values = taken.copy_values();
+      for (Tile& tile : tiles) update(tile, values, taken.count, kAllSee);
+      taken.count = 0;
+    };
+    const auto is_vertical = [](uint64_t vertical, uint64_t) { return vertical; };
+    for_each_token<T>(a, from, to, on_lines(to, is_vertical), [&](const T* place) {
+      taken.add(place);
+      if (taken.full()) attend_all();
+    });
+    attend_all();
+  }
+
+  template <typename Of>
+  OnLines<Of> on_lines(int64_t tile_end, Of of) const {
+    return {verticals, distances, tile_end, of};
+  }
+
+  template <typename Of>
+  void take(Tile& tile, int64_t from, int64_t to, Of of) {
+    for_each_token<T>(a, from, to, on_lines(tile.begin + kTileRows, of), [&](const T* place) {
+      tile.taken.add(place);
+      if (tile.taken.full()) attend(tile);
+    });
+  }
+
+  // hidden is at least 0 for the tile's own keys, less where all see all.
+  void attend(Tile& tile, int64_t hidden = kAllSee) {
+    if (tile.taken.count == 0) return;
+    tile.taken.copy_keys();
+    update(tile, tile.taken.copy_values(), tile.taken.count, hidden);
+    tile.taken.count = 0;
+  }
+
+  void update(Tile& tile, const Cell* values, int64_t count, int64_t hidden) {
+    Cell* weights = work.weights.template data<Cell>();
+    for (int64_t i = 0; i < panels_of(tile); ++i) {
+      float* place = partials + panel(tile, i) * panel_size;
+      Panel<Cell, kNarrow> own{queries(panel(tile, i)), place, place + kSums * kNarrowWidth,
+                               place + kHead * kNarrowWidth, weights, size};
+      own.attend(tile.taken.keys(), values, count, hidden - i * kNarrowWidth, 1, tile.nothing);
+    }
+    tile.nothing = false;
+  }
+
+  void write(const Tile& tile) const {
+    for (int64_t m = 0; m < tile.count; ++m) {
+      const float* of = partials + panel(tile, m / kNarrowWidth) * panel_size + m % kNarrowWidth;
+      T* output = static_cast<T*>(a.output) + (tile.first + m) * a.output_stride[0];
+      for (int64_t d = 0; d < a.head_size; ++d)
+        output[d] = T(of[(kHead + d) * kNarrowWidth] / of[kSums * kNarrowWidth]);
+    }
+  }
+};
 
 template <typename T>
 void attend_lines(const Arguments& a, const Lines& lines) {
   const int64_t heads = a.kv_heads * a.group, begin = a.position[0];
-  const int64_t size = padded<T>(a.head_size), before = begin / kTileRows;
-  const int64_t tiles = (lines.end - 1) / kTileRows - before + 1;
+  const int64_t size = padded<T>(a.head_size), rows = Run<T>::kMost * kTileRows;
+  const int64_t before = begin / kTileRows * kTileRows;
+  const int64_t runs = (lines.end - before + rows - 1) / rows;
 #pragma omp parallel
   {
     Workspace work;
     work.make(false, false, size);
-    work.queries = Floats(kTileRows * size);
-    Floats partial(kPanels * (kHead + size) * kNarrowWidth);
+    work.queries = Floats(rows * size);
+    Floats partials(rows * (kHead + size));
 #pragma omp for schedule(dynamic)
-    for (int64_t task = tiles * heads - 1; task >= 0; --task) {
-      const int64_t head = task % heads, tile = before + task / heads;
-      const int64_t first = std::max(tile * kTileRows, begin);
-      const int64_t stop = std::min((tile + 1) * kTileRows, lines.end);
-      const OnLines own{lines.verticals + head * lines.end,
-                        lines.distances + head * (lines.end + kTileRows + 1),
-                        (tile + 1) * kTileRows};
-      attend_tile<T>(of_head<T>(a, head), first - begin, stop - first, own, work, partial.data());
+    for (int64_t task = runs * heads - 1; task >= 0; --task) {
+      const int64_t head = task % heads, start = before + task / heads * rows;
+      const int64_t first = std::max(start, begin), stop = std::min(start + rows, lines.end);
+      const Arguments own = of_head<T>(a, head);
+      Run<T> run{own, lines.verticals + head * lines.end,
+                 lines.distances + head * (lines.end + kTileRows + 1), work, partials.data()};
+      run(first - begin, stop - first);
     }
   }
 }
