@@ -66,11 +66,17 @@ def attend(
 
 # Of its two segments one begins with a tile of one row, and the other ends with such a tile.
 ONE_ROW_TILES = Shape([(577, 63)], 320, 60, block_size=16, num_kv_heads=1, group=1)
+# The compiled kernel joins six tiles to a run, which takes turns of 2,048 keys or so; some 2,048
+# keys of a region, two heads and more, are a span that is weighed. Of these segments one begins
+# inside a tile, both have two runs, and regions have one turn and span or several.
+LONG = Shape([(9000, 7900)], 2112, 60, block_size=16, num_kv_heads=1, group=2)
 
 
 @settings(max_examples=cases(25), deadline=None)
 @given(shapes(), st.sampled_from([0, 70, 300]), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
 @example(ONE_ROW_TILES, 0, 0.02)
+@example(LONG, 0, 0.02)
+@example(dataclasses.replace(LONG, head_size=128, dtype=torch.bfloat16), 0, 0.5)
 def test_attends_to_given_lines(shape: Shape, threshold: int, share: float) -> None:
     batch = Batch.random(shape)
     plan = helper.plan(batch, threshold)
@@ -114,6 +120,8 @@ def assert_weighed(batch: Batch, rule: Rule, *paths: str) -> None:
 
 @settings(max_examples=cases(15), deadline=None)
 @given(shapes(), st.sampled_from([BY_BUDGETS, BY_COVERAGE]))
+@example(LONG, BY_BUDGETS)
+@example(LONG, BY_COVERAGE)
 def test_weighs_lines(shape: Shape, rule: Rule) -> None:
     assert_weighed(Batch.random(shape), rule, *OPERATIONS)
 

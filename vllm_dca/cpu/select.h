@@ -9,26 +9,37 @@ inline uint32_t bits_of(float weight) {
   return bits;
 }
 
-// How many of the largest weights have a sum of `needed`.
-inline int64_t count_to(const float* weights, int64_t n, double needed) {
-  constexpr int kShift = 16;
-  std::vector<double> sum(size_t(1) << (32 - kShift));
-  for (int64_t i = 0; i < n; ++i) sum[bits_of(weights[i]) >> kShift] += weights[i];
+// The largest weights, until what each amounts to is as much as is needed: how many they are, the
+// smallest of them, and how many as large as that are among them.
+struct Largest {
+  int64_t count, equal;
+  uint32_t smallest;
+};
+
+template <typename Amount>
+Largest largest(const float* weights, int64_t n, double needed, Amount amount) {
+  constexpr int kShift = 19;  // an octave is 16 buckets
+  std::vector<double> amounts(size_t(1) << (32 - kShift));
+  for (int64_t i = 0; i < n; ++i) amounts[bits_of(weights[i]) >> kShift] += amount(weights[i]);
+  uint32_t bucket = amounts.size();
   double covered = 0;
-  int64_t bucket = sum.size();
-  while (covered < needed && bucket > 0) covered += sum[--bucket];
-  if (bucket == int64_t(sum.size())) return 0;
-  covered -= sum[bucket];
+  while (bucket > 1 && covered + amounts[bucket - 1] < needed) covered += amounts[--bucket];
+  Largest found{0, 0, bucket << kShift};
   std::vector<float> last;
-  int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t own = bits_of(weights[i]) >> kShift;
-    count += own > bucket;
+    const uint32_t own = (bits_of(weights[i]) >> kShift) + 1;
+    found.count += own > bucket;
     if (own == bucket) last.push_back(weights[i]);
   }
   std::sort(last.begin(), last.end(), std::greater<float>());
-  for (size_t i = 0; i < last.size() && covered < needed; ++i, ++count) covered += last[i];
-  return count;
+  for (float weight : last) {
+    if (covered >= needed) break;
+    found.equal = bits_of(weight) == found.smallest ? found.equal + 1 : 1;
+    found.smallest = bits_of(weight);
+    covered += amount(weight);
+    ++found.count;
+  }
+  return found;
 }
 
 // Marks the first `always`, and of the rest the largest, `budget` in all, or if that is negative as
@@ -38,24 +49,20 @@ inline void mark_largest(const float* weights, int64_t n, int64_t always, int64_
   always = std::min(always, n);
   std::fill(marked, marked + always, 1);
   const float* rest = weights + always;
-  const int64_t others = n - always;
-  int64_t count = budget - always;
+  const auto weight = [](float weight) { return double(weight); };
+  const auto one = [](float) { return 1.0; };
+  Largest found{};
   if (budget < 0) {
     const double first = std::accumulate(weights, rest, 0.0);
     const double all = std::accumulate(rest, weights + n, first);
-    count = std::max(count_to(rest, others, coverage * all - first), least - always);
+    found = largest(rest, n - always, coverage * all - first, weight);
+    budget = least;
   }
-  count = std::clamp<int64_t>(count, 0, others);
-  if (count == 0) return;
-  std::vector<uint32_t> order(others);
-  std::transform(rest, rest + others, order.begin(), bits_of);
-  std::nth_element(order.begin(), order.begin() + count - 1, order.end(), std::greater<uint32_t>());
-  const uint32_t smallest = order[count - 1];
-  int64_t equal = count;
-  for (int64_t i = 0; i < others; ++i) equal -= bits_of(rest[i]) > smallest;
-  for (int64_t i = 0; i < others; ++i) {
-    const uint32_t bits = bits_of(rest[i]);
-    marked[always + i] = bits > smallest || (bits == smallest && equal-- > 0);
+  if (found.count < budget - always) found = largest(rest, n - always, budget - always, one);
+  if (found.count == 0) return;
+  for (int64_t i = always; i < n; ++i) {
+    const uint32_t bits = bits_of(weights[i]);
+    marked[i] = bits > found.smallest || (bits == found.smallest && found.equal-- > 0);
   }
 }
 
@@ -75,13 +82,8 @@ void select_lines(const Lines& lines, int64_t heads, int64_t first_keys,
                  (lines.min_keys + lines.width - 1) / lines.width, chosen.data());
     // A line is at the distances of the tile's keys that its rows have on it.
     uint8_t* distances = lines.distances + head * (end + kTileRows + 1);
-    int64_t until = 0;
-    for (int64_t distance = 1; distance <= end + kTileRows; ++distance) {
-      const int64_t line = (distance - 1) / lines.width;
-      if ((distance - 1) % lines.width == 0 && line < lines.lines && chosen[line])
-        until = distance + kTileRows;
-      distances[distance] = distance < until;
-    }
+    for (int64_t line = 0; line < lines.lines; ++line)
+      if (chosen[line]) std::fill_n(distances + line * lines.width + 1, kTileRows, 1);
   }
 }
 

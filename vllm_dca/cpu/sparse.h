@@ -167,9 +167,8 @@ struct Run {
     const int64_t begin = tiles[0].begin, tokens = kWindow / (2 * a.head_size * sizeof(T));
     for (int64_t region = 2; region >= 0; --region) {
       const auto [from, to] = keys_of(region, chunk, a.chunk_len, tiles.back().begin);
-      if (from == to) continue;
-      turn(region);
       const int64_t shared = std::min(begin, to);
+      if (from < to || region == 0) turn(region);
       attend_verticals(from, shared);
       for (int64_t start = from; start < to; start += tokens)
         for (Tile& tile : tiles) {
@@ -182,7 +181,6 @@ struct Run {
       for (Tile& tile : tiles) attend(tile);
     }
     // The nearest distances are always seen.
-    turn(0);
     for (Tile& tile : tiles) {
       const int64_t own = a.position[tile.first];
       for_each_token<T>(a, tile.begin, own + tile.count, all_of,
@@ -195,9 +193,7 @@ struct Run {
  private:
   static constexpr int64_t kAllSee = -Gathered<T>::kMost - kTileRows;
 
-  int64_t panels_of(const Tile& tile) const {
-    return (tile.count + kNarrowWidth - 1) / kNarrowWidth;
-  }
+  static int64_t panels_of(const Tile& tile) { return (tile.count - 1) / kNarrowWidth + 1; }
   int64_t panel(const Tile& tile, int64_t i) const { return (&tile - &tiles[0]) * kPanels + i; }
   Cell* queries(int64_t panel) {
     return work.queries.template data<Cell>() + panel * depth * kNarrowWidth;
@@ -220,7 +216,8 @@ struct Run {
       taken.count = 0;
     };
     const auto is_vertical = [](uint64_t vertical, uint64_t) { return vertical; };
-    for_each_token<T>(a, from, to, on_lines(to, is_vertical), [&](const T* place) {
+    const OnLines<decltype(is_vertical)> wanted{verticals, distances, to, is_vertical};
+    for_each_token<T>(a, from, to, wanted, [&](const T* place) {
       taken.add(place);
       if (taken.full()) attend_all();
     });
@@ -228,13 +225,9 @@ struct Run {
   }
 
   template <typename Of>
-  OnLines<Of> on_lines(int64_t tile_end, Of of) const {
-    return {verticals, distances, tile_end, of};
-  }
-
-  template <typename Of>
   void take(Tile& tile, int64_t from, int64_t to, Of of) {
-    for_each_token<T>(a, from, to, on_lines(tile.begin + kTileRows, of), [&](const T* place) {
+    const OnLines<Of> wanted{verticals, distances, tile.begin + kTileRows, of};
+    for_each_token<T>(a, from, to, wanted, [&](const T* place) {
       tile.taken.add(place);
       if (tile.taken.full()) attend(tile);
     });

@@ -4,112 +4,186 @@ namespace {
 
 using NarrowTile = Vector[kTall][kNarrow];
 
-// What the last rows of a segment give the lines of a head. They are a tile of their own.
+// Keys of one region, which a task takes.
+struct Span {
+  int64_t region, begin, end;
+};
+
+// The last rows of a segment are a tile of their own. Heads that share keys read them together.
 template <typename T>
-struct Weigher {
+struct Probe {
   using Cell = CellOf<T>;
+  static constexpr int64_t kSpan = 2048;
+  static constexpr auto kPower = [](Vector x) { return power_of_two<Cell>(x); };
+
   const Arguments& a;
   const Lines& lines;
-  Workspace& work;
-  int64_t first, depth;
-  float subtracted[kTileRows] = {};
+  int64_t heads = a.kv_heads * a.group, size = padded<T>(a.head_size);
+  int64_t depth = size / kNumbers<Cell>, first = lines.end - kTileRows;
+  std::vector<Span> spans = {};
+  Floats queries{heads * 3 * kTileRows * size};  // [heads, regions, panels, depth, kNarrowWidth]
+  // [heads, spans, kTileRows]: each row's highest score, and the sum of its weights below that.
+  std::vector<float> highest = {}, total = {};
+  std::vector<float> subtracted = std::vector<float>(heads * kTileRows);  // [heads, kTileRows]
 
-  Weigher(const Arguments& a, const Lines& lines, Workspace& work)
-      : a(a), lines(lines), work(work), first(lines.end - kTileRows),
-        depth(padded<T>(a.head_size) / kNumbers<Cell>) {}
+  void operator()() {
+    for (int64_t region = 2; region >= 0; --region) {
+      const auto [from, to] = keys_of(region, first / a.chunk_len, a.chunk_len, lines.end);
+      // No short one: those on both sides of it would have lines in common.
+      for (int64_t begin = from, end; begin < to; begin = end) {
+        end = to - begin < 2 * kSpan ? to : begin + kSpan;
+        spans.push_back({region, begin, end});
+      }
+    }
+    const int64_t count = spans.size();
+    highest.assign(heads * count * kTileRows, kLowest);
+    total.assign(heads * count * kTileRows, 0.0f);
+#pragma omp parallel
+    {
+      Workspace work;
+      work.make(false, false, size);
+#pragma omp for
+      for (int64_t i = 0; i < heads * 3; ++i) turn(i / 3, i % 3);
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < count * a.kv_heads; ++task)
+        sum_up(task % a.kv_heads, task / a.kv_heads, work);
+#pragma omp for
+      for (int64_t head = 0; head < heads; ++head) normalise(head);
+      // Spans have lines in common with those beside them.
+      for (int64_t odd = 0; odd < 2; ++odd)
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < (count + 1 - odd) / 2 * a.kv_heads; ++task)
+          give(task % a.kv_heads, spans[2 * (task / a.kv_heads) + odd], work);
+    }
+  }
 
-  void operator()(float* vertical, float* slash) {
-    normalise();
+ private:
+  Cell* turned(int64_t head, int64_t region) {
+    return queries.template data<Cell>() + (head * 3 + region) * kTileRows * depth;
+  }
+
+  void turn(int64_t head, int64_t region) {
+    const auto has = [=](const Span& span) { return span.region == region; };
+    if (std::none_of(spans.begin(), spans.end(), has)) return;
+    const Split rows{0, kTileRows, 0, 0, kNarrowWidth, kPanels, 0};
+    turn_queries<T>(of_head<T>(a, head), rows, 0, region, turned(head, region));
+  }
+
+  void sum_up(int64_t kv_head, int64_t span, Workspace& work) {
+    const int64_t count = spans.size();
+    for_each_tile(
+        kv_head, spans[span], work,
+        [&](int64_t head, int64_t i, int64_t, int64_t, NarrowTile& tile) {
+          const int64_t row = (head * count + span) * kTileRows + i * kNarrowWidth;
+          for (int j = 0; j < kNarrow; ++j) {
+            Vector top = at(&highest[row + j * kLanes]), sum = at(&total[row + j * kLanes]);
+            const Vector before = top;
+            for (int k = 0; k < kTall; ++k) top = larger(top, tile[k][j]);
+            if (any_above(top - before, 0.0f)) {
+              // Not by a power that is nearly 1, over and over.
+              sum *= top > before ? kPower(before - top) : everywhere(1.0f);
+              at(&highest[row + j * kLanes]) = top;
+            }
+            for (int k = 0; k < kTall; ++k) sum += kPower(tile[k][j] - top);
+            at(&total[row + j * kLanes]) = sum;
+          }
+        },
+        [](int64_t, int64_t, int64_t) {});
+  }
+
+  // From now on the scores' powers of two are weights.
+  void normalise(int64_t head) {
+    const int64_t count = spans.size();
+    for (int64_t m = 0; m < kTileRows; ++m) {
+      const auto place = [&](int64_t span) { return (head * count + span) * kTileRows + m; };
+      float top = kLowest, sum = 0.0f;
+      for (int64_t span = 0; span < count; ++span) top = std::max(top, highest[place(span)]);
+      for (int64_t span = 0; span < count; ++span)
+        sum += total[place(span)] * std::exp2(highest[place(span)] - top);
+      subtracted[head * kTileRows + m] = top + std::log2(sum);
+    }
+  }
+
+  void give(int64_t kv_head, const Span& span, Workspace& work) {
     // Lanes from `cut` on are of the next tile.
     const int64_t tile_before = first / kTileRows, cut = kTileRows - lines.end % kTileRows;
     Vector of_key[kCells] = {}, of_block[kCells / kTileRows][kPanels * kNarrow] = {};
     for_each_tile(
-        [&](int64_t i, int64_t key, int64_t t, NarrowTile& tile) {
+        kv_head, span, work,
+        [&](int64_t head, int64_t i, int64_t key, int64_t t, NarrowTile& tile) {
           for (int k = 0; k < kTall; ++k)
-            for (int j = 0; j < kNarrow; ++j) tile[k][j] = power_of_two<float>(tile[k][j]);
+            for (int j = 0; j < kNarrow; ++j) tile[k][j] = kPower(tile[k][j]);
           for (int k = 0; k < kTall; ++k) {
             Vector sum = tile[k][0];
             for (int j = 1; j < kNarrow; ++j) sum += tile[k][j];
             of_key[t + k] += sum;
           }
-          for (int j = 0; j < kNarrow; ++j)
-            if (lines.width == 1) {
-              // A diagonal runs along the lanes; those before the first are later keys'.
-              float* lane = slash + first - key + i * kNarrowWidth + j * kLanes;
-              for (int k = 0; k < kTall; ++k) at(lane - k) += tile[k][j];
-            } else {
-              Vector sum = tile[0][j];
-              for (int k = 1; k < kTall; ++k) sum += tile[k][j];
-              of_block[t / kTileRows][i * kNarrow + j] += sum;
-            }
+          if (lines.width == 1) {
+            add_diagonals(slash(head) + first - key + i * kNarrowWidth, tile);
+            return;
+          }
+          for (int j = 0; j < kNarrow; ++j) {
+            Vector sum = tile[0][j];
+            for (int k = 1; k < kTall; ++k) sum += tile[k][j];
+            of_block[t / kTileRows][i * kNarrow + j] += sum;
+          }
         },
-        [&](int64_t begin, int64_t count) {
+        [&](int64_t head, int64_t begin, int64_t count) {
+          float* vertical = lines.vertical + head * lines.end + begin;
           for (int64_t t = 0; t < count; t += kLanes) {
             const Vector found = sums(of_key + t);
-            std::memcpy(vertical + begin + t, &found, std::min<int64_t>(count - t, kLanes) * 4);
+            std::memcpy(vertical + t, &found, std::min<int64_t>(count - t, kLanes) * 4);
           }
           std::fill_n(of_key, kCells, Vector{});
           if (lines.width == 1) return;
           for (int64_t b = 0; b * kTileRows < count; ++b)
             for (int64_t lane = 0; lane < kTileRows; ++lane) {
               const int64_t line = tile_before + (lane >= cut) - begin / kTileRows - b;
-              if (line >= 0) slash[line] += of_block[b][lane / kLanes][lane % kLanes];
+              if (line >= 0) slash(head)[line] += of_block[b][lane / kLanes][lane % kLanes];
             }
           std::fill_n(of_block[0], kCells / kTileRows * kPanels * kNarrow, Vector{});
         });
   }
 
- private:
-  // From now on the scores' powers of two are weights.
-  void normalise() {
-    float highest[kTileRows], total[kTileRows] = {};
-    std::fill(highest, highest + kTileRows, kLowest);
-    for_each_tile(
-        [&](int64_t i, int64_t, int64_t, NarrowTile& tile) {
-          for (int j = 0; j < kNarrow; ++j) {
-            const int64_t lane = i * kNarrowWidth + j * kLanes;
-            Vector top = at(highest + lane), sum = at(total + lane);
-            for (int k = 0; k < kTall; ++k) top = larger(top, tile[k][j]);
-            // Not by a power that is nearly 1, over and over.
-            const Vector before = at(highest + lane);
-            sum *= top > before ? power_of_two<float>(before - top) : everywhere(1.0f);
-            for (int k = 0; k < kTall; ++k) sum += power_of_two<float>(tile[k][j] - top);
-            at(highest + lane) = top, at(total + lane) = sum;
-          }
-        },
-        [](int64_t, int64_t) {});
-    for (int64_t m = 0; m < kTileRows; ++m) subtracted[m] = highest[m] + std::log2(total[m]);
+  // A diagonal runs along the lanes. Those before the first are later keys'.
+  static void add_diagonals(float* lane, const NarrowTile& tile) {
+    constexpr auto next = [](int i) { return i + 1; };
+    Vector sum[kNarrow + 1] = {};  // from lane -kLanes on
+    for (int k = kTall - 1; k >= 0; --k) {
+      for (int j = 0; j < kNarrow; ++j) sum[j] = shuffle(sum[j], sum[j + 1], next, kEach);
+      sum[kNarrow] = shuffle(sum[kNarrow], Vector{}, next, kEach);
+      for (int j = 0; j < kNarrow; ++j) sum[j + 1] += tile[k][j];
+    }
+    for (int j = 0; j <= kNarrow; ++j) at(lane + (j - 1) * kLanes) += sum[j];
   }
 
-  // use(panel, first key, its place in the block, scores) for all tiles of keys, and
-  // after(first key, number of keys) for all blocks.
+  float* slash(int64_t head) const { return lines.slash + head * lines.slash_stride; }
+
+  // use(head, panel, first key, its place in the block, scores) for all tiles of keys, and
+  // after(head, first key, number of keys) for all blocks.
   template <typename Use, typename After>
-  void for_each_tile(Use use, After after) {
-    Gathered<T> taken(a, work, a.head_size);
-    Cell* queries = work.queries.template data<Cell>();
-    const int64_t chunk = first / a.chunk_len;
-    for (int64_t region = 2; region >= 0; --region) {
-      const auto [from, to] = keys_of(region, chunk, a.chunk_len, lines.end);
-      if (from == to) continue;
-      const Split rows{0, kTileRows, 0, 0, kNarrowWidth, kPanels, 0};
-      turn_queries<T>(a, rows, 0, region, queries);
-      for (int64_t begin = from; begin < to; begin += kCells) {
-        taken.count = 0;
-        for_each_token<T>(a, begin, std::min(begin + kCells, to), all_of,
-                          [&](const T* place) { taken.add(place); });
-        taken.copy_keys();
+  void for_each_tile(int64_t kv_head, const Span& span, Workspace& work, Use use, After after) {
+    const int64_t first_head = kv_head * a.group;
+    const Arguments own = of_head<T>(a, first_head);
+    Gathered<T> taken(own, work, a.head_size);
+    for (int64_t begin = span.begin; begin < span.end; begin += kCells) {
+      taken.count = 0;
+      for_each_token<T>(own, begin, std::min(begin + kCells, span.end), all_of,
+                        [&](const T* place) { taken.add(place); });
+      taken.copy_keys();
+      for (int64_t head = first_head; head < first_head + a.group; ++head) {
         for (int64_t i = 0; i < kPanels; ++i)
           for (int64_t t = 0; t < taken.count; t += kTall) {
+            const float* minus = &subtracted[head * kTileRows + i * kNarrowWidth];
             NarrowTile tile;
             for (int k = 0; k < kTall; ++k)
-              for (int j = 0; j < kNarrow; ++j)
-                tile[k][j] = -at(subtracted + i * kNarrowWidth + j * kLanes);
-            multiply(tile, taken.keys() + t * depth, depth, 1, queries + i * depth * kNarrowWidth,
-                     depth);
+              for (int j = 0; j < kNarrow; ++j) tile[k][j] = -at(minus + j * kLanes);
+            multiply(tile, taken.keys() + t * depth, depth, 1,
+                     turned(head, span.region) + i * depth * kNarrowWidth, depth);
             hide(tile, begin + t - first - i * kNarrowWidth);
-            use(i, begin + t, t, tile);
+            use(head, i, begin + t, t, tile);
           }
-        after(begin, taken.count);
+        after(head, begin, taken.count);
       }
     }
   }
@@ -125,28 +199,11 @@ struct Weigher {
   }
 };
 
-template <typename T>
-void weigh_lines(const Arguments& a, const Lines& lines) {
-  const int64_t size = padded<T>(a.head_size);
-#pragma omp parallel
-  {
-    Workspace work;
-    work.make(false, false, size);
-    work.queries = Floats(kTileRows * size);
-#pragma omp for schedule(dynamic)
-    for (int64_t head = 0; head < a.kv_heads * a.group; ++head) {
-      const Arguments own = of_head<T>(a, head);
-      Weigher<T> weigh(own, lines, work);
-      weigh(lines.vertical + head * lines.end, lines.slash + head * lines.slash_stride);
-    }
-  }
-}
-
 }  // namespace
 
 #define WEIGH(name, T)                                                       \
   extern "C" void weigh_##name(const Arguments* a, const Lines* lines) { \
-    weigh_lines<T>(*a, *lines);                                                \
+    Probe<T>{*a, *lines}();                                              \
   }
 WEIGH(float32, float)
 WEIGH(bfloat16, c10::BFloat16)
