@@ -14,6 +14,7 @@ from tests.conftest import DEMO_MODEL
 from tests.helpers import checkpoints
 from tests.helpers.command_line import BLOCK, explained, run, served
 from tests.helpers.inprocess import engine, in_a_child
+from vllm_dca.method.sparse_cost import SELECTING
 
 pytestmark = pytest.mark.each_minor
 
@@ -157,7 +158,7 @@ def test_what_budgets_keep_is_said(llama: str, tmp_path: Path) -> None:
     assert least < most < least + 0.5
     fastest, slowest = (float(share) for share in re.findall(r"\d\.\d\d", time))
     # Weighed are 64 rows of a step of at most 1,024 tokens.
-    assert 0.0625 + 0.9375 * 2 / 16 < fastest <= slowest < 0.3
+    assert 0.0625 + 0.9375 * SELECTING / 16 < fastest <= slowest < 0.3
 
 
 def test_what_needs_the_weights_is_said(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

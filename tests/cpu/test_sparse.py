@@ -126,6 +126,26 @@ def test_weighs_lines(shape: Shape, rule: Rule) -> None:
     assert_weighed(Batch.random(shape), rule, *OPERATIONS)
 
 
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rows_weights_add_up_to_one(dtype: torch.dtype, path: str) -> None:
+    """Also where scores rise slowly: what was summed before is scaled over and over."""
+    length, rotated = 4000, 8
+    shape = Shape([(length, length - 300)], 4096, 60, block_size=16, dtype=dtype)
+    batch = Batch.random(dataclasses.replace(shape, rotary_dim=rotated))
+    slow = 4 * torch.arange(length)[:, None, None] / length + torch.rand(16 - rotated) / 8
+    batch.keys[0][:] = torch.cat([torch.zeros(length, 1, rotated), slow], -1)
+    batch.queries[0][:] = 1.0
+    [(vertical, slash)] = weigh(
+        Batch(batch.shape, batch.queries, batch.keys, batch.values, batch.inv_freq),
+        BY_COVERAGE,
+        path,
+    )
+    # A power of two is right to 8e-5, in a sum as in what is divided by it.
+    for line in (vertical, slash):
+        assert (line.sum(1) / 64 - 1).abs().max() <= 2 * 8e-5
+
+
 @settings(max_examples=cases(60), deadline=None)
 @given(st.integers(64, 500), helper.RULES, st.integers(0, 99))
 def test_selects_as_specified(end: int, rule: Rule, seed: int) -> None:

@@ -53,6 +53,7 @@ def select(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> Lines:
     heads, end = vertical.shape
     assert vertical.is_contiguous()
     assert slash.stride(1) == 1
+    assert vertical.dtype == slash.dtype == torch.float32
     chosen = Lines(
         torch.zeros(heads, end, dtype=torch.bool),
         torch.zeros(heads, end + TILE + 1, dtype=torch.bool),
@@ -62,7 +63,7 @@ def select(vertical: torch.Tensor, slash: torch.Tensor, rule: Rule) -> Lines:
     budgets = None
     if rule.verticals is not None and rule.slashes is not None:
         budgets = torch.stack([rule.verticals, rule.slashes])
-        assert budgets.shape == (2, heads)
+        assert (budgets.shape, budgets.dtype) == ((2, heads), torch.int64)
         lines.budgets = budgets.data_ptr()
     library().select_lines(
         ctypes.byref(lines), *map(ctypes.c_int64, (heads, FIRST_KEYS, NEAR_DIAGONALS))
@@ -125,6 +126,8 @@ def _call(
     continuous: bool = False,
 ) -> None:
     """The kernel's function for these rows, those of a segment."""
+    assert plan.block_table.dtype == torch.int32
+    assert plan.block_table.stride(1) == 1
     position = torch.arange(segment.begin, segment.end)
     length = plan.original_max_position_embeddings
     turns = turns_of(position.numpy(), plan.geometry, length, continuous)

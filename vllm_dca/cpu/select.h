@@ -9,8 +9,14 @@ inline uint32_t bits_of(float weight) {
   return bits;
 }
 
-// The largest weights, until what each amounts to is as much as is needed: how many they are, the
-// smallest of them, and how many as large as that are among them.
+inline float weight_of(uint32_t bits) {
+  float weight;
+  std::memcpy(&weight, &bits, sizeof weight);
+  return weight;
+}
+
+// The fewest of the largest weights that amount to what is needed: how many, the smallest, and how
+// many of them equal it.
 struct Largest {
   int64_t count, equal;
   uint32_t smallest;
@@ -24,19 +30,19 @@ Largest largest(const float* weights, int64_t n, double needed, Amount amount) {
   uint32_t bucket = amounts.size();
   double covered = 0;
   while (bucket > 1 && covered + amounts[bucket - 1] < needed) covered += amounts[--bucket];
-  Largest found{0, 0, bucket << kShift};
-  std::vector<float> last;
+  Largest found{0, 0, (bucket << kShift) - 1};
+  std::vector<uint32_t> last;
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t own = (bits_of(weights[i]) >> kShift) + 1;
+    const uint32_t bits = bits_of(weights[i]), own = (bits >> kShift) + 1;
     found.count += own > bucket;
-    if (own == bucket) last.push_back(weights[i]);
+    if (own == bucket) last.push_back(bits);
   }
-  std::sort(last.begin(), last.end(), std::greater<float>());
-  for (float weight : last) {
+  std::sort(last.begin(), last.end(), std::greater<uint32_t>());
+  for (uint32_t bits : last) {
     if (covered >= needed) break;
-    found.equal = bits_of(weight) == found.smallest ? found.equal + 1 : 1;
-    found.smallest = bits_of(weight);
-    covered += amount(weight);
+    found.equal = bits == found.smallest ? found.equal + 1 : 1;
+    found.smallest = bits;
+    covered += amount(weight_of(bits));
     ++found.count;
   }
   return found;
@@ -66,7 +72,7 @@ inline void mark_largest(const float* weights, int64_t n, int64_t always, int64_
   }
 }
 
-// As vllm_dca/method/vertical_slash.py does; what is marked is zeros at first.
+// As vllm_dca/method/vertical_slash.py does; `verticals` and `distances` are zeros before.
 void select_lines(const Lines& lines, int64_t heads, int64_t first_keys,
                   int64_t near_diagonals) {
   const int64_t near = (near_diagonals + lines.width - 2) / lines.width + 1;

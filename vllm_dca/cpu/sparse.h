@@ -103,8 +103,8 @@ void for_each_token(const Arguments& a, int64_t token, int64_t end, Wanted wante
 
 inline int64_t all_of(int64_t token, int64_t) { return token; }
 
-// The next token before `stop` with of(whether it is a vertical, whether it is at a distance from a
-// tile's end), of which each byte is a token's.
+// The next token before `stop` that `of` wants: of bytes, one a token, which say whether it is a
+// vertical, and whether it is at a distance from a tile's end.
 template <typename Of>
 struct OnLines {
   const uint8_t *verticals, *distances;
@@ -140,7 +140,7 @@ inline std::pair<int64_t, int64_t> keys_of(int64_t region, int64_t chunk, int64_
 template <typename T>
 struct Run {
   using Cell = CellOf<T>;
-  static constexpr int64_t kMost = 6, kWindow = 1 << 18;  // tiles, and bytes of a turn
+  static constexpr int64_t kTiles = 6, kWindow = 1 << 18;  // at most, and bytes of a turn
 
   struct Tile {
     int64_t first, count, begin;  // its rows, and the token with which it begins
@@ -159,6 +159,7 @@ struct Run {
   void operator()(int64_t first, int64_t count) {
     const int64_t position = a.position[first], chunk = position / a.chunk_len;
     tiles.clear();
+    tiles.reserve(kTiles);
     for (int64_t row = first, stop; row < first + count; row = stop) {
       const int64_t begin = a.position[row] / kTileRows * kTileRows;
       stop = std::min(row + begin + kTileRows - a.position[row], first + count);
@@ -191,7 +192,7 @@ struct Run {
   }
 
  private:
-  static constexpr int64_t kAllSee = -Gathered<T>::kMost - kTileRows;
+  static constexpr int64_t kAllSee = -Gathered<T>::kMost;
 
   static int64_t panels_of(const Tile& tile) { return (tile.count - 1) / kNarrowWidth + 1; }
   int64_t panel(const Tile& tile, int64_t i) const { return (&tile - &tiles[0]) * kPanels + i; }
@@ -216,6 +217,7 @@ struct Run {
       taken.count = 0;
     };
     const auto is_vertical = [](uint64_t vertical, uint64_t) { return vertical; };
+    // Of any tile: distances are not asked for.
     const OnLines<decltype(is_vertical)> wanted{verticals, distances, to, is_vertical};
     for_each_token<T>(a, from, to, wanted, [&](const T* place) {
       taken.add(place);
@@ -233,7 +235,7 @@ struct Run {
     });
   }
 
-  // hidden is at least 0 for the tile's own keys, less where all see all.
+  // `hidden` as Panel has it: the first key's place from the first row's, or all see all.
   void attend(Tile& tile, int64_t hidden = kAllSee) {
     if (tile.taken.count == 0) return;
     tile.taken.copy_keys();
@@ -265,7 +267,7 @@ struct Run {
 template <typename T>
 void attend_lines(const Arguments& a, const Lines& lines) {
   const int64_t heads = a.kv_heads * a.group, begin = a.position[0];
-  const int64_t size = padded<T>(a.head_size), rows = Run<T>::kMost * kTileRows;
+  const int64_t size = padded<T>(a.head_size), rows = Run<T>::kTiles * kTileRows;
   const int64_t before = begin / kTileRows * kTileRows;
   const int64_t runs = (lines.end - before + rows - 1) / rows;
 #pragma omp parallel

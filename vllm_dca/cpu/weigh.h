@@ -14,6 +14,7 @@ template <typename T>
 struct Probe {
   using Cell = CellOf<T>;
   static constexpr int64_t kSpan = 2048;
+  static_assert(kSpan % kTileRows == 0 && kCells % kTileRows == 0);
   static constexpr auto kPower = [](Vector x) { return power_of_two<Cell>(x); };
 
   const Arguments& a;
@@ -22,22 +23,23 @@ struct Probe {
   int64_t depth = size / kNumbers<Cell>, first = lines.end - kTileRows;
   std::vector<Span> spans = {};
   Floats queries{heads * 3 * kTileRows * size};  // [heads, regions, panels, depth, kNarrowWidth]
-  // [heads, spans, kTileRows]: each row's highest score, and the sum of its weights below that.
-  std::vector<float> highest = {}, total = {};
-  std::vector<float> subtracted = std::vector<float>(heads * kTileRows);  // [heads, kTileRows]
+  Floats subtracted{heads * kTileRows};  // [heads, kTileRows]
+  // [heads, spans, kTileRows]: a row's highest score, and the sum of its powers of two over that.
+  Floats highest = Floats(), total = Floats();
 
   void operator()() {
     for (int64_t region = 2; region >= 0; --region) {
       const auto [from, to] = keys_of(region, first / a.chunk_len, a.chunk_len, lines.end);
-      // No short one: those on both sides of it would have lines in common.
+      // Each gives to kTileRows + kLanes lines beyond its keys. Those on both sides of a shorter one
+      // would share some; a region has 256 keys or more, and the last span is between no others.
       for (int64_t begin = from, end; begin < to; begin = end) {
-        end = to - begin < 2 * kSpan ? to : begin + kSpan;
+        end = to - begin < kSpan + kCells ? to : begin + kSpan;
         spans.push_back({region, begin, end});
       }
     }
     const int64_t count = spans.size();
-    highest.assign(heads * count * kTileRows, kLowest);
-    total.assign(heads * count * kTileRows, 0.0f);
+    highest = total = Floats(heads * count * kTileRows);
+    std::fill_n(highest.data(), heads * count * kTileRows, kLowest);
 #pragma omp parallel
     {
       Workspace work;
@@ -76,16 +78,17 @@ struct Probe {
         [&](int64_t head, int64_t i, int64_t, int64_t, NarrowTile& tile) {
           const int64_t row = (head * count + span) * kTileRows + i * kNarrowWidth;
           for (int j = 0; j < kNarrow; ++j) {
-            Vector top = at(&highest[row + j * kLanes]), sum = at(&total[row + j * kLanes]);
+            float *own = highest.data() + row + j * kLanes, *all = total.data() + row + j * kLanes;
+            Vector top = at(own), sum = at(all);
             const Vector before = top;
             for (int k = 0; k < kTall; ++k) top = larger(top, tile[k][j]);
             if (any_above(top - before, 0.0f)) {
               // Not by a power that is nearly 1, over and over.
-              sum *= top > before ? kPower(before - top) : everywhere(1.0f);
-              at(&highest[row + j * kLanes]) = top;
+              sum *= top > before ? power_of_two<float>(before - top) : everywhere(1.0f);
+              at(own) = top;
             }
             for (int k = 0; k < kTall; ++k) sum += kPower(tile[k][j] - top);
-            at(&total[row + j * kLanes]) = sum;
+            at(all) = sum;
           }
         },
         [](int64_t, int64_t, int64_t) {});
@@ -96,18 +99,20 @@ struct Probe {
     const int64_t count = spans.size();
     for (int64_t m = 0; m < kTileRows; ++m) {
       const auto place = [&](int64_t span) { return (head * count + span) * kTileRows + m; };
+      const float* scores = highest.data();
       float top = kLowest, sum = 0.0f;
-      for (int64_t span = 0; span < count; ++span) top = std::max(top, highest[place(span)]);
+      for (int64_t span = 0; span < count; ++span) top = std::max(top, scores[place(span)]);
       for (int64_t span = 0; span < count; ++span)
-        sum += total[place(span)] * std::exp2(highest[place(span)] - top);
-      subtracted[head * kTileRows + m] = top + std::log2(sum);
+        sum += total.data()[place(span)] * std::exp2(scores[place(span)] - top);
+      subtracted.data()[head * kTileRows + m] = top + std::log2(sum);
     }
   }
 
   void give(int64_t kv_head, const Span& span, Workspace& work) {
     // Lanes from `cut` on are of the next tile.
     const int64_t tile_before = first / kTileRows, cut = kTileRows - lines.end % kTileRows;
-    Vector of_key[kCells] = {}, of_block[kCells / kTileRows][kPanels * kNarrow] = {};
+    constexpr int kVectorsOfRows = kPanels * kNarrow, kBlocks = kCells / kTileRows;
+    alignas(64) Vector of_key[kCells] = {}, of_block[kBlocks * kVectorsOfRows] = {};
     for_each_tile(
         kv_head, span, work,
         [&](int64_t head, int64_t i, int64_t key, int64_t t, NarrowTile& tile) {
@@ -125,7 +130,7 @@ struct Probe {
           for (int j = 0; j < kNarrow; ++j) {
             Vector sum = tile[0][j];
             for (int k = 1; k < kTall; ++k) sum += tile[k][j];
-            of_block[t / kTileRows][i * kNarrow + j] += sum;
+            of_block[t / kTileRows * kVectorsOfRows + i * kNarrow + j] += sum;
           }
         },
         [&](int64_t head, int64_t begin, int64_t count) {
@@ -136,12 +141,15 @@ struct Probe {
           }
           std::fill_n(of_key, kCells, Vector{});
           if (lines.width == 1) return;
-          for (int64_t b = 0; b * kTileRows < count; ++b)
-            for (int64_t lane = 0; lane < kTileRows; ++lane) {
-              const int64_t line = tile_before + (lane >= cut) - begin / kTileRows - b;
-              if (line >= 0) slash(head)[line] += of_block[b][lane / kLanes][lane % kLanes];
-            }
-          std::fill_n(of_block[0], kCells / kTileRows * kPanels * kNarrow, Vector{});
+          for (int64_t b = 0; b * kTileRows < count; ++b) {
+            const float* of_lane = reinterpret_cast<float*>(of_block + b * kVectorsOfRows);
+            const int64_t line = tile_before - begin / kTileRows - b;
+            const float own = std::accumulate(of_lane, of_lane + cut, 0.0f);
+            const float next = std::accumulate(of_lane + cut, of_lane + kTileRows, 0.0f);
+            if (line >= 0) slash(head)[line] += own;
+            if (line >= -1 && cut < kTileRows) slash(head)[line + 1] += next;
+          }
+          std::fill_n(of_block, kBlocks * kVectorsOfRows, Vector{});
         });
   }
 
@@ -174,7 +182,7 @@ struct Probe {
       for (int64_t head = first_head; head < first_head + a.group; ++head) {
         for (int64_t i = 0; i < kPanels; ++i)
           for (int64_t t = 0; t < taken.count; t += kTall) {
-            const float* minus = &subtracted[head * kTileRows + i * kNarrowWidth];
+            const float* minus = subtracted.data() + head * kTileRows + i * kNarrowWidth;
             NarrowTile tile;
             for (int k = 0; k < kTall; ++k)
               for (int j = 0; j < kNarrow; ++j) tile[k][j] = -at(minus + j * kLanes);

@@ -62,7 +62,9 @@ class Attended:
         """What lines keep of that tile's attention, and of its keys: [num_heads] each."""
         end = self.probed.shape[1]
         seen = lines.verticals[:, :end] | lines.distances[:, 1 : end + 1].flip(1)
-        return (self.probed * seen).sum(1) / TILE, seen.mean(1, dtype=torch.float32)
+        # Not of TILE, which the weights add up to but for rounding: where all is seen it is 1.
+        recall = (self.probed * seen).sum(1) / self.probed.sum(1)
+        return recall, seen.mean(1, dtype=torch.float32)
 
 
 Watch = Callable[[Attended], None]
