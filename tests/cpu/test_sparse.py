@@ -66,9 +66,9 @@ def attend(
 
 # Of its two segments one begins with a tile of one row, and the other ends with such a tile.
 ONE_ROW_TILES = Shape([(577, 63)], 320, 60, block_size=16, num_kv_heads=1, group=1)
-# The compiled kernel joins six tiles to a run, which goes on in turns of some 2,048 keys here. It
-# weighs a region in spans of as many. Of these segments one begins inside a tile and both have
-# two runs; some of their regions have one turn and one span, some several.
+# The compiled kernel joins six tiles to a run, which goes on in turns of some 2,048 keys here,
+# and weighs a region in spans of as many. Of these segments one begins inside a tile and both
+# have two runs; some of their regions have one turn and one span, some several.
 LONG = Shape([(9000, 7900)], 2112, 60, block_size=16, num_kv_heads=1, group=2)
 
 
