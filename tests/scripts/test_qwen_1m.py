@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tests.helpers import checkpoints
 from tests.helpers.command_line import served
 from vllm_dca.cli import app
+from vllm_dca.method.sparse_cost import ATTENDING, SELECTING
 
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 
@@ -133,9 +134,10 @@ def test_qwen_1m_prefills_by_the_checkpoint_s_budgets(
     most = share([verticals + 163 + 64 * (slashes - 100) for verticals, slashes in heads])
     shares = [float(each) for each in re.findall(r"([\d.]+)%", said)]
     assert shares == pytest.approx([100 * least, 100 * most], abs=0.1)
-    # Weighed are 64 rows, twice, of a step of 8,192 tokens.
+    # Weighed are 64 rows of a step of 8,192 tokens.
+    weighing = SELECTING * 64 / 8192
     [times] = re.findall(r"^its time +([\d.]+) to ([\d.]+) of", said, re.M)
-    by_hand = [dense + 1.4 * (each - dense) + 128 / 8192 for each in (least, most)]
+    by_hand = [dense + ATTENDING * (each - dense) + weighing for each in (least, most)]
     assert [float(each) for each in times] == pytest.approx(by_hand, abs=0.01)
 
 
