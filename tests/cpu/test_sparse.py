@@ -131,8 +131,10 @@ def test_weighs_lines(shape: Shape, rule: Rule) -> None:
 def test_a_rows_weights_add_up_to_one(dtype: torch.dtype, path: str) -> None:
     """Also where scores rise slowly: what was summed before is scaled over and over."""
     length, rotated = 4000, 8
-    shape = Shape([(length, length - 300)], 4096, 60, block_size=16, dtype=dtype)
-    batch = Batch.random(dataclasses.replace(shape, rotary_dim=rotated))
+    lengths = [(length, length - 300)]
+    batch = Batch.random(
+        Shape(lengths, 4096, 60, block_size=16, rotary_dim=rotated, dtype=dtype)
+    )
     slow = 4 * torch.arange(length)[:, None, None] / length + torch.rand(16 - rotated) / 8
     batch.keys[0][:] = torch.cat([torch.zeros(length, 1, rotated), slow], -1)
     batch.queries[0][:] = 1.0
