@@ -1,11 +1,6 @@
 """`vllm serve` with DCA, as users start it, its processes and its answers."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,7 +9,7 @@ from typing import Any
 import psutil
 
 from scripts.common.metrics import samples
-from scripts.common.serving import ENDING_S, STARTING_S, VLLM, free_port, is_up
+from scripts.common.serving import VLLM, comes_up, end, free_port, start
 
 
 class Server:
@@ -31,14 +26,7 @@ class Server:
         port = free_port()
         self.url, self.model, self.log = f"http://127.0.0.1:{port}", str(model), log
         command = [VLLM, "serve", self.model, f"--port={port}", "--host=127.0.0.1"]
-        with log.open("w") as output:
-            self.process = psutil.Popen(
-                [*command, "--attention-backend=dca", *options],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **environment},
-            )
+        self.process = start([*command, "--attention-backend=dca", *options], log, environment)
 
     def wait(self) -> None:
         """Until it answers.
@@ -46,13 +34,10 @@ class Server:
         Raises:
             RuntimeError: it ended, or takes too long; with its errors and its last words.
         """
-        deadline = time.monotonic() + STARTING_S
-        while not is_up(self.url):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                said = self.log.read_text()
-                errors = [line for line in said.splitlines() if "Error" in line]
-                raise RuntimeError("\n".join(["no start:", *errors, said[-5000:]]))
-            time.sleep(0.5)
+        if not comes_up(self.process, self.url):
+            said = self.log.read_text()
+            errors = [line for line in said.splitlines() if "Error" in line]
+            raise RuntimeError("\n".join(["no start:", *errors, said[-5000:]]))
 
     def children(self, name: str = "") -> list[psutil.Process]:
         """Its processes of this name."""
@@ -92,11 +77,4 @@ class Server:
 
     def stop(self) -> None:
         """End it and all that it started, whether it has ended or not."""
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
-            children = self.process.children(recursive=True)
-            self.process.terminate()
-            _, alive = psutil.wait_procs([self.process, *children], ENDING_S)
-            for process in alive:
-                process.kill()
-        with contextlib.suppress(ProcessLookupError):  # so have its children
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end(self.process)

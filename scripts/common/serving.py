@@ -1,12 +1,14 @@
 """A server of its own for a script, and what is shown while one waits."""
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -50,26 +52,53 @@ def is_up(url: str) -> bool:
         return False
 
 
+def start(
+    command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None
+) -> psutil.Popen:
+    """Begin a process in a session of its own, what it says in a file."""
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as output:
+        return psutil.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+
+
+def comes_up(process: psutil.Popen, url: str) -> bool:
+    """Wait until it answers; False if it ended first, or takes too long."""
+    deadline = time.monotonic() + STARTING_S
+    while not is_up(url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def end(process: psutil.Popen) -> None:
+    """End it and all that it started, whether it has ended or not."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+        children = process.children(recursive=True)
+        process.terminate()
+        _, alive = psutil.wait_procs([process, *children], ENDING_S)
+        for each in alive:
+            each.kill()
+    with contextlib.suppress(ProcessLookupError):  # so have its children
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def server(command: Sequence[str | Path], url: str, log: Path) -> Iterator[psutil.Process]:
     """Start the server that will be at `url`, wait until it is, and stop it at the end."""
     if is_up(url):
         sys.exit(f"Another server runs at {url}: stop it, or choose another --port.")
-    log.parent.mkdir(exist_ok=True)
-    with log.open("w") as output:
-        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    process = start(command, log)
     try:
         with working(f"starting a server (log: {log.relative_to(ROOT)})"):
-            last = time.monotonic() + STARTING_S
-            while not is_up(url):
-                if process.poll() is not None or time.monotonic() > last:
-                    sys.exit(f"The server did not start: see {log}")
-                time.sleep(1)
+            if not comes_up(process, url):
+                sys.exit(f"The server did not start: see {log}")
         yield process
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it did not start, or has ended
-            process.terminate()
-        try:
-            process.wait(ENDING_S)
-        except psutil.TimeoutExpired:
-            process.kill()
+        end(process)

@@ -235,10 +235,11 @@ TABLES |= {"support": support_table.table, "features": support_table.features}
 # Beside the README's picture and prose stands no table, only what is said of their age.
 TABLES |= {"evaluation": str}
 OF_NO_TABLE = {"evaluation": "The picture and these numbers were measured"}
-# The records behind a table that says if they are older. A compiled kernel's row has a commit.
+# The records behind a table that says if they are older. Rows of compiled_kernels have commits.
 DATED = {
     "balance": ("balance",),
     "decode_bytes": ("balance",),
+    "decode_kernels": ("kernels",),
     "prefill_kernels": ("prefill-kernels",),
     "linear_memory": ("linear-memory",),
     "demo": ("demo",),
@@ -252,6 +253,7 @@ DATED = {
     "evaluation": ("perplexity", "retrieval"),
     "cpu": ("cpu",),
     "cpu_avx2": ("cpu-avx2",),
+    "by_torch": ("cpu", "cpu-avx2"),
     "cpu_instructions": ("cpu-instructions",),
     "cpu_growth": ("cpu-growth",),
     "engine": ("engine-cpu",),
@@ -259,8 +261,11 @@ DATED = {
     "first_answer": ("first-answer",),
     "faults": ("faults",),
     "soak": ("soak",),
+    "soak_rounds": ("soak",),
     "sparse": ("sparse-32k", "sparse-128k"),
     "first_token": ("first-token-32k",),
+    "model_counts": ("models",),
+    "models": ("models",),
 }
 
 

@@ -19,8 +19,9 @@ MODEL is a name on the Hub or a directory:
           hf download Qwen/Qwen3-30B-A3B-Instruct-2507 --local-dir qwen3
           cp qwen3/config_1m.json qwen3/config.json
 GPUS is how many GPUs share the model (tensor parallel): 1, 2 or 4 for the 7B, 1, 2, 4 or 8 for
-the others. More GPUs than KV heads (4 in the 7B and the 30B, 8 in the 14B) add speed, not room for
-keys. The 7B on eight GPUs: GPUS 1 and --data-parallel-size 8.
+the others. A million tokens fit in bf16, by weights and keys, from: the 7B on 1 GPU of 80 GB, the
+14B and the 30B on 4, the 235B on 8 of 141 GB. More GPUs than KV heads (8 in the 14B, 4 in the
+others) add speed, not room for keys. The 7B on eight GPUs: GPUS 1 and --data-parallel-size 8.
 --dry-run prints the command and starts nothing.
 
 Both families ask for sparse prefill, which is off until you ask for it: attention is dense, and a

@@ -7,6 +7,7 @@ import pytest
 
 from scripts.docs import tables
 from scripts.docs.support_table import FEATURES, SUPPORTED
+from tests.engine.test_models import KINDS
 from tests.helpers import checkpoints
 from vllm_dca.engine.refusals import (
     REFUSALS,
@@ -214,3 +215,8 @@ def test_every_refusal_has_a_test() -> None:
 
 def test_scalings_are_those_with_tests() -> None:
     assert set(ROPE_TYPES) == {"none", *checkpoints.SCALINGS}
+    [other] = set(SUPPORTED["RoPE scaling"]) - set(ROPE_TYPES)
+    assert (other, KINDS["proportional positions"]) == (
+        "proportional (Gemma 4)",
+        "Gemma4ForCausalLM",
+    )

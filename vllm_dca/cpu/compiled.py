@@ -174,7 +174,19 @@ def arguments_of(
     softmax_scale: float,
     soft_cap: float | None = None,
 ) -> Arguments:
-    """The kernel's, without sinks; it holds no reference to the tensors."""
+    """The kernel's, without sinks; it holds no reference to the tensors.
+
+    Args:
+        query: [rows, num_heads, head_size], rotated to the offsets in their chunks.
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], of the same dtype.
+        output: as the query.
+        rows: of the query: requests, positions and turns.
+        block_table: [num_requests, pages] int32.
+        chunk_len: s, tokens.
+        rotation: how far each region turns queries.
+        softmax_scale: of the scores, before the cap.
+        soft_cap: of the scores; None for none.
+    """
     _, num_kv_heads, block_size, width = kv_cache.shape
     num_rows, num_heads, head_size = query.shape
     assert len(rows.position) == num_rows

@@ -55,7 +55,7 @@ class Tokens(ctypes.Structure):
 
 
 class Lines(ctypes.Structure):
-    """Of sparse prefill; see `sparse.h`."""
+    """Of sparse prefill; see `sparse.h`. (Not `vllm_dca.method.vertical_slash.Lines`.)"""
 
     _fields_ = (
         ("vertical", ctypes.c_void_p),

@@ -90,6 +90,11 @@ def package(needs: Needs) -> AttentionProvider:
 def check(needs: Needs, page_multiple: int, largest_head: int) -> None:
     """What flash-attention asks of a model, whoever brings it along.
 
+    Args:
+        needs: of the layer.
+        page_multiple: tokens that a page must be a multiple of.
+        largest_head: entries that a head may have.
+
     Raises:
         UnusableProviderError: it cannot serve these needs.
     """

@@ -25,6 +25,11 @@ def block_size_of(vllm_config: VllmConfig) -> int:
 def page_parts(spec: AttentionSpec, chunk_len: int, vllm_config: VllmConfig) -> tuple[int, int]:
     """Tokens a page as DCA reads it, and how many such pages one of vLLM's is.
 
+    Args:
+        spec: of a group of layers; its block size is tokens a page of vLLM's.
+        chunk_len: s, tokens.
+        vllm_config: of the engine.
+
     Raises:
         ValueError: they do not divide the chunks, or pages cannot be split.
     """

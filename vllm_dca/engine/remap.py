@@ -163,7 +163,7 @@ def _prepare_sparse(
 def _sparse(
     device_of: Callable[[Needs], Device], needs: Needs, sizes: SparseSizes
 ) -> SparsePrefill:
-    """Layers of one kind share its buffers."""
+    """What prefills a layer sparsely; it is cached: layers of one kind share its buffers."""
     make_ready = device_of(needs).sparse
     assert make_ready is not None
     return make_ready(sizes)

@@ -47,6 +47,12 @@ def periodic(
 ) -> tuple[torch.nn.Module, QueryRotation]:
     """A copy of the module with a periodic table, and the rotation that goes with it.
 
+    Args:
+        rotary: one of `SUPPORTED`; it stays as it is.
+        chunk_size: c, the largest position that a query takes.
+        chunk_len: s, the table's period.
+        max_model_len: rows of the table, those of all positions.
+
     Raises:
         ValueError: its positions cannot be remapped; completes "it cannot, because".
     """

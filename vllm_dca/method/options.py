@@ -1,4 +1,4 @@
-"""Checks that several of the user's options share."""
+"""Checks of values that several of the user's options share."""
 
 # Positions are 32-bit numbers.
 MOST_TOKENS = 2**31 - 1

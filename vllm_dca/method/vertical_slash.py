@@ -49,7 +49,16 @@ class Rule(NamedTuple):
 
 
 def rule_of(settings: SparseSettings, layer: int, heads: slice) -> Rule:
-    """How one layer's lines are selected, for the heads of this rank."""
+    """How one layer's lines are selected.
+
+    Args:
+        settings: of the model.
+        layer: its number, which the budgets go by.
+        heads: those of this rank, among the model's query heads.
+
+    Returns:
+        The rule; with budgets it has two [num_heads] int64 tensors on the CPU.
+    """
     verticals = slashes = None
     if settings.budgets is not None:
         verticals, slashes = torch.tensor(settings.budgets[layer][heads]).T.contiguous()
