@@ -62,23 +62,14 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
     Raises:
         ValueError, NotImplementedError, OSError, ImportError: as a start would.
     """
-    from vllm.config import get_layers_from_vllm_config
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.platforms import current_platform
-    from vllm.v1.kv_cache_interface import AttentionSpec
 
     from vllm_dca.engine.settings import settings_of
 
     own = {"attention_backend": "dca", "skip_tokenizer_init": True}
     vllm_config = EngineArgs(model, **{**given, **own}).create_engine_config()
-    with _one_rank(vllm_config):
-        built = [_build(*each) for each in _models(vllm_config)]
-        # As an engine does once the model is there.
-        current_platform.update_block_size_for_backend(vllm_config)
-        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-        # Layers with a state ask how many ranks share it.
-        specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
+    built, layers, specs = _layers_of(vllm_config)
     total = vllm_config.model_config.hf_text_config.num_hidden_layers
     of_model, *of_drafter = (
         kinds_of({n: layers[n] for n in each.names if n in layers}, each.unrotated, offset)
@@ -86,13 +77,6 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         for each, offset in zip(built, [total, *[None] * (len(built) - 1)], strict=True)
     )
     dca = [name for each in (of_model, *of_drafter) for name in each.dca]
-    parallel_config = vllm_config.parallel_config
-    ranks = parallel_config.tensor_parallel_size
-    # The model was built as for one rank; vLLM gives each at least one KV head.
-    for name, spec in specs.items():
-        if isinstance(spec, AttentionSpec):
-            heads = max(spec.num_kv_heads // ranks, 1)
-            specs[name] = dataclasses.replace(spec, num_kv_heads=heads)
     prepared = [layers[name].impl.prepared for name in dca]
     model_config = vllm_config.model_config
     settings = settings_of(vllm_config)
@@ -106,16 +90,9 @@ def find_out(model: str, given: dict[str, Any], warnings: list[str]) -> Explanat
         provider=next((each.device.provider for each in prepared if each is not None), None),
         token_bytes=sum(specs[name].page_size_bytes // specs[name].block_size for name in dca),
         request_bytes=sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs.values()),
-        ranks=ranks,
-        stages=parallel_config.pipeline_parallel_size,
-        sparse=None
-        if settings.sparse is None
-        else bounds(
-            settings.sparse,
-            model_config.max_model_len,
-            vllm_config.scheduler_config.max_num_batched_tokens,
-            settings.geometry.chunk_len,
-        ),
+        ranks=vllm_config.parallel_config.tensor_parallel_size,
+        stages=vllm_config.parallel_config.pipeline_parallel_size,
+        sparse=_sparse_bounds(settings, vllm_config),
         warnings=[
             *warnings,
             *(each.unchecked for each in built if each.unchecked),
@@ -136,6 +113,34 @@ class _Built(NamedTuple):
     names: list[str]
     unrotated: list[str]
     unchecked: str
+
+
+def _layers_of(vllm_config: Any) -> tuple[list[_Built], dict[str, Any], dict[str, Any]]:
+    """The model and its drafter without weights, all layers, and the KV cache of each.
+
+    The layers are of one rank; their caches are as each of the config's ranks has them.
+    """
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    with _one_rank(vllm_config):
+        built = [_build(*each) for each in _models(vllm_config)]
+        # As an engine does once the model is there.
+        current_platform.update_block_size_for_backend(vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+        # Layers with a state ask how many ranks share it.
+        specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    for name, spec in specs.items():
+        if isinstance(spec, AttentionSpec):
+            # vLLM gives each rank at least one KV head.
+            heads = max(
+                spec.num_kv_heads // vllm_config.parallel_config.tensor_parallel_size, 1
+            )
+            specs[name] = dataclasses.replace(spec, num_kv_heads=heads)
+    return built, layers, specs
 
 
 @contextlib.contextmanager
@@ -224,6 +229,17 @@ def _build(vllm_config: Any, model_config: Any, prefix: str) -> _Built:
             and rotation_of(name, model) is None
         ]
     return _Built(names, unrotated, "")
+
+
+def _sparse_bounds(settings: DcaSettings, vllm_config: Any) -> Bounds | None:
+    if settings.sparse is None:
+        return None
+    return bounds(
+        settings.sparse,
+        vllm_config.model_config.max_model_len,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        settings.geometry.chunk_len,
+    )
 
 
 def _length_warnings(settings: DcaSettings, max_model_len: int) -> list[str]:

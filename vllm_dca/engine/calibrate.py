@@ -63,15 +63,14 @@ class Grid:
     def __call__(self, attended: Attended) -> None:
         """Look at a segment."""
         heads = attended.query.shape[1]
-        found = []
-        weights: tuple[torch.Tensor, torch.Tensor] | None = None
-        for verticals, slashes in self.pairs:
-            rule = Rule(torch.full((heads,), verticals), torch.full((heads,), slashes), 1.0, 0)
-            if weights is None:
-                verticals_of, slashes_of = attended.weigh(rule)
-                # A device may weigh the tile in between in the same memory.
-                weights = verticals_of.clone(), slashes_of.clone()
-            found.append(attended.kept(attended.select(*weights, rule)))
+        rules = [
+            Rule(torch.full((heads,), verticals), torch.full((heads,), slashes), 1.0, 0)
+            for verticals, slashes in self.pairs
+        ]
+        # No weight depends on how many lines are kept. They are copied: a device may weigh the
+        # tile in between in the same memory.
+        weights = [each.clone() for each in attended.weigh(rules[0])]
+        found = [attended.kept(attended.select(*weights, rule)) for rule in rules]
         if self.totals:
             found = [
                 (recall + more, keys + others)
