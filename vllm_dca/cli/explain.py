@@ -136,9 +136,7 @@ def _layers_of(vllm_config: Any) -> tuple[list[_Built], dict[str, Any], dict[str
     for name, spec in specs.items():
         if isinstance(spec, AttentionSpec):
             # vLLM gives each rank at least one KV head.
-            heads = max(
-                spec.num_kv_heads // vllm_config.parallel_config.tensor_parallel_size, 1
-            )
+            heads = max(spec.num_kv_heads // ranks, 1)
             specs[name] = dataclasses.replace(spec, num_kv_heads=heads)
     return built, layers, specs
 
