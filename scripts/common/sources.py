@@ -72,7 +72,7 @@ MEASUREMENTS = {
     "scripts.load.faults": Measurement(
         ("faults",), ("vllm_dca/engine/providers.py", *ENGINE_ON_CPU)
     ),
-    "scripts.load.soak": Measurement(("soak",), ENGINE_ON_CPU),
+    "scripts.load.soak": Measurement(("soak", "soak-full"), ENGINE_ON_CPU),
     "scripts.models.sweep": Measurement(
         ("models",), ("vllm_dca/engine/*.py", "scripts/models/*.py", *CPU)
     ),
@@ -81,7 +81,7 @@ MEASUREMENTS = {
     ),
     "scripts.quality.demo": Measurement(("demo",), ENGINE_ON_CPU),
     "scripts.quality.perplexity": Measurement(
-        ("perplexity", "sizes-perplexity"), ENGINE_ON_CPU
+        ("perplexity", "twice-perplexity", "sizes-perplexity"), ENGINE_ON_CPU
     ),
     "scripts.quality.retrieval": Measurement(("retrieval", "sizes-retrieval"), ENGINE_ON_CPU),
     "scripts.quality.ruler": Measurement(("ruler",), ENGINE_ON_CPU),

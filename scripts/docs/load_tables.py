@@ -13,11 +13,20 @@ def faults() -> str:
 
 
 def soak() -> str:
-    servers = load("soak")["servers"]
+    return _soak("soak")
+
+
+def soak_full() -> str:
+    return _soak("soak-full")
+
+
+def _soak(record: str) -> str:
+    servers = load(record)["servers"]
     counted = {name: _by_kind(of["requests"]) for name, of in servers.items()}
     kinds = dict.fromkeys(kind for of in counted.values() for kind in of)
     return markdown(
         ("", *servers),
+        ("passes", *(of["passes"] for of in servers.values())),
         ("minutes", *(round(of["seconds"] / 60) for of in servers.values())),
         ("requests in all", *(of["requests_in_all"] for of in servers.values())),
         *((kind, *(of.get(kind, "") for of in counted.values())) for kind in kinds),
@@ -56,7 +65,7 @@ def _memory(of: dict[str, Any]) -> str:
 def soak_rounds() -> str:
     """Each kind of round in the first half of the passes and in the second."""
     rows = []
-    for name, of in load("soak")["servers"].items():
+    for name, of in load("soak-full")["servers"].items():
         a_pass = len(of["bench"]) // of["passes"]
         half = of["passes"] // 2 * a_pass
         for number in range(a_pass):

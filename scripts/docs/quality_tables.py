@@ -53,6 +53,24 @@ def retrieval() -> str:
     )
 
 
+def twice() -> str:
+    """YaRN set for the length at hand, beside what was set for four windows."""
+    shorter, longer = (load(name)["results"] for name in ("twice-perplexity", "perplexity"))
+    rows = {
+        "DCA": longer["dca"],
+        "YaRN, factor 2.125": shorter["yarn"],
+        "YaRN, factor 4.125": longer["yarn"],
+    }
+    ends = [*shorter["yarn"]["perplexity"]]
+    return markdown(
+        ("tokens read", *(f"{int(end):,}" for end in ends)),
+        *(
+            (name, *(f"{of['perplexity'][end]:.1f}" for end in ends))
+            for name, of in rows.items()
+        ),
+    )
+
+
 def ruler() -> str:
     return markdown(*ruler_rows())
 
