@@ -301,6 +301,8 @@ def test_a_bar_shows_how_far_the_reading_is(
         (("--output", "."), 2, "--output"),
         (("--output", "no-such-folder/budgets.json"), 2, "--output"),
         (("--output", "/proc/budgets.json"), 2, "--output"),
+        (("--recall", "0.09"), 2, "--recall"),
+        (("--recall", "1.01"), 2, "--recall"),
         (("--additional-config", '{"dca": []}'), 1, '"dca" must be an object'),
         (("--additional-config", "[1]"), 2, "--additional-config"),
         (("--text", "latin-1"), 1, "latin-1 is not UTF-8 text"),

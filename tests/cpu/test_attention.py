@@ -5,7 +5,6 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,10 +32,15 @@ LARGE_SCORES = Shape(
     seed=223,
 )
 
+# Gemma's heads have 256 entries.
+SHAPES = st.booleans().flatmap(
+    lambda decode: shapes(decode, softmax=True, head_sizes=(8, 16, 40, 256))
+)
+
 
 @settings(max_examples=cases(200), deadline=None)
 @given(
-    st.one_of(shapes(softmax=True), shapes(decode=True, softmax=True)),
+    SHAPES,
     st.booleans(),
     st.sampled_from([1 << 22, 2000, 100]),
 )
@@ -75,28 +79,42 @@ def test_compiled_takes_many_tiles_splits_and_panels(
         batch.assert_close(batch.compiled())
 
 
+def apart(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The same, its rows as far apart as those of so many heads; between them is NaN."""
+    rows, own, size = tensor.shape
+    wide = torch.full([rows, heads, size], torch.nan, dtype=tensor.dtype)
+    wide[:, :own] = tensor
+    return wide[:, :own]
+
+
 def test_layers_of_a_step_share_its_plan() -> None:
-    """They differ in all that layers of one plan can differ in."""
+    """Each differs from the first in one thing of all in which layers of one plan can."""
     shape = Shape([(70, 0), (90, 88)], 32, 16, 8, rotary_dim=16, head_size=16)
+    # And how many heads apart the rows of queries and of outputs are: the first has six heads.
+    layers: list[tuple[dict[str, Any], int, int]] = [({}, 6, 6), ({}, 7, 6), ({}, 6, 7)]
     differences: list[dict[str, Any]] = [
-        *({}, {"soft_cap": 1.0}, {"has_sinks": True}, {"is_neox": False}),
-        *({"rotary_dim": 8}, {"tokens_first": True}, {"mscale": 1.2}, {}),
+        *({"group": 2}, {"soft_cap": 1.0}, {"has_sinks": True}, {"is_neox": False}),
+        *({"rotary_dim": 8}, {"rope_base": 1e3}, {"mscale": 1.2}, {"sharpness": 2.0}),
+        *({"tokens_first": True}, {"head_size": 32}, {}),
     ]
-    layers = [Batch.random(dataclasses.replace(shape, **each)) for each in differences]
-    first = layers[0]
-    assert all(torch.equal(layer.block_table, first.block_table) for layer in layers)
-    plans = []
+    layers += [(difference, 6, 6) for difference in differences]
+    plans: list[compiled.CompiledPlan] = []
 
     def shared(*arguments: Any) -> compiled.CompiledPlan:
         if not plans:
             plans.append(compiled.CompiledPlan(*arguments))
+        assert torch.equal(arguments[2], plans[0].block_table)
         return plans[0]
 
-    tables: dict[int, torch.Tensor] = {}  # as a model's layers share them
-    for layer in layers:
-        table = tables.setdefault(layer.shape.rotary_dim, layer.rotation().cos_sin)
+    tables: dict[tuple[float, int], torch.Tensor] = {}  # as a model's layers share them
+    for difference, query_heads, output_heads in layers:
+        layer = Batch.random(dataclasses.replace(shape, **difference))
+        kind = layer.shape.rope_base, layer.shape.rotary_dim
+        table = tables.setdefault(kind, layer.rotation().cos_sin)
         layer.rotation = functools.partial(QueryRotation, table, layer.shape.is_neox)
-        layer.assert_close(layer.compiled(plan=shared))
+        query = apart(layer.rotated_query(), query_heads)
+        output = apart(torch.full_like(query, torch.nan), output_heads)
+        layer.assert_close(layer.compiled(query, plan=shared, output=output))
 
 
 @pytest.mark.parametrize(("group", "lengths"), [(20, (3000, 2999)), (9, (5000, 4998))])
@@ -150,7 +168,7 @@ def test_compiled_for_each_instruction_set(
         pytest.skip(f"this processor has no {instructions}")
     monkeypatch.setattr(compiled, "library", lambda: libraries[instructions])
     assert compiled.instructions() == instructions
-    for group, head_size in ((1, 64), (3, 40), (9, 128)):
+    for group, head_size in ((1, 64), (3, 40), (9, 128), (2, 256), (1, 512)):
         sizes = {"group": group, "head_size": head_size, "rotary_dim": head_size}
         lengths = [(300, 0), (290, 283), (260, 259), (47, 46)]
         shape = Shape(lengths, 128, 32, block_size=32, num_kv_heads=1, dtype=dtype, **sizes)
@@ -189,7 +207,7 @@ def test_compiled_stores_as_torch_does(
     dtype: torch.dtype, tokens_first: bool, num_tokens: int
 ) -> None:
     """Any order in memory, keys and values that lie in a wider tensor, padding at the end."""
-    blocks, heads, block_size, head_size = 100, 3, 8, 40
+    blocks, heads, block_size, head_size = 100, 3, 12, 40
     size = [blocks, block_size, heads] if tokens_first else [blocks, heads, block_size]
     empty = torch.full([*size, 2 * head_size], torch.nan, dtype=dtype)
     wide = torch.randn(num_tokens + 2, heads, 3 * head_size).to(dtype)
@@ -203,62 +221,6 @@ def test_compiled_stores_as_torch_does(
         stored.append(cache)
     torch.testing.assert_close(*stored, rtol=0, atol=0, equal_nan=True)
     assert stored[0].isfinite().any() == (num_tokens > 0)
-
-
-LENGTHS = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]
-# Into the first chunk at every token, and around every later border of a chunk of 16.
-CUTS = [*range(1, 21), *(border + near for border in range(32, 100, 16) for near in (-1, 0, 1))]
-
-PREFILLS = pytest.mark.parametrize("prefill", [Batch.prefill, Batch.compiled])
-
-
-@PREFILLS
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [None, 20])
-def test_any_split_of_a_prefill_equals_the_whole(
-    dtype: torch.dtype, temperature: int | None, prefill: Callable[..., torch.Tensor]
-) -> None:
-    shape = Shape([(100, 0)], dtype=dtype, original_max_position_embeddings=temperature)
-    batch = Batch.random(shape)
-    whole = prefill(batch)
-    for cut in CUTS:
-        tail = dataclasses.replace(
-            batch, shape=dataclasses.replace(shape, lengths=[(100, cut)])
-        )
-        tail.queries = [batch.queries[0][cut:]]
-        head = dataclasses.replace(batch, shape=dataclasses.replace(shape, lengths=[(cut, 0)]))
-        head.queries, head.keys, head.values = (
-            [t[0][:cut]] for t in (batch.queries, batch.keys, batch.values)
-        )
-        split = torch.cat([prefill(head), prefill(tail)])
-        assert (split - whole).abs().max() <= batch.tolerance, cut
-
-
-@PREFILLS
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_batched_equals_single(
-    dtype: torch.dtype, prefill: Callable[..., torch.Tensor]
-) -> None:
-    batch = Batch.random(Shape(LENGTHS, dtype=dtype))
-    query = batch.rotated_query()
-    together, start = prefill(batch), 0
-    for row, (total, _) in enumerate(LENGTHS):
-        rows = slice(start, start + total)
-        alone = prefill(batch, query[rows], rows=slice(row, row + 1))
-        # Requests are computed one by one, so not a bit may differ.
-        torch.testing.assert_close(together[rows], alone, rtol=0, atol=0)
-        start += total
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [None, 20])
-def test_decode_row_equals_prefill_row(dtype: torch.dtype, temperature: int | None) -> None:
-    lengths = [(total, total - 1) for total in range(1, 101)]
-    shape = Shape(lengths, dtype=dtype, original_max_position_embeddings=temperature)
-    batch = Batch.random(shape)
-    prefill = batch.prefill()
-    for decode in (batch.decode(), batch.compiled()):
-        assert (decode - prefill).abs().max() <= batch.tolerance
 
 
 def test_a_prefill_takes_no_more_room_than_it_says() -> None:
@@ -282,9 +244,10 @@ def test_a_prefill_takes_no_more_room_than_it_says() -> None:
         CPU_OPERATIONS.merge(output, lse, parts, sinks)
 
     batch = Batch.random(shape)
-    room = CPU_PREFILL.room * batch.rotated_query().nbytes
     batch.prefill(by=by_passes(CPU_OPERATIONS._replace(turn=turn, merge=merge)))
-    assert 0.8 * room < sum(each.nbytes for each in taken) <= room
+    tensors = sum(each.nbytes for each in taken) / batch.rotated_query().nbytes
+    # The last one is for log-sum-exps, which are less.
+    assert CPU_PREFILL.room - 1 < tensors <= CPU_PREFILL.room
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

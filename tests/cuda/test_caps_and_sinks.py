@@ -10,6 +10,7 @@ from tests.helpers import interpreter
 from tests.helpers.kernels import BOTH, CAPPED, PREFILLS, SUNK, decode, prefill
 from tests.helpers.paged import Batch, Shape
 
+interpreter.repair()
 pytestmark = pytest.mark.usefixtures("short_shares")
 
 

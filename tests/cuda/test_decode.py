@@ -186,6 +186,15 @@ def test_launches_replay_for_other_lengths(rows: int) -> None:
     batch.assert_close(attend(batch, query, captured))
 
 
+@pytest.mark.parametrize(("rows", "requests"), [(4, 3), (3, 4)])
+def test_a_step_that_the_buffers_do_not_hold_is_refused(rows: int, requests: int) -> None:
+    """It would be written past their ends."""
+    batch = Batch.random(Shape([(9, 8)] * requests))
+    plan(batch, planner(batch.shape, 4, 2), rows)
+    with pytest.raises(RuntimeError, match=rf"{rows} rows of {requests} req.* for 3 of each"):
+        plan(batch, planner(batch.shape, 3, 2), rows)
+
+
 @pytest.mark.parametrize("longest", [3, None])
 def test_uneven_rows_are_packed_by_the_longest_request(longest: int | None) -> None:
     """As few queries as serve are multiplied; if nobody knows, as many as fit."""

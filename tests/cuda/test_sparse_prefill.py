@@ -23,6 +23,7 @@ from tests.helpers.sparse_checks import (
     shapes,
     weights_of,
 )
+from vllm_dca.cpu import sparse as cpu_sparse
 from vllm_dca.cuda import sparse_attend, sparse_lists, sparse_plan, sparse_probe, sparse_select
 from vllm_dca.cuda.sparse_prefill import Buffers, Sparse
 from vllm_dca.cuda.sparse_probe import Weights
@@ -331,3 +332,26 @@ def test_a_watch_is_told_what_the_last_segment_kept(by_budgets: bool) -> None:
     assert torch.allclose(keys.cpu().double(), there.double().mean(1), atol=1e-6)
     assert right.min() > 0
     assert right.max() < 1
+
+
+def test_a_grid_selects_by_the_last_rows_whatever_is_weighed_between() -> None:
+    """The tile in the segment's middle is weighed in the same memory; the CPU has its own."""
+    from vllm_dca.engine.calibrate import Grid
+
+    batch = Batch.random(Shape([(512, 256)], 256, 64, block_size=16, num_kv_heads=1, group=2))
+    grid, right = Grid(512), Grid(512)
+    # Hardly more than what is kept in any case: all keys of a grid's would be.
+    grid.pairs = right.pairs = [(31, 101), (60, 105), (90, 101)]
+    own = {"plan": helper.plan(batch), "rotation": batch.rotation()}
+
+    def watch(seen: Attended) -> None:
+        grid(seen)
+        there = {"query": seen.query.cpu(), "kv_cache": batch.kv_cache}
+        given = {"weigh_lines": cpu_sparse.weigh, "given": {**seen.given, **own}}
+        right(dataclasses.replace(seen, **there, **given))
+
+    attended(batch, BY_COVERAGE, watch=watch)
+    for (recall, keys), (expected, share) in zip(grid.totals, right.totals, strict=True):
+        assert torch.equal(keys.cpu(), share)
+        assert share.max() < 1
+        assert (recall.cpu() - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps

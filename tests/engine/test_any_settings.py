@@ -8,156 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
 from tests.helpers import checkpoints, sparse
 from tests.helpers.answers import assert_close, generate, of_prompt
 from tests.helpers.cases import cases
 from tests.helpers.inprocess import engine
+from tests.helpers.mixtures import (
+    ALWAYS_REFUSED,
+    FAULTS,
+    KINDS,
+    MIXTURES,
+    OVERRIDES,
+    PLAIN,
+    SPECULATION,
+    WINDOWED,
+    Mixture,
+    is_windows_only,
+    spoiled,
+)
 from vllm_dca.method.config import OPTION_KEYS
 from vllm_dca.method.sparse_config import SPARSE_KEYS
 from vllm_dca.reference.model import prompt_logprobs
 from vllm_dca.reference.sparse import Rule
 
-SIZES = st.sampled_from([8, 16, 32, 48, 64, 96, 100, 128, 256])
-NONSENSE = st.sampled_from([0, -16, 1.5, "64", "", True, None, [], {}, 10**30])
-VALUES = SIZES | NONSENSE
-OPTIONS = st.fixed_dictionaries(
-    {},
-    optional={
-        "chunk_size": VALUES,
-        "local_size": VALUES,
-        "original_max_position_embeddings": VALUES,
-        "prefill_provider": st.sampled_from([None, "torch", "flash_attn", "nonsense", 7]),
-        "sparse": st.sampled_from(["off", "auto", "checkpoint", "nonsense", False, [], {}]),
-        "sparse_threshold": VALUES,
-        "sparse_coverage": st.sampled_from([0.5, 0.95, 1, 0, 2.0, "0.9"]),
-        "sparse_min_keys": VALUES,
-        "sparse_min_recall": st.sampled_from([0.5, 1, 0, -1, True, "0.9"]),
-        "sparse_budgets": st.sampled_from(["/no/such/file", "/dev/null", 7, None]),
-        "chunk_len": SIZES,
-    },
-)
-CHECKPOINT = st.fixed_dictionaries(
-    {},
-    optional={
-        "chunk_size": VALUES,
-        "local_size": VALUES,
-        "original_max_position_embeddings": VALUES,
-        "sparse_attention_enabled": st.just(False),
-        "sparse_attention_threshold": VALUES,
-    },
-) | st.sampled_from([[64], "nonsense", 7])
-# Models that the support table refuses by their config: class, architecture, what is changed,
-# and a word of the message.
-KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "MLA": ("DeepseekV2Config", "DeepseekV2ForCausalLM", {}, "MLA"),
-    "encoder": ("BertConfig", "BertModel", {}, "encoder-only"),
-    "encoder-decoder": (
-        *("WhisperConfig", "WhisperForConditionalGeneration", {}),
-        "encoder-decoder",
-    ),
-    "no attention": ("MambaConfig", "MambaForCausalLM", {}, "without attention"),
-    "ALiBi": ("BloomConfig", "BloomForCausalLM", {"n_head": 4}, "ALiBi"),
-}
-SPECULATION: dict[str, dict[str, Any]] = {
-    "ngram": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
-    "none by ngram": {"method": "ngram", "num_speculative_tokens": 0},
-    "ngram_gpu": {"method": "ngram_gpu", "num_speculative_tokens": 2},
-    "suffix": {"method": "suffix", "num_speculative_tokens": 2},
-    "nonsense": {"method": "nonsense", "num_speculative_tokens": 2},
-}
-# Models that are served, with a window or two.
-WINDOWED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "windows": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 32}),
-    "some windows": (
-        "Gemma2Config",
-        "Gemma2ForCausalLM",
-        {
-            "sliding_window": 32,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "tie_word_embeddings": True,
-        },
-    ),
-}
-_YARN = {
-    "rope_type": "yarn",
-    "factor": 2.0,
-    "original_max_position_embeddings": checkpoints.WINDOW,
-    "rope_theta": 1e4,
-}
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "longer": {"max_position_embeddings": 256},
-    "YaRN": {"max_position_embeddings": 256, "rope_parameters": _YARN},
-    "YaRN alone": {"rope_parameters": _YARN},
-    "a window": {"sliding_window": 48},
-    "a window of nothing": {"sliding_window": 0},
-    "no window": {"sliding_window": None},
-}
-GIVEN = st.fixed_dictionaries(
-    {"dca": OPTIONS | st.sampled_from([None, [], "chunk_size", 64])},
-    optional={
-        "checkpoint": CHECKPOINT,
-        "block_size": st.sampled_from([8, 16, 17, 32, 64, 128]),
-        "max_model_len": st.sampled_from([1, 64, 128, 129, 500, 4096, 0]),
-        "kv_cache_dtype": st.sampled_from(["auto", "fp8", "bfloat16", "nonsense"]),
-        "dtype": st.sampled_from(["float32", "bfloat16", "float64"]),
-        "scaling": st.sampled_from(list(checkpoints.SCALINGS)),
-        "kind": st.sampled_from([*KINDS, *WINDOWED]),
-        "overrides": st.sampled_from(list(OVERRIDES)),
-        "disable_sliding_window": st.booleans(),
-        "speculative_config": st.sampled_from(list(SPECULATION)),
-        "max_num_batched_tokens": st.sampled_from([1, 64, 256, 8192, 0, -1]),
-        "decode_context_parallel_size": st.sampled_from([1, 2]),
-        "prefill_context_parallel_size": st.sampled_from([1, 2]),
-    },
-)
-# Most of which is served.
-WINDOWS = st.fixed_dictionaries(
-    {"dca": st.just({})},
-    optional={
-        "scaling": st.sampled_from(list(checkpoints.SCALINGS)),
-        "kind": st.sampled_from(list(WINDOWED)),
-        "overrides": st.sampled_from(list(OVERRIDES)),
-        "disable_sliding_window": st.booleans(),
-        "max_model_len": st.sampled_from([1, 32, 64, 500]),
-    },
-)
-# Most of which is served, too.
-SPARSELY = st.fixed_dictionaries(
-    {
-        "dca": st.fixed_dictionaries(
-            {
-                "sparse": st.just("auto"),
-                "chunk_size": st.sampled_from([384, 448, 512]),
-                "local_size": st.sampled_from([64, 96, 128]),
-                "sparse_threshold": st.sampled_from([0, 10, 150, 300]),
-            },
-            optional={
-                "sparse_coverage": st.sampled_from([0.3, 0.95, 1, 0]),
-                "sparse_min_keys": st.sampled_from([0, 64, 5000, -1]),
-                "sparse_min_recall": st.sampled_from([0.5, 1, True]),
-                "sparse_budgets": st.just("/dev/null"),
-                "original_max_position_embeddings": st.sampled_from([64, None]),
-                "prefill_provider": st.sampled_from(["torch", "compiled"]),
-            },
-        ),
-        "max_model_len": st.just(1000),
-    },
-    optional={
-        "block_size": st.sampled_from([16, 32, 64, 128]),
-        "max_num_batched_tokens": st.sampled_from([255, 256, 512, 8192]),
-        "scaling": st.sampled_from(list(checkpoints.SCALINGS)),
-        "dtype": st.sampled_from(["float32", "bfloat16"]),
-        "speculative_config": st.just("ngram"),
-    },
-)
 # What a refusal may name instead of the key: what people type, and what DCA worked out from it.
 WORDS = {
     "dca": ('"dca"',),
-    "checkpoint": ("dual_chunk_attention_config", *OPTION_KEYS, "sparse_attention_threshold"),
+    "checkpoint": ("dual_chunk_attention_config",),
     "block_size": ("block size", "--block-size", "block_size"),
     "max_model_len": ("max_model_len", "max-model-len"),
     "kv_cache_dtype": ("--kv-cache-dtype", "cache_dtype"),
@@ -170,17 +49,6 @@ WORDS = {
     "max_num_batched_tokens": ("max_num_batched_tokens", "max-num-batched-tokens"),
     "decode_context_parallel_size": ("decode", "dcp"),
     "prefill_context_parallel_size": ("prefill", "pcp"),
-}
-# What nothing can make it serve.
-ALWAYS_REFUSED: dict[str, tuple[Any, ...]] = {
-    "kind": tuple(KINDS),
-    "kv_cache_dtype": ("fp8", "nonsense"),
-    "dtype": ("float64",),
-    "speculative_config": ("none by ngram", "ngram_gpu", "suffix", "nonsense"),
-    "max_model_len": (0,),
-    "max_num_batched_tokens": (0, -1),
-    "decode_context_parallel_size": (2,),
-    "prefill_context_parallel_size": (2,),
 }
 
 
@@ -221,16 +89,11 @@ def arguments(given: dict[str, Any], models: dict[str | None, Path]) -> dict[str
     }
 
 
-def is_windows_only(given: dict[str, Any]) -> bool:
-    """Whether every layer has a window, which DCA refuses."""
-    overridden = OVERRIDES.get(given.get("overrides"), {})
-    has_windows = overridden.get("sliding_window", given.get("kind") == "windows")
-    kept = has_windows and not given.get("disable_sliding_window")
-    return bool(kept) and given.get("kind") != "some windows"
-
-
-def can_be_overridden(given: dict[str, Any]) -> bool:
-    """Not what is refused for its kind."""
+def can_be_tried(given: dict[str, Any]) -> bool:
+    """Not what is refused for its kind, where vLLM itself would stumble over the rest."""
+    ranks = given.get("decode_context_parallel_size", 1)
+    if given.get("kind") == "no attention" and ranks > 1:
+        return False
     return "overrides" not in given or given.get("kind") not in KINDS
 
 
@@ -262,11 +125,13 @@ def trained_window(given: dict[str, Any], asked: int, models: dict[str | None, P
 
 
 def assert_served_as_asked(
-    given: dict[str, Any], found: Any, models: dict[str | None, Path]
+    mixture: Mixture, found: Any, models: dict[str | None, Path]
 ) -> None:
     """Everything that was given is what the engine will have."""
     from vllm_dca.engine.backend import DcaBackend
 
+    given = mixture.given
+    assert not mixture.named, f"served with a fault, in spite of {mixture.named}"
     for key, values in ALWAYS_REFUSED.items():
         assert given.get(key) not in values
     assert not is_windows_only(given)
@@ -298,39 +163,57 @@ def assert_served_as_asked(
         assert found.speculative_config.method == asked_for
 
 
-def assert_refused_by_name(given: dict[str, Any], error: Exception) -> None:
-    """The message names something that was given."""
-    words = [word for key in given for word in WORDS[key]]
-    if isinstance(given["dca"], dict):
-        words += given["dca"]
+def assert_refused_by_name(mixture: Mixture, error: Exception) -> None:
+    """The message names its one fault, or of random settings one that was given."""
+    given, named = mixture
+    assert named != (), f"valid settings are refused: {error}"
+    words = list(named or ())
+    if named is None:
+        words += (word for key in given for word in WORDS[key])
+        for options in (given["dca"], given.get("checkpoint")):
+            words += options if isinstance(options, dict) else ()
     assert any(word in str(error) for word in words), error
 
 
-@given(given=GIVEN | WINDOWS | SPARSELY)
-@settings(
-    max_examples=cases(250),
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-def test_settled_as_asked_or_refused_by_name(
-    given: dict[str, Any], models: dict[str | None, Path]
-) -> None:
+def is_served(mixture: Mixture, models: dict[str | None, Path]) -> bool:
+    """As asked, or else it is refused by name."""
     from vllm.engine.arg_utils import EngineArgs
 
-    assume(can_be_overridden(given))
-    # vLLM itself divides by the heads of a model that has none.
-    ranks = given.get("decode_context_parallel_size", 1)
-    assume(given.get("kind") != "no attention" or ranks == 1)
     try:
         with pytest.MonkeyPatch.context() as patch:
             # As with the package of suffix decoding installed, which vLLM asks for first.
             patch.setattr("vllm.config.speculative.has_arctic_inference", lambda: True)
-            found = EngineArgs(**arguments(given, models)).create_engine_config()
+            found = EngineArgs(**arguments(mixture.given, models)).create_engine_config()
     except (ValueError, NotImplementedError) as error:
-        assert_refused_by_name(given, error)
-    else:
-        assert_served_as_asked(given, found, models)
+        assert_refused_by_name(mixture, error)
+        return False
+    assert_served_as_asked(mixture, found, models)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("place", "values", "named"), FAULTS, ids=[place for place, *_ in FAULTS]
+)
+def test_each_fault_is_named(
+    place: str, values: list[Any], named: tuple[str, ...], models: dict[str | None, Path]
+) -> None:
+    assert is_served(Mixture(PLAIN, ()), models)
+    for value in values:
+        assert not is_served(spoiled(PLAIN, place, value, named), models)
+
+
+def test_settled_as_asked_or_refused_by_name(models: dict[str | None, Path]) -> None:
+    served: list[bool] = []
+
+    @given(mixture=MIXTURES)
+    @settings(max_examples=cases(200), deadline=None, print_blob=True)
+    def settled(mixture: Mixture) -> None:
+        assume(can_be_tried(mixture.given))
+        served.append(is_served(mixture, models))
+
+    settled()
+    # Else what is served would hardly be looked at.
+    assert sum(served) >= len(served) / 5
 
 
 def as_served(model: Path, given: dict[str, Any], directory: Path) -> Path:
@@ -346,19 +229,22 @@ def as_served(model: Path, given: dict[str, Any], directory: Path) -> Path:
 
 
 @pytest.mark.nightly
-@given(given=GIVEN | WINDOWS | SPARSELY)
+@given(mixture=MIXTURES)
 @settings(max_examples=60, deadline=None, print_blob=True)
 def test_what_starts_agrees_with_the_reference(
-    given: dict[str, Any],
+    mixture: Mixture,
     models: dict[str | None, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    assume(can_be_overridden(given))
+    given = mixture.given
+    assume(can_be_tried(given))
     # What serves its windows on a CPU takes few shapes; tests/engine/test_models.py has those.
-    assume(given.get("kind") != "some windows")
+    # The others are refused by their config.
+    assume(given.get("kind") in (None, "windows"))
     # With numba in this process vLLM 0.32 starts no other engine; tests/engine/test_models.py
-    # speculates in one of its own.
-    if given.get("speculative_config") in ("ngram", "suffix"):
+    # speculates in one of its own. Suffix decoding is a package that is not there.
+    assume(given.get("speculative_config") != "suffix")
+    if given.get("speculative_config") == "ngram":
         del given["speculative_config"]
     options = arguments(given, models)
     model = Path(options.pop("model"))
@@ -366,6 +252,10 @@ def test_what_starts_agrees_with_the_reference(
     # Past the threshold there must be segments.
     is_sparse = isinstance(given["dca"], dict) and given["dca"].get("sparse") == "auto"
     prompt = checkpoints.tokens(900 if is_sparse else 300)
+    # Room for what `engine` would not give by itself.
+    options.setdefault("num_gpu_blocks_override", 8192 // options["block_size"])
+    if is_sparse:
+        options.setdefault("max_num_batched_tokens", 256)
     # vLLM keeps LongRoPE's module for any length, made for the length of the engine before.
     _ROPE_DICT.clear()
     # The sparse reference knows a model's own frequencies only.
@@ -373,14 +263,14 @@ def test_what_starts_agrees_with_the_reference(
     try:
         with engine(model, **options) as llm:
             found = llm.llm_engine.vllm_config
-            assert_served_as_asked(given, found, models)
+            assert_served_as_asked(mixture, found, models)
             if found.model_config.max_model_len <= len(prompt):
                 return
             [answer] = generate(llm, [prompt], prompt_logprobs=0)
             settled = found.additional_config["dca"]
             step = found.scheduler_config.max_num_batched_tokens
     except (ValueError, NotImplementedError) as error:
-        assert_refused_by_name(given, error)
+        assert_refused_by_name(mixture, error)
         return
     if given.get("dtype") == "bfloat16":
         return

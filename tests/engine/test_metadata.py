@@ -1,6 +1,7 @@
 """What a step is planned from."""
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.utils import select_common_block_size
 
+from tests.helpers import checkpoints
+from tests.helpers.inprocess import settle
 from vllm_dca.engine import backend
-from vllm_dca.engine.metadata import host_lengths
+from vllm_dca.engine.metadata import DcaMetadataBuilder, host_lengths
 
 pytestmark = pytest.mark.each_minor
 
@@ -77,3 +80,41 @@ def test_a_gpu_s_pages_are_split_until_they_divide_a_chunk(
         assert select_common_block_size(page, [backend.DcaBackend], [spec]) == part
         # The metadata builders are told the part's size, and ask again.
         assert select_common_block_size(part, [backend.DcaBackend], [spec]) == part
+
+
+@pytest.mark.parametrize(
+    ("prefix", "batched", "captured", "rows"),
+    [
+        ("model", 16, None, 8 * 4),  # a token and three drafts of each request
+        ("draft_model", 16, None, 8 * 5),  # which reads one more
+        ("draft_model", 100, None, 100 + 8),
+        ("model", 100, None, 100),
+        ("model", 16, 64, 64),  # a graph's padding
+    ],
+)
+def test_the_largest_step_fits_its_decode_plan(
+    prefix: str, batched: int, captured: int | None, rows: int, llama: Path
+) -> None:
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
+    config = settle(
+        llama,
+        max_num_seqs=8,
+        max_num_batched_tokens=batched,
+        speculative_config=draft,
+        additional_config={"dca": checkpoints.SIZES},
+    )
+    config.compilation_config.max_cudagraph_capture_size = captured
+    device = types.SimpleNamespace(
+        prefill=None,
+        provider=None,
+        decode_rows=lambda group: 1,
+        decode_planner=lambda settings, block_size, max_rows, group: max_rows,
+    )
+    prepared = types.SimpleNamespace(device=device)
+    impl = types.SimpleNamespace(num_heads=4, num_kv_heads=2, sparse=None, prepared=prepared)
+    name = f"{prefix}.layers.0.attn"
+    layer = types.SimpleNamespace(impl=impl)
+    config.compilation_config.static_forward_context[name] = layer
+    spec = FullAttentionSpec(16, num_kv_heads=2, head_size=16, dtype=torch.float32)
+    builder = DcaMetadataBuilder(spec, [name], config, torch.device("cpu"))
+    assert builder.plan_decode == rows

@@ -130,14 +130,15 @@ def _windows_switched_off(directory: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the CPU has a compiled kernel")
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler(tmp_path: Path, dca_log: list[str]) -> None:
-    """By torch: whole and in pieces, and decode rows as prefill rows."""
+    """By torch: in pieces, after a cached prefix, and decode rows as prefill rows."""
     model = checkpoints.write(tmp_path, "LlamaConfig")
     options = {"max_num_batched_tokens": 90, "max_num_seqs": 90}
     with engine(model, additional_config={"dca": SIZES}, **options) as llm:
         assert_agrees(llm, model, SIZES)
-        assert_agrees(llm, model, SIZES)
+        # It begins as the other did.
         prompt = checkpoints.tokens(60)
         [output] = generate(llm, [prompt], max_tokens=12)
+        assert output.num_cached_tokens == 48
         answer, logprobs = of_answer(output)
         expected = prompt_logprobs(model, prompt + answer, **SIZES)[-12:]
         assert_close(logprobs, expected)

@@ -19,7 +19,7 @@ from vllm_dca.cpu import paged_pass
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cuda import flash_attn
 from vllm_dca.cuda.decode import decode_attention
-from vllm_dca.cuda.device import WALK
+from vllm_dca.cuda.device import WALK, storing_by
 from vllm_dca.engine import devices
 from vllm_dca.engine.providers import PROVIDERS, choose
 from vllm_dca.method.device import PrefillOperations
@@ -164,10 +164,29 @@ def test_keys_are_not_split_where_queries_fill_the_card(
 
 
 def test_the_kernel_that_stores_keys_is_called_as_it_wants() -> None:
+    """Keys and values are in their slots afterwards, each over its own scale."""
     from vllm._custom_ops import reshape_and_cache_flash
 
     names = "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale"
     assert list(inspect.signature(reshape_and_cache_flash).parameters) == names.split()
+    dtypes = []
+
+    def stand_in(key, value, key_cache, value_cache, slots, dtype, k_scale, v_scale):  # type: ignore[no-untyped-def]
+        dtypes.append(dtype)
+        for slot, token in zip(slots.tolist(), zip(key, value, strict=True), strict=True):
+            at = divmod(slot, key_cache.shape[1])
+            key_cache[at], value_cache[at] = token[0] / k_scale, token[1] / v_scale
+
+    key, value = torch.randn(2, 3, 2, 8)
+    kv_cache = torch.full((5, 2, 4, 16), torch.nan)
+    slots = torch.tensor([6, 7, 12])
+    scales = torch.tensor([0.5]), torch.tensor([4.0])
+    storing_by(stand_in)(key, value, kv_cache, slots, "fp8_e5m2", *scales)
+    for token, (page, offset) in enumerate([(1, 2), (1, 3), (3, 0)]):
+        stored = torch.cat([2 * key[token], value[token] / 4], dim=-1)
+        assert torch.equal(kv_cache[page, :, offset], stored)
+    assert kv_cache.isfinite().sum() == 3 * 2 * 16
+    assert dtypes == ["fp8_e5m2"]
 
 
 def unusable(reason: str) -> Callable[[Needs], Any]:

@@ -113,9 +113,16 @@ def test_options_that_are_refused(options: dict[str, Any], message: str, llama: 
         pass
 
 
-def test_where_soft_caps_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [("Gemma2Config", "Gemma2ForCausalLM"), ("GptOssConfig", "GptOssForCausalLM")],
+    ids=["soft cap", "sinks"],
+)
+def test_where_soft_caps_and_sinks_are_refused(
+    config: str, architecture: str, tmp_path: Path
+) -> None:
     changes = {"layer_types": ["full_attention"] * 2, "sliding_window": None}
-    model = checkpoints.write(tmp_path, "Gemma2Config", **changes)
+    model = checkpoints.write_config(tmp_path, config, architecture, **changes)
     dca = {"chunk_size": 384, "local_size": 128, "sparse": "auto"}
     with (
         pytest.raises(NotImplementedError, match="sparse prefill knows no soft cap and no"),

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from tests.helpers.shapes import Shape
 from vllm_dca.cpu import compiled, paged_pass
 from vllm_dca.cpu.decode import decode_attention
 from vllm_dca.cpu.merge import merge_parts
 from vllm_dca.cpu.plan_decode import DecodePlan
 from vllm_dca.method.device import Prefill, PrefillOperations
-from vllm_dca.method.geometry import ChunkGeometry
 from vllm_dca.method.kv_cache import split_kv, write_kv
 from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.rotary import QueryRotation, turn_queries, unit_table
@@ -26,39 +26,6 @@ CPU = torch.device("cpu")
 K_SCALE, V_SCALE = torch.tensor([0.5]), torch.tensor([2.0])
 CPU_OPERATIONS = PrefillOperations(turn_queries, paged_pass.attention, merge_parts)
 CPU_PREFILL = by_passes(CPU_OPERATIONS)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Everything about a batch but its numbers. Lengths are (tokens, of these cached)."""
-
-    lengths: list[tuple[int, int]]
-    chunk_len: int = 16
-    local_size: int = 8
-    block_size: int = 4
-    num_kv_heads: int = 2
-    group: int = 3
-    head_size: int = 16
-    rotary_dim: int = 16
-    is_neox: bool = True
-    original_max_position_embeddings: int | None = None
-    dtype: torch.dtype = torch.float32
-    mscale: float = 1.0
-    cache_dtype: torch.dtype | None = None  # FP8, or None for the same
-    tokens_first: bool = False  # in memory: a page's tokens, then its heads
-    soft_cap: float | None = None
-    has_sinks: bool = False
-    sinks_at: float = 0.0  # what they are spread around
-    seed: int = 0
-
-    @property
-    def scale(self) -> float:
-        """As models have it, and a little more: attention is far from uniform."""
-        return 1.2 * self.head_size**-0.5
-
-    @property
-    def geometry(self) -> ChunkGeometry:
-        return ChunkGeometry(self.chunk_len + self.local_size, self.local_size)
 
 
 def query_start_loc(lengths: list[tuple[int, int]]) -> torch.Tensor:
@@ -97,14 +64,16 @@ class Batch:
             [tokens(total - cached, heads) for total, cached in shape.lengths],
             [tokens(total, kv_heads) for total, _ in shape.lengths],
             [tokens(total, kv_heads) for total, _ in shape.lengths],
-            inv_freq=100.0**-exponent,
+            inv_freq=shape.rope_base**-exponent,
         )
 
     def __post_init__(self) -> None:
         shape = self.shape
         blocks = [-(-total // shape.block_size) for total, _ in shape.lengths]
         spare = 3
-        pages = torch.randperm(sum(blocks) + spare)
+        # Apart from the numbers: batches of the same lengths have the same pages.
+        generator = torch.Generator().manual_seed(shape.seed)
+        pages = torch.randperm(sum(blocks) + spare, generator=generator)
         unused, pages = int(pages[0]), pages[spare:]
         size = [len(pages) + spare, shape.num_kv_heads, shape.block_size, 2 * shape.head_size]
         order = [0, 2, 1, 3] if shape.tokens_first else [0, 1, 2, 3]
@@ -234,18 +203,21 @@ class Batch:
         )
         return output.cpu()
 
-    def decode(self) -> torch.Tensor:
+    def decode(
+        self, query: torch.Tensor | None = None, rows: slice = slice(None)
+    ) -> torch.Tensor:
         """The CPU's paged decode, in torch."""
-        return self._planned(DecodePlan, decode_attention)
+        return self._planned(DecodePlan, decode_attention, query, rows)
 
     def compiled(
         self,
         query: torch.Tensor | None = None,
         rows: slice = slice(None),
         plan: Callable[..., compiled.CompiledPlan] = compiled.CompiledPlan,
+        output: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The CPU's compiled kernel, for any rows."""
-        return self._planned(plan, compiled.attention, query, rows)
+        """The CPU's compiled kernel, for any rows; into a dense tensor, or into the output."""
+        return self._planned(plan, compiled.attention, query, rows, output)
 
     def _planned(
         self,
@@ -253,10 +225,12 @@ class Batch:
         attention: Callable[..., None],
         query: torch.Tensor | None = None,
         rows: slice = slice(None),
+        output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         shape, lengths = self.shape, self.shape.lengths[rows]
         query = self.rotated_query() if query is None else query
-        output = torch.full_like(query, torch.nan)
+        if output is None:
+            output = torch.full_like(query, torch.nan)
         attention(
             query,
             self.kv_cache,

@@ -13,7 +13,7 @@ OPTIONS: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 53, *
 
 
 def assert_agrees(model: Path, prompt: list[int], output: Any) -> None:
-    """The log-probabilities of an answer are the reference's, past a chunk not ordinary ones."""
+    """An answer has the reference's log-probabilities; past a chunk these are not ordinary."""
     tokens, logprobs = of_answer(output)
     expected = prompt_logprobs(model, prompt + tokens, **SIZES)[-len(tokens) :]
     assert_close(logprobs, expected)

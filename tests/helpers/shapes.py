@@ -1,16 +1,59 @@
-"""Batches of every shape, as hypothesis draws them."""
+"""Shapes of batches, and how hypothesis draws them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 
-from tests.helpers.paged import Shape
+from vllm_dca.method.geometry import ChunkGeometry
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Everything about a batch but its numbers. Lengths are (tokens, of these cached)."""
+
+    lengths: list[tuple[int, int]]
+    chunk_len: int = 16
+    local_size: int = 8
+    block_size: int = 4
+    num_kv_heads: int = 2
+    group: int = 3
+    head_size: int = 16
+    rotary_dim: int = 16
+    is_neox: bool = True
+    original_max_position_embeddings: int | None = None
+    dtype: torch.dtype = torch.float32
+    mscale: float = 1.0
+    cache_dtype: torch.dtype | None = None  # FP8, or None for the same
+    tokens_first: bool = False  # in memory: a page's tokens, then its heads
+    soft_cap: float | None = None
+    has_sinks: bool = False
+    sinks_at: float = 0.0  # what they are spread around
+    rope_base: float = 100.0
+    sharpness: float = 1.2  # of attention, which shall be far from uniform
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """On dot products: as models have it, and a little more."""
+        return self.sharpness * self.head_size**-0.5
+
+    @property
+    def geometry(self) -> ChunkGeometry:
+        return ChunkGeometry(self.chunk_len + self.local_size, self.local_size)
+
+
 @st.composite
-def shapes(draw: st.DrawFn, decode: bool = False, softmax: bool = False) -> Shape:
-    block_size = draw(st.sampled_from([1, 2, 4, 8, 16]))
+def shapes(
+    draw: st.DrawFn,
+    decode: bool = False,
+    softmax: bool = False,
+    head_sizes: Sequence[int] = (8, 16, 40),
+) -> Shape:
+    block_size = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 12, 16, 48]))
     chunk_len = block_size * draw(st.integers(1, 4))
     longest = min(5 * chunk_len, 150)
     # Chunk and block borders, and one to either side, more often than chance has it.
@@ -24,7 +67,7 @@ def shapes(draw: st.DrawFn, decode: bool = False, softmax: bool = False) -> Shap
             return tokens, max(0, tokens - draw(st.integers(1, 3)))
         return tokens, min(draw(st.one_of(st.just(0), total)), tokens - 1)
 
-    head_size = draw(st.sampled_from([8, 16, 40]))
+    head_size = draw(st.sampled_from(head_sizes))
     return Shape(
         lengths=[lengths() for _ in range(draw(st.integers(1, 4)))],
         chunk_len=chunk_len,

@@ -1,14 +1,16 @@
 """Sparse prefill against its two specifications, whoever computes it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from tests.helpers import sparse as helper
 from tests.helpers.paged import Batch, Shape
 from tests.helpers.shapes import DTYPES
-from vllm_dca.method.sparse_planning import Segment
+from vllm_dca.method.sparse_planning import Segment, sparse_segments
 from vllm_dca.method.vertical_slash import Lines, Rule
 from vllm_dca.reference import sparse as reference
 from vllm_dca.reference.attention import dual_chunk_attention
@@ -18,20 +20,24 @@ BY_COVERAGE = Rule(None, None, 0.6, 70)
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> Shape:
-    """Segments of 256 rows and more, of few heads: chunks of 256 to 512."""
-    chunk_len = draw(st.sampled_from([256, 320, 512]))
+def shapes(draw: st.DrawFn, head_sizes: Sequence[int] = (8, 16, 40)) -> Shape:
+    """Segments of 256 rows and more, at least one, of few heads: chunks of 256 to 560."""
+    block_size = draw(st.sampled_from([16, 48, 64, 80]))
+    # Whole pages.
+    chunk_len = -(-draw(st.sampled_from([256, 320, 512])) // block_size) * block_size
     total = draw(st.integers(400, 1100))
-    head_size = draw(st.sampled_from([8, 16, 40]))
+    cached = max(0, total - draw(st.integers(400, 600)))
+    assume(sparse_segments([0, total - cached], [total], chunk_len, 0))
+    head_size = draw(st.sampled_from(head_sizes))
     return Shape(
         lengths=[
-            (total, max(0, total - draw(st.integers(400, 600)))),
+            (total, cached),
             # A neighbour without segments.
             *draw(st.sampled_from([[], [(70, 3)], [(300, 299)]])),
         ],
         chunk_len=chunk_len,
         local_size=draw(st.sampled_from([1, 60, 300])),
-        block_size=draw(st.sampled_from([16, 64])),
+        block_size=block_size,
         num_kv_heads=draw(st.integers(1, 2)),
         group=draw(st.integers(1, 3)),
         head_size=head_size,
@@ -98,7 +104,8 @@ def assert_weights(
     segments: list[Segment],
     *weights: list[tuple[torch.Tensor, ...]],
 ) -> None:
-    """Each path's, of each segment."""
+    """Each path's, of each segment, of which there is one."""
+    assert segments
     for segment, *by_path in zip(segments, *weights, strict=True):
         exact = weights_of(batch, segment, rule, torch.float64)
         ordinary = weights_of(batch, segment, rule, batch.shape.dtype)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dca.method.config import resolve_settings, validate_options
+from vllm_dca.method.config import TEMPERATURE_KEY, resolve_settings, validate_options
 
 QWEN = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 
@@ -57,6 +57,16 @@ def test_a_checkpoint_for_dca_claims_more_than_it_was_trained_on() -> None:
         settings = resolve_settings(validate_options(options), QWEN, claimed, 128)
         assert settings.window == 262144
     assert resolve_settings({}, None, claimed, 128).window == claimed
+
+
+@pytest.mark.parametrize(
+    ("claimed", "original", "window"), [(400, 200, 200), (400, 50, 100), (150, 200, 150)]
+)
+def test_the_larger_of_its_sizes_is_what_it_was_trained_on(
+    claimed: int, original: int, window: int
+) -> None:
+    checkpoint = {"chunk_size": 100, "local_size": 36, TEMPERATURE_KEY: original}
+    assert resolve_settings({}, checkpoint, claimed, 16).window == window
 
 
 @pytest.mark.parametrize(

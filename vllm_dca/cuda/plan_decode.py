@@ -112,8 +112,17 @@ class DecodePlanner:
         num_rows: int,
         max_query_len: int | None = None,
     ) -> DecodePlan:
-        """See `vllm_dca.method.device.PlanDecode`."""
+        """See `vllm_dca.method.device.PlanDecode`.
+
+        Raises:
+            RuntimeError: the step is larger than the planner's buffers.
+        """
         num_requests = len(seq_lens)
+        if max(num_rows, num_requests) > len(self.row_keys):
+            raise RuntimeError(
+                f"DCA has to decode {num_rows} rows of {num_requests} requests, and made ready "
+                f"for {len(self.row_keys)} of each."
+            )
         # A launch takes no numpy integers, which some of vLLM's batches have here.
         num_rows = int(num_rows)
         # A graph is captured for these two numbers, so they alone say how an even batch is

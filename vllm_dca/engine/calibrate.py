@@ -69,8 +69,8 @@ class Grid:
         ]
         # No weight depends on how many lines are kept. They are copied: a device may weigh the
         # tile in between in the same memory.
-        weights = [each.clone() for each in attended.weigh(rules[0])]
-        found = [attended.kept(attended.select(*weights, rule)) for rule in rules]
+        vertical, slash = (each.clone() for each in attended.weigh(rules[0]))
+        found = [attended.kept(attended.select(vertical, slash, rule)) for rule in rules]
         if self.totals:
             found = [
                 (recall + more, keys + others)
