@@ -1,6 +1,7 @@
 """Sparse prefill against its two specifications, whoever computes it."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers import sparse as helper
 from tests.helpers.paged import Batch, Shape
 from tests.helpers.shapes import DTYPES
+from vllm_dca.method.sparse_config import TILE
 from vllm_dca.method.sparse_planning import Segment, sparse_segments
 from vllm_dca.method.vertical_slash import Lines, Rule
 from vllm_dca.reference import sparse as reference
@@ -21,10 +23,11 @@ BY_COVERAGE = Rule(None, None, 0.6, 70)
 
 @st.composite
 def shapes(draw: st.DrawFn, head_sizes: Sequence[int] = (8, 16, 40)) -> Shape:
-    """Segments of 256 rows and more, at least one, of few heads: chunks of 256 to 560."""
+    """Segments of 256 rows and more, at least one, of few heads: chunks of 256 to 640."""
     block_size = draw(st.sampled_from([16, 48, 64, 80]))
-    # Whole pages.
-    chunk_len = -(-draw(st.sampled_from([256, 320, 512])) // block_size) * block_size
+    # Whole pages, and whole tiles: sparse prefill refuses others.
+    whole = math.lcm(block_size, TILE)
+    chunk_len = -(-draw(st.sampled_from([256, 320, 512])) // whole) * whole
     total = draw(st.integers(400, 1100))
     cached = max(0, total - draw(st.integers(400, 600)))
     assume(sparse_segments([0, total - cached], [total], chunk_len, 0))
