@@ -154,7 +154,9 @@ REFUSED = {
     "no rotary positions": AS_BUILT,
     "rotations that cannot": "test_rotary_trace::test_what_is_half_understood_is_refused",
     "what other rotary modules": AS_BUILT,
-    "sparse prefill with soft": "test_refused_options::test_where_soft_caps_are_refused",
+    "sparse prefill with soft": (
+        "test_refused_options::test_where_soft_caps_and_sinks_are_refused"
+    ),
     **dict.fromkeys(
         REFUSED_IN_LAYERS.values(), "test_refused_models::test_layers_that_are_refused"
     ),

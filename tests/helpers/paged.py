@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tests.helpers import specified
 from tests.helpers.shapes import Shape
 from vllm_dca.cpu import compiled, paged_pass
 from vllm_dca.cpu.decode import decode_attention
@@ -17,7 +18,7 @@ from vllm_dca.method.device import Prefill, PrefillOperations
 from vllm_dca.method.kv_cache import split_kv, write_kv
 from vllm_dca.method.prefill import by_passes
 from vllm_dca.method.rotary import QueryRotation, turn_queries, unit_table
-from vllm_dca.reference.attention import dual_chunk_attention, key_positions, rotate
+from vllm_dca.reference.attention import key_positions, rotate
 
 # Where Triton's kernels run.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -143,25 +144,11 @@ class Batch:
 
     def reference(self, dtype: torch.dtype) -> torch.Tensor:
         """The specification's answer, computed in `dtype`."""
-        shape = self.shape
-        lengthen = torch.ones(shape.head_size)
-        lengthen[: shape.rotary_dim] = shape.mscale
+        sinks = self.softmax()["sinks"]
         return torch.cat(
             [
-                dual_chunk_attention(
-                    query.to(dtype) * lengthen.to(dtype),
-                    key.to(dtype) * lengthen.to(dtype),
-                    value,
-                    chunk_size=shape.geometry.chunk_size,
-                    local_size=shape.local_size,
-                    inv_freq=self.inv_freq,
-                    is_neox=shape.is_neox,
-                    scale=shape.scale,
-                    original_max_position_embeddings=shape.original_max_position_embeddings,
-                    dtype=dtype,
-                    **self.softmax(),
-                )
-                for query, key, value in zip(self.queries, self.keys, self.values, strict=True)
+                specified.answer(self.shape, request, self.inv_freq, sinks, dtype)
+                for request in zip(self.queries, self.keys, self.values, strict=True)
             ]
         )
 
@@ -260,6 +247,9 @@ class Batch:
         scores may be larger than others', and for every row of whole sequences, of several
         batches if these are short: one row may be lucky. Rows that see few keys are furthest
         off, so that the first ones of long sequences do.
+
+        Parts are merged by their log-sum-exps in fp32. Each is off by half a rounding at most,
+        and so is its part's weight; values of two parts are at most twice the largest apart.
         """
         shape = dataclasses.replace(
             self.shape, lengths=[(min(total, 256), 0) for total, _ in self.shape.lengths]
@@ -275,7 +265,12 @@ class Batch:
             rounded = batch.reference(shape.dtype).double()
             ordinary = max(ordinary, (rounded - batch.exact).abs().max().item())
             largest = max(largest, *(value.abs().max().item() for value in batch.values))
-        return 2 * ordinary + 2 * torch.finfo(shape.dtype).eps * largest
+        log_sum_exp = max(
+            specified.largest_log_sum_exp(self.shape, query, key, self.inv_freq)
+            for query, key in zip(self.queries, self.keys, strict=True)
+        )
+        merging = torch.finfo(torch.float32).eps * log_sum_exp
+        return 2 * ordinary + (2 * torch.finfo(shape.dtype).eps + merging) * largest
 
     def assert_close(self, output: torch.Tensor) -> None:
         error = (output.double() - self.exact).abs().max().item()
