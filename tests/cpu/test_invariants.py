@@ -37,6 +37,28 @@ def test_any_split_of_a_prefill_equals_the_whole(
         assert (split - whole).abs().max() <= batch.tolerance, cut
 
 
+def assert_batched_equals_single(
+    batch: Batch, path: Callable[..., torch.Tensor], allowed: float
+) -> None:
+    query = batch.rotated_query()
+    together, start = path(batch), 0
+    for row, (total, cached) in enumerate(batch.shape.lengths):
+        rows = slice(start, start + total - cached)
+        alone = path(batch, query[rows], rows=slice(row, row + 1))
+        torch.testing.assert_close(together[rows], alone, rtol=0, atol=allowed)
+        start = rows.stop
+
+
+@PREFILLS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batched_prompts_equal_single_ones(
+    dtype: torch.dtype, prefill: Callable[..., torch.Tensor]
+) -> None:
+    """Requests are computed one by one, so not a bit may differ."""
+    lengths = [(100, 0), (7, 0), (33, 0), (16, 0), (17, 0)]
+    assert_batched_equals_single(Batch.random(Shape(lengths, dtype=dtype)), prefill, 0.0)
+
+
 @pytest.mark.parametrize("path", [Batch.prefill, Batch.decode, Batch.compiled])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_sinks", [False, True])
@@ -46,16 +68,10 @@ def test_batched_equals_single(
     """Whole prompts and their ends; decodes, of which the longest has two splits."""
     lengths = [(100, 0), (90, 37), (1100, 1099), (7, 0), (33, 30), (16, 0), (70, 69), (17, 0)]
     batch = Batch.random(Shape(lengths, dtype=dtype, has_sinks=has_sinks))
-    # The kernel computes requests one by one, so not a bit may differ. What torch computes of
-    # all at once may be rounded otherwise at the end of a vector than inside it.
+    # What torch computes of all at once may be rounded otherwise at the end of a vector than
+    # inside it.
     allowed = 0.0 if path is Batch.compiled else batch.tolerance
-    query = batch.rotated_query()
-    together, start = path(batch), 0
-    for row, (total, cached) in enumerate(lengths):
-        rows = slice(start, start + total - cached)
-        alone = path(batch, query[rows], rows=slice(row, row + 1))
-        torch.testing.assert_close(together[rows], alone, rtol=0, atol=allowed)
-        start = rows.stop
+    assert_batched_equals_single(batch, path, allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

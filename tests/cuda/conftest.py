@@ -29,7 +29,6 @@ def short_shares() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def _nan_in_new_memory() -> Iterator[None]:
     """Scratch that is read before it is written shows in the answers; torch fills it so."""
-    if DEVICE.type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(DEVICE.type == "cpu", warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -7,6 +7,12 @@ import pytest
 import torch
 
 from tests.helpers import interpreter
+from tests.helpers.caps_and_sinks import (
+    EXTREME,
+    assert_keep_their_digits,
+    beside_large_sinks,
+    extreme,
+)
 from tests.helpers.kernels import BOTH, CAPPED, PREFILLS, SUNK, decode, prefill
 from tests.helpers.paged import Batch, Shape
 
@@ -28,43 +34,21 @@ def test_every_cut_equals_the_whole() -> None:
         assert error.abs().max() <= batch.tolerance, num_programs
 
 
-@pytest.mark.parametrize(
-    ("sinks_at", "soft_cap", "dtype"),
-    [
-        (-1e4, 1e-3, torch.float16),
-        (-100.0, None, torch.float32),
-        (30.0, None, torch.float16),
-        (100.0, 1e4, torch.float32),
-        (1e4, 1e-3, torch.float32),
-    ],
-)
+@EXTREME
 def test_extreme_caps_and_sinks(
     sinks_at: float, soft_cap: float | None, dtype: torch.dtype
 ) -> None:
-    """Sinks that count for nothing and for all, and a row of one key."""
-    lengths = [(1, 0), (35, 31), (17, 15)]
-    softmax = {"soft_cap": soft_cap, "has_sinks": True, "sinks_at": sinks_at}
-    batch = Batch.random(Shape(lengths, dtype=dtype, **softmax))
+    batch = extreme(sinks_at, soft_cap, dtype)
     for by in PREFILLS.values():
         batch.assert_close(prefill(batch, by))
     batch.assert_close(decode(batch, 5))
 
 
 def test_keys_beside_a_large_sink_keep_their_digits() -> None:
-    """Hundreds of keys, each of a weight that half precision would round beside the sink's."""
-    sizes = {"chunk_len": 256, "local_size": 128, "block_size": 64, "num_kv_heads": 1}
-    shape = Shape([(600, 599)], dtype=torch.float16, **sizes)
-    without = Batch.random(shape)
-    batch = Batch.random(dataclasses.replace(shape, has_sinks=True, sinks_at=14.0))
-    expected = batch.exact
-    # All that a sink does is to leave the keys of its head a share, rounded to what fp16 has.
-    share = expected.norm(dim=-1) / without.exact.norm(dim=-1)
-    assert share.min() < 1e-5 < 1e-3 < share.max()
-    limits = torch.finfo(torch.float16)
-    tolerance = without.tolerance * share + limits.smallest_normal * limits.eps
+    batch, tolerance = beside_large_sinks()
     prefills = [prefill(batch, by) for by in PREFILLS.values()]
-    for output in (decode(batch, 1), decode(batch, 5), *prefills):
-        assert ((output.double() - expected).abs().amax(-1) <= tolerance).all()
+    outputs = [decode(batch, 1), decode(batch, 5), *prefills]
+    assert_keep_their_digits(batch, tolerance, outputs)
 
 
 @pytest.mark.parametrize("softmax", [CAPPED, SUNK], ids=["cap", "sinks"])
