@@ -65,7 +65,7 @@ SUPPORTED: dict[str, tuple[str, ...]] = {
     "vLLM": tuple(f"{minor}, tested {how}" for minor, how in TESTED_VLLM.items()),
     "platform": ("CPU", "CUDA from compute capability 8.0, [not yet run](gpu.md)"),
     "models": (f"{len(PROVED_MODELS)} types of decoders with RoPE, [one by one](models.md)",),
-    "RoPE scaling": (*ROPE_TYPES, "proportional (Gemma 4)"),
+    "RoPE scaling": ROPE_TYPES,
     "dtypes": ("fp32", "bf16", "fp16", "a KV cache of the model's dtype", "on CUDA also FP8"),
     "engine": tuple(feature for feature, shown in FEATURES.items() if shown.cpu),
     "block size": ("any that divides the chunk length (messages name those that do)",),

@@ -1,6 +1,7 @@
 """Who gets a periodic rotary table, and which tables go."""
 
 import gc
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,12 @@ def test_a_rotary_module_goes_when_nobody_uses_it(llama: Path) -> None:
         assert model[2] is get_rope(16, 1024)
         rotaries.forget_replaced(model)
         assert len(_ROPE_DICT) == 2
+
+
+def test_longrope_of_transformers_own_code_is_refused() -> None:
+    """Which of its frequencies count hangs on the length of the request."""
+    from vllm_dca.engine import transformers_rotary
+
+    rotary = types.SimpleNamespace(rope_type="longrope")
+    with pytest.raises(ValueError, match="is of type longrope, not default"):
+        transformers_rotary.periodic(rotary, 96, 64, None)

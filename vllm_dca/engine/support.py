@@ -76,7 +76,10 @@ PROVED_MODELS = (
     "starcoder2",
     "telechat",
 )
-ROPE_TYPES = ("none", "linear", "dynamic NTK", "YaRN", "llama3", "LongRoPE")
+ROPE_TYPES = (
+    *("none", "linear", "dynamic NTK", "YaRN", "llama3", "LongRoPE"),
+    "proportional (Gemma 4)",
+)
 # By name; the backend refuses those that do not go with the model's dtype or the device.
 KV_CACHE_DTYPES: dict["CacheDType", torch.dtype | None] = {
     "auto": None,  # the model's
